@@ -1,0 +1,148 @@
+"""Dataclasses that are also the command line: `TrainConfig(epochs=2)` is `train --epochs 2`.
+
+Left out: what the commands do.  Values are checked where a config is made, so that a long run does not
+end on a typing error.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class ConfigError(ValueError):
+    """A value of a config cannot be used; the message names the field."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Count what an FSC147 root holds and list every fault, by file.  Exit status 1 if there are faults."""
+
+    root: Positional[Path]
+    """Folder in the official layout."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+@dataclass(frozen=True)
+class SynthConfig:
+    """Draw a small data set in FSC147's official layout."""
+
+    out: Positional[Path]
+    """Folder to make."""
+    train: int = 800
+    """Pictures in each split."""
+    val: int = 100
+    test: int = 50
+    seed: int = 0
+    """The same seed draws the same bytes."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Answer a split and measure counts and maps."""
+
+    data: Path
+    """Folder in FSC147's official layout."""
+    model: str = "tiny"
+    """"tiny", a folder such as runs/train/best, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
+    split: str = "val"
+    batch_size: int = 16
+    json: Path | None = None
+    """Write metrics here, and each image to the same name with .csv."""
+    limit: int | None = None
+    """Only so many images."""
+    precision: Precision = "auto"
+    attention_layers: tuple[int, ...] | None = None
+    """Layers of the heatmap; None for four over the second half."""
+    attention_heads: tuple[int, ...] | None = None
+    """Heads of the heatmap; None for all."""
+    workers: int = 0
+    """Processes that read images."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune with both losses.  None means: what suits the model (see `for_model`)."""
+
+    data: Path
+    """Folder in FSC147's official layout."""
+    out: Path = Path("runs/train")
+    """Folder of the run: metrics.jsonl, config.json, best/ and last/."""
+    model: str = "tiny"
+    """"tiny", a folder, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
+    epochs: int = 1
+    batch_size: int = 16
+    """Images of one forward pass."""
+    accumulation: int = 1
+    """Forward passes of one step."""
+    learning_rate: float | None = None
+    """Peak; None is 3e-3 for the tiny model (random weights) and 1e-5 for a trained one."""
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    """Part of all steps on which the learning rate rises; it falls along a cosine after."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    attention_weight: float = 0.1
+    """Weight w of the attention loss; 0 trains on counts alone."""
+    attention_loss: Literal["kl", "mse"] = "kl"
+    attention_layers: tuple[int, ...] | None = None
+    """Layers whose attention is trained; None for four over the second half."""
+    attention_heads: tuple[int, ...] | None = None
+    """Heads whose attention is trained; None for all."""
+    unfreeze_vision_at: int | None = None
+    """First epoch (from 0) that trains the vision encoder; None: 0 for the tiny model, never for a trained one."""
+    flip: bool = True
+    """Show images mirrored half of the time."""
+    precision: Precision = "auto"
+    """auto: bf16 autocast on a GPU, fp32 elsewhere.  Weights and optimizer are fp32 in both."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time."""
+    seed: int = 0
+    limit: int | None = None
+    """Only so many images of each split."""
+    workers: int = 0
+    """Processes that read images; 0 reads in the main one and keeps the images in memory."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    tracking: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases; offline needs no account and no network."""
+    resume: bool = False
+    """Go on from `out`/last."""
+    overwrite: bool = False
+    """Remove an earlier run in `out`."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulation", "log_every"):
+            self._need(name, getattr(self, name) >= 1, "at least 1")
+        self._need("learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
+        self._need("warmup", 0 <= self.warmup <= 1, "in 0..1")
+        self._need("clip", self.clip > 0, "above 0")
+        self._need("weight_decay", self.weight_decay >= 0, "at least 0")
+        self._need("attention_weight", self.attention_weight >= 0, "at least 0")
+        self._need("limit", self.limit is None or self.limit >= 1, "at least 1")
+        self._need("unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
+        self._need("overwrite", not (self.overwrite and self.resume), "off when resume is on")
+
+    def _need(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{name} ({flag}) is {getattr(self, name)}, but must be {rule}")
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        return self.learning_rate or (3e-3 if self.model == "tiny" else 1e-5)
+
+    def vision_trains(self, epoch: int) -> bool:
+        """Whether the vision encoder trains in this epoch (from 0)."""
+        first = self.unfreeze_vision_at
+        if first is None:
+            return self.model == "tiny"
+        return epoch >= first
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, default=str)

@@ -1,0 +1,177 @@
+"""What can be wrong with an FSC147 root: the layout, the kinds of fault, and parsing that finds them.
+
+`data` opens and checks roots with it.  Left out: images, and the decision what to do about a fault.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+ANNOTATIONS = "annotation_FSC147_384.json"
+SPLITS = "Train_Test_Val_FSC_147.json"
+CLASSES = "ImageClasses_FSC147.txt"
+IMAGES = "images_384_VarV2"
+DENSITIES = "gt_density_map_adaptive_384_VarV2"
+FALLBACK_CATEGORY = "objects"
+
+DOWNLOAD = f"""download FSC147_384_V2 (images) and the annotations of "Learning To Count Everything", \
+https://github.com/cvlab-stonybrook/LearningToCountEverything, and lay them out as
+    ROOT/
+    ├── {ANNOTATIONS}
+    ├── {SPLITS}
+    ├── {CLASSES}
+    ├── {IMAGES}/                    2.jpg, 3.jpg, ...
+    └── {DENSITIES}/   2.npy, 3.npy, ... (optional)"""
+
+FAULTS = {  # kind: (fatal, cure)
+    "missing-file": (True, DOWNLOAD),
+    "broken-file": (True, "restore the file from the original download"),
+    "bad-split": (True, "name a split of the split file, and make it a list of image names (strings)"),
+    "duplicate-name": (True, "keep the name once, in one of train, val and test"),
+    "duplicate-key": (True, "keep one of the two: JSON readers silently drop all but the last"),
+    "unsafe-name": (True, f"use a plain file name of {IMAGES}/, without folders or drives"),
+    "no-annotation": (True, "restore the annotation, or leave the name out of the split (allow_missing=True)"),
+    "bad-annotation": (
+        True,
+        "correct the entry: 'points' is a list of [x, y], 'box_examples_coordinates' a list of "
+        "boxes of four [x, y] corners, all finite numbers",
+    ),
+    "no-dots": (True, "annotate the objects, or leave the name out of the split: without a dot there is no target"),
+    "missing-image": (True, f"download the image again into {IMAGES}/ (require_images=False reads annotations alone)"),
+    "unreadable-image": (True, "download the image again: the file is missing, damaged or no image"),
+    "size-mismatch": (True, "use the image that belongs to this annotation: every dot is misplaced on this one"),
+    "bad-density": (False, "make the density again, or delete the file: it is then computed from the dots"),
+    "bad-box": (False, "correct the box, or check that the image belongs to it"),
+    "dot-outside": (False, "nothing to do for a few (they count on the border); many mean the wrong image"),
+    "no-category": (False, f"add a line 'name<TAB>category'; until then the category is '{FALLBACK_CATEGORY}'"),
+    "bad-class-line": (False, "write the line as 'name<TAB>category'"),
+    "unlisted": (False, "nothing to do, or add the name to a split"),
+}
+
+
+class DataError(ValueError):
+    """The data on disk cannot be used; the message names the file, the entry and the cure."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a root.
+
+    `fatal`: its entry cannot be trained on or evaluated.  Opening a split raises for each fatal fault
+    that shows without opening images.  The other two need the image: a damaged one also raises when it
+    is read, one of another size than its annotation says shows in `data.check` alone.
+    """
+
+    file: str  # relative to the root
+    entry: str  # image name, split name, or line
+    kind: str  # a key of FAULTS
+    problem: str
+    cure: str
+    fatal: bool
+
+
+class Faults(list):
+    """A list of `Fault`s; as text grouped by kind, fatal kinds first, at most five shown of each."""
+
+    def add(self, kind: str, file: str | Path, entry: str, problem: str) -> "Faults":
+        fatal, cure = FAULTS[kind]
+        self.append(Fault(str(file), entry, kind, problem, cure, fatal))
+        return self
+
+    def __str__(self) -> str:
+        lines = []
+        for kind, (fatal, cure) in FAULTS.items():  # the fatal ones come first there
+            group = [fault for fault in self if fault.kind == kind]
+            if group:
+                lines.append(f"{kind} ({len(group)}{', fatal' if fatal else ''})")
+                # by their repr: a name may hold control characters that a terminal would obey
+                lines += [f"  {fault.file!r}, entry {fault.entry!r}: {fault.problem}" for fault in group[:5]]
+                lines += [f"  ... and {len(group) - 5} more"] if len(group) > 5 else []
+                lines.append(f"  Cure: {cure}")
+        return "\n".join(lines)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name from a file may be opened in a folder without leaving it, on any system."""
+    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
+
+
+def read_numbers(entry: dict, key: str, *shape: int) -> np.ndarray:
+    """`entry[key]`, nested lists, as float32 [N, *shape]; ValueError says what is wrong with it."""
+    if not isinstance(entry, dict) or key not in entry:
+        raise ValueError(f"the entry has no {key!r}")
+    values = [entry[key]]
+    for length in (None, *shape):
+        for value in values:
+            if type(value) is not list or length not in (None, len(value)):
+                raise ValueError(f"{key!r} holds {value!r:.60} instead of a list{f' of {length}' if length else ''}")
+        values = list(chain.from_iterable(values))
+    for value in values:
+        if type(value) not in (int, float) or not abs(value) < 1e9:  # true is no number; nor is NaN below anything
+            raise ValueError(f"{key!r} holds {value!r:.60} instead of a finite number of pixels")
+    return np.array(values, dtype=np.float32).reshape(-1, *shape)
+
+
+def split_names(splits: dict, split: str, faults: Faults) -> list[str]:
+    """The names of one split; empty with a fault added if it is no list of strings."""
+    names, disjoint = splits[split], ("train", "val", "test")  # val_coco and test_coco are parts of val and test
+    if type(names) is not list or not all(type(name) is str for name in names):
+        faults.add("bad-split", SPLITS, split, "not a list of strings")
+        return []
+    if split in splits.repeated:
+        faults.add("duplicate-key", SPLITS, split, "the split is there twice")
+    for name, times in Counter(names).items():
+        if times > 1:
+            faults.add("duplicate-name", SPLITS, name, f"{times} times in {split!r}")
+    for other in disjoint if split in disjoint else ():
+        if other != split and type(splits.get(other)) is list:
+            pair = " and in ".join(repr(s) for s in disjoint if s in (split, other))
+            for name in set(names).intersection(n for n in splits[other] if type(n) is str):
+                faults.add("duplicate-name", SPLITS, name, f"in {pair}")
+    return names
+
+
+def read_text(root: Path, file: str, parse, faults: Faults):
+    """`parse` of a file's text, or None with a fault added."""
+    try:
+        return parse((root / file).read_text("utf-8-sig"))
+    except FileNotFoundError:
+        faults.add("missing-file", file, file, "there is no such file")
+    except json.JSONDecodeError as error:
+        faults.add("broken-file", file, f"line {error.lineno}, column {error.colno}", f"not JSON: {error.msg}")
+    except (OSError, ValueError, RecursionError) as error:
+        faults.add("broken-file", file, file, f"cannot be read: {error}")
+    return None
+
+
+class _Object(dict):
+    """A JSON object that remembers which keys were in the file more than once."""
+
+    def __init__(self, pairs: list[tuple]):
+        super().__init__(pairs)
+        self.repeated = set()
+        if len(self) < len(pairs):
+            self.repeated = {key for key, times in Counter(key for key, _ in pairs).items() if times > 1}
+
+
+def parse_json(text: str) -> _Object:
+    value = json.loads(text, object_pairs_hook=_Object)
+    if not isinstance(value, _Object):
+        raise ValueError("the top level is no JSON object")
+    return value
+
+
+def parse_classes(text: str, faults: Faults) -> dict[str, str]:
+    """Category by image name, from lines of name, tab, category."""
+    classes = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        name, _, category = (part.strip() for part in line.partition("\t"))
+        if name and category:
+            classes[name] = category
+        elif line.strip():
+            faults.add("bad-class-line", CLASSES, f"line {number}", f"{line!r:.60} has no name, tab and category")
+    return classes

@@ -1,0 +1,33 @@
+"""Write files and folders beside their place and rename them, so that an error never leaves half of one.
+
+Left out: formats.
+"""
+
+import shutil
+from pathlib import Path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, making its folder; what was there stays until the new text is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".writing")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def new_draft(folder: Path) -> Path:
+    """The place beside `folder` to prepare its next version in; what an earlier failure left there is removed."""
+    draft = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(draft, ignore_errors=True)
+    return draft
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Put a finished folder in its place, keeping the old one until the new one is there."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,81 @@
+"""Where the model looks: from attention rows to a [B, 14, 14] heatmap that sums to 1.
+
+The `attention` heatmap is the probability mass that goes from the positions which predict the count's
+digits to the visual tokens, averaged over digits, layers and heads, moved to 14x14 by exact areas, and
+renormalised.  It is differentiable, and it needs the answer's query rows only.
+
+Left out: the losses, and how the rows are caught (`model.AttentionProbe`).
+"""
+
+import torch
+
+from .data import Batch
+from .model import AttentionProbe, answer_logits
+
+
+def default_layers(depth: int) -> tuple[int, ...]:
+    """About four layers, evenly over the second half of the language model, where answers are put together."""
+    return tuple(range(depth // 2, depth, max(1, depth // 7)))
+
+
+def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Attention mass on the cells of the 14x14 grid, not renormalised.
+
+    Args:
+        rows: [B, ..., T] attention mass on every position of the sequence.
+        batch: gives each visual token's place by `row_weights` and `column_weights`.
+
+    Returns:
+        [B, ..., 14, 14]; the sum is the mass on visual tokens, the rest went to text.
+    """
+    shape = (len(rows), *(1,) * (rows.ndim - 2))
+    along_y, along_x = (batch[key].to(rows).unflatten(0, shape) for key in ("row_weights", "column_weights"))
+    return (along_y * rows.unsqueeze(-2)) @ along_x.transpose(-1, -2)
+
+
+def layer_head_maps(probe: AttentionProbe, batch: Batch) -> torch.Tensor:
+    """What each layer and head looks at while it predicts the digits.
+
+    Args:
+        probe: after a forward pass that it asked for rows at `batch["answer_positions"]`.
+
+    Returns:
+        [B, L, H, 14, 14] attention mass, layers in the probe's order; sums are at most 1.
+    """
+    rows = torch.stack([probe.rows[layer] for layer in probe.layers], dim=1)  # [B, L, H, A, T]
+    on_digits = torch.einsum("blhat,ba->blht", rows, batch["digit_weights"].to(rows))
+    return visual_mass(on_digits, batch)
+
+
+def attention_heatmap(probe: AttentionProbe, batch: Batch, heads: tuple[int, ...] | None = None) -> torch.Tensor:
+    """The `attention` heatmap of a forward pass.
+
+    Args:
+        probe: as for `layer_head_maps`.
+        heads: which heads to average; None for all.
+
+    Returns:
+        [B, 14, 14], non-negative, each summing to 1; part of the graph where the pass has one.
+    """
+    rows = torch.stack([probe.rows[layer] for layer in probe.layers])  # [L, B, H, A, T]
+    rows = rows.mean(dim=(0, 2)) if heads is None else rows[:, :, list(heads)].mean(dim=(0, 2))  # [B, A, T]
+    on_digits = torch.einsum("bat,ba->bt", rows, batch["digit_weights"].to(rows))
+    mass = visual_mass(on_digits, batch)  # [B, 14, 14]
+    return mass / mass.sum(dim=(1, 2), keepdim=True)
+
+
+def heatmap(network, batch: Batch, layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None):
+    """One forward pass and its `attention` heatmap.
+
+    Args:
+        network: a Qwen3-VL with this library's attention (`load_model`).
+        batch: from `Collate`, on the network's device.
+        layers, heads: which to average; None for `default_layers` and all heads.
+
+    Returns:
+        [B, 14, 14] as `attention_heatmap`; under `torch.no_grad()` it keeps no graph.
+    """
+    layers = layers or default_layers(network.config.text_config.num_hidden_layers)
+    probe = AttentionProbe(batch["answer_positions"], layers)
+    answer_logits(network, batch, probe)
+    return attention_heatmap(probe, batch, heads)

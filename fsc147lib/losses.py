@@ -1,0 +1,104 @@
+"""The two losses and their sum: does the model say the right count, and does it look at the objects?
+
+Left out: the loop.  `DualLoss` holds the network so that one module is all that a loop, a mixed
+precision wrapper or a distributed wrapper has to call.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .data import Batch
+from .heatmaps import attention_heatmap, default_layers
+from .model import AttentionProbe, answer_logits
+
+TINY_MASS = 1e-8
+"""Floor under a heatmap's cells inside the logarithm of the KL divergence."""
+
+
+class NonFiniteLoss(ValueError):
+    """A loss is NaN or infinite; the message names which one, and the images."""
+
+
+def count_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the answer's tokens.
+
+    Args:
+        logits: [B, A, V] at the positions that predict the answer.
+        labels: [B, A] the answer's tokens, -100 where an answer is shorter.
+
+    Returns:
+        Scalar in nats, *summed* over tokens: the caller divides by the tokens of the whole step, which
+        is more than one batch when gradients are accumulated.
+    """
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def kl_divergence(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
+    """KL(P || A) of each image, in nats: target P and heatmap A [B, 14, 14], each summing to 1 -> [B]."""
+    target, heatmap = target.float(), heatmap.float()
+    return (torch.xlogy(target, target) - target * heatmap.clamp_min(TINY_MASS).log()).sum(dim=(1, 2))
+
+
+def squared_error(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
+    """Squared difference summed over the cells of each image: [B, 14, 14] twice -> [B], in 0..2."""
+    return (target.float() - heatmap.float()).square().sum(dim=(1, 2))
+
+
+ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
+"""An attention loss is a function of target and heatmap [B, 14, 14] to [B]; a new one is a line here."""
+
+
+@dataclass
+class LossParts:
+    """Scalars of one step; `total` = `count` + weight * `attention`."""
+
+    total: torch.Tensor
+    count: torch.Tensor  # mean over answer tokens
+    attention: torch.Tensor  # mean over images; 0 when it is switched off
+
+
+class DualLoss(nn.Module):
+    """Count loss plus weighted attention loss of one forward pass.
+
+    Args:
+        network: Qwen3-VL from `load_model`.
+        weight: of the attention loss; 0 leaves it out altogether, its probe included.
+        kind: "kl" or "mse".
+        layers, heads: whose attention is trained; None for `default_layers` and all heads.
+    """
+
+    def __init__(self, network, weight: float = 0.1, kind: str = "kl", layers=None, heads=None):
+        super().__init__()
+        self.network, self.weight, self.kind, self.heads = network, weight, kind, heads
+        self.layers = layers or default_layers(network.config.text_config.num_hidden_layers)
+
+    def forward(self, batch: Batch, tokens: int | None = None, images: int | None = None) -> LossParts:
+        """The losses of a batch.
+
+        Args:
+            batch: from `Collate(answers=True)`, on the network's device.
+            tokens, images: what to divide the sums by; None for this batch's own.  With gradient
+                accumulation these are the numbers of the whole window, so that every answer token
+                weighs the same and the parts of the window add up.
+
+        Raises:
+            NonFiniteLoss: naming the part and the images.
+        """
+        probe = AttentionProbe(batch["answer_positions"], self.layers) if self.weight else None
+        logits = answer_logits(self.network, batch, probe)
+        labels = batch["answer_labels"]
+        count = count_loss(logits, labels) / (tokens or int((labels != -100).sum()))
+        attention = torch.zeros_like(count)
+        if self.weight:
+            heatmap = attention_heatmap(probe, batch, self.heads)
+            attention = ATTENTION_LOSSES[self.kind](batch["target"], heatmap).sum() / (images or len(labels))
+        for name, part in (("count", count), ("attention", attention)):
+            if not part.isfinite():
+                raise NonFiniteLoss(
+                    f"the {name} loss is {float(part)} on {', '.join(batch['names'])}: "
+                    "lower the learning rate, or look at these images with `check`"
+                )
+        return LossParts(count + self.weight * attention, count, attention)

@@ -1,0 +1,276 @@
+"""Load Qwen3-VL: the real one from a hub id or a folder, or a tiny one of the same classes.
+
+Whatever the name, the same `CountingModel` comes back, and all code after it is the same.  Text
+attention goes through one door, `probed_attention`: the library's fast attention, which also writes
+down a few rows of probabilities when a forward pass brings an `AttentionProbe`.
+
+Left out: what the rows mean (`heatmaps`), and `Qwen3VLProcessor`, which cannot be built without
+torchvision: ids are made in `prompt` and `data.collate`, pixels by the library's PIL processor.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
+
+from .data import Batch
+from .files import new_draft, replace_folder
+from .prompt import ANSWER, QUESTION
+
+TINY = "tiny"
+ATTENTION = "sdpa_with_probe"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message says which and what to do."""
+
+
+@dataclass
+class CountingModel:
+    """A Qwen3-VL network with what it needs to read a question about an image."""
+
+    network: Qwen3VLForConditionalGeneration
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: Qwen2VLImageProcessorPil
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights (safetensors), config, tokenizer and image processor, all or nothing.
+
+        The folder loads again with `load_model`, and in plain transformers with
+        `AutoModelForImageTextToText.from_pretrained`.
+        """
+        draft = new_draft(Path(folder))
+        self.write_into(draft)
+        replace_folder(draft, Path(folder))
+
+    def write_into(self, folder: Path) -> None:
+        """Write the parts into a folder that nobody reads yet (`checkpoint` puts more beside them)."""
+        for part in (self.network, self.tokenizer, self.image_processor):
+            part.save_pretrained(folder)
+
+
+def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingModel:
+    """Load a model, its tokenizer and its image processor.
+
+    Args:
+        name: "tiny" (random weights, nothing to download), a folder, or a hub id such as
+            "Qwen/Qwen3-VL-2B-Instruct".
+        dtype: of the weights; float32 to train (bfloat16 weights lose small updates).
+        seed: of the random weights of "tiny".
+
+    Raises:
+        ModelError: missing folder, not a Qwen3-VL, or a hub that cannot be reached.
+    """
+    if str(name) == TINY:
+        return tiny_model(dtype, seed)
+    name = _find(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "qwen3_vl":
+            raise ModelError(
+                f"{name} is a {config.model_type!r} model: this library knows Qwen3-VL (model_type 'qwen3_vl') only"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.chat_template = tokenizer.chat_template or _processor_chat_template(name)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        network = Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=_attention())
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"cannot load {name}: {str(error).strip().splitlines()[0]}\n"
+            "If it is a hub id: is it spelled right, and is the hub reachable? With no network, copy the model's "
+            "folder to this machine and give its path, or use 'tiny', which needs no download."
+        ) from error
+    return CountingModel(network, tokenizer, image_processor)
+
+
+def _find(name: str | Path) -> str:
+    """The folder, or the hub id; a path that is not there is told from a hub id by its form."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ModelError(
+                f"{name} has no config.json: give a folder that holds a saved model, for example runs/x/best"
+            )
+        return str(name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) or Path(name).parent.is_dir():
+        raise ModelError(
+            f"there is no model folder {name}: give 'tiny', an existing folder, "
+            "or a hub id such as Qwen/Qwen3-VL-2B-Instruct"
+        )
+    return str(name)
+
+
+def _processor_chat_template(name: str) -> str:
+    """The chat template where older Qwen-VL folders keep it: with the processor, not the tokenizer."""
+    path = cached_file(name, "chat_template.json")
+    return json.loads(Path(path).read_text())["chat_template"]
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Device and precision: "bf16" is autocast, "auto" is that on a GPU and fp32 elsewhere; weights stay as they are."""
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> None:
+    """Stop or resume training of the vision encoder, its mergers included."""
+    network.model.visual.requires_grad_(not frozen)
+
+
+# --- Attention: one door
+
+
+@dataclass
+class AttentionProbe:
+    """Asks a forward pass for a few rows of attention probabilities: `network(..., attention_probe=probe)`.
+
+    Attributes:
+        queries: [B, R] positions of the rows in each sequence.
+        layers: which layers of the language model to look at.
+        rows: filled by the pass: layer -> [B, heads, R, T] float32, each row summing to 1 over the T
+            keys up to its own position; part of the autograd graph where the pass has one.
+    """
+
+    queries: torch.Tensor
+    layers: tuple[int, ...]
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def probed_attention(module, query, key, value, attention_mask, attention_probe=None, **kwargs):
+    """The library's scaled-dot-product attention; for layers in the probe it also notes some rows.
+
+    The output is the library's own.  The rows cost R queries instead of T, so neither eager attention
+    nor a [T, T] matrix is needed to see, or to train, where the model looks.
+    """
+    if attention_probe is not None and getattr(module, "layer_idx", None) in attention_probe.layers:
+        attention_probe.rows[module.layer_idx] = _attention_rows(module, query, key, attention_probe.queries)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attention_rows(module, query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Softmax rows of the queries asked for; query [B, H, T, D], key [B, Hk, T, D] -> [B, H, R, T]."""
+    index = queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, R, D]
+    with torch.autocast(query.device.type, enabled=False):  # a softmax over hundreds of keys wants float32
+        wide = torch.promote_types(query.dtype, torch.float32)
+        chosen = query.gather(2, index).to(wide)
+        keys = repeat_kv(key, module.num_key_value_groups).to(wide)
+        scores = chosen @ keys.transpose(2, 3) * module.scaling  # [B, H, R, T]
+        future = torch.arange(key.shape[2], device=key.device) > queries[:, None, :, None]
+        return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+
+
+def answer_logits(network, batch: Batch, probe: AttentionProbe | None = None) -> torch.Tensor:
+    """One forward pass; the wide output head is applied at the answer's positions alone.
+
+    Args:
+        network: from `load_model`.
+        batch: from `data.Collate(answers=True)`, on the network's device.
+        probe: filled with attention rows on the way.
+
+    Returns:
+        [B, A, V] logits of the tokens in `batch["answer_labels"]`.
+    """
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "pixel_values", "image_grid_thw")}
+    kept = batch["answer_positions"]
+    return network(**inputs, logits_to_keep=kept, attention_probe=probe, use_cache=False).logits
+
+
+AttentionInterface.register(ATTENTION, probed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _attention() -> dict[str, str]:
+    return {"text_config": ATTENTION, "vision_config": "sdpa"}
+
+
+# --- The tiny model
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+WORDS = "apples lemons leaves buttons bricks starfish hex nuts candies user assistant"
+"""Words that are worth one token each, with those of the question; all other text is spelled in pieces."""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer over the words of the prompt; any text can be written, digits stay single."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d| ?\p{L}+| |[^\s\p{L}\d]+|\s+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator([QUESTION, ANSWER, *WORDS.split(), *(f" {word}" for word in WORDS.split())], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
+    """Qwen3-VL with every part that the real one has, about a million parameters."""
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        "eos_token_id": ids["im_end"], "pad_token_id": ids["endoftext"], "tie_word_embeddings": True,
+    }  # fmt: skip
+    vision = {
+        "depth": 4, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
+        "num_position_embeddings": 256, "deepstack_visual_indexes": [1, 2],
+    }  # fmt: skip
+    return Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"], tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingModel:
+    """A Qwen3-VL small enough for a laptop, with random weights; `load_model("tiny")` calls this."""
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=_attention(), dtype=dtype)
+    network.generation_config.eos_token_id = tokenizer.eos_token_id
+    network.generation_config.pad_token_id = tokenizer.pad_token_id
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": 32 * 32, "longest_edge": 256 * 384},
+    )  # fmt: skip
+    return CountingModel(network, tokenizer, image_processor)

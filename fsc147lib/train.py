@@ -1,0 +1,285 @@
+"""The loop: both losses, schedule, precision, accumulation, validation, checkpoints and tracking.
+
+A run is a folder: `config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch),
+`best/` and `last/` (checkpoints), `wandb/`.  The same seed on the same machine gives the same run, and
+a run that was stopped goes on with `resume` at the last whole epoch to the very same end.
+
+Left out: what a loss or a metric is, and drawing.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import wandb
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
+from .config import ConfigError, TrainConfig
+from .data import FSC147, Batch, Collate, Sample
+from .evaluate import evaluate_samples
+from .files import write_text
+from .losses import DualLoss, LossParts
+from .metrics import constant_baselines
+from .model import CountingModel, freeze_vision, load_model, make_accelerator
+
+MAY_CHANGE = {"data", "out", "workers", "log_every", "tracking", "resume", "overwrite"}
+"""Fields that a resumed run may give anew; with any other it would not be the same run."""
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+        out: the run's folder.
+        steps: the step lines of metrics.jsonl: step, epoch, count_loss, attention_loss, total,
+            learning_rate, gradient_norm, images_per_second.
+        epochs: one validation for each epoch, the first from before training (epoch 0).
+        baselines: `metrics.constant_baselines` on the validation split.
+    """
+
+    out: Path
+    steps: list[dict]
+    epochs: list[dict]
+    baselines: dict[str, dict[str, float]]
+
+
+class TrainingOrder(Dataset):
+    """The training samples in an order, and with mirror images, that depend on seed and epoch alone."""
+
+    def __init__(self, samples: list[Sample], seed: int, flip: bool):
+        self.samples, self.seed, self.flip = samples, seed, flip
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        self.order = torch.randperm(len(self.samples), generator=generator).tolist()
+        self.mirrored = (torch.rand(len(self.samples), generator=generator) < 0.5 * self.flip).tolist()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> Sample:
+        sample = self.samples[self.order[i]]
+        return sample.flipped() if self.mirrored[i] else sample
+
+
+def training_loader(config: TrainConfig, samples: list[Sample], model: CountingModel) -> DataLoader:
+    """Batches of a run; `loader.dataset.set_epoch(epoch)` chooses the epoch."""
+    order = TrainingOrder(samples, config.seed, config.flip)
+    collate = Collate(model.tokenizer, model.image_processor, keep=config.workers == 0)
+    return DataLoader(order, config.batch_size, collate_fn=collate, num_workers=config.workers)
+
+
+def make_optimizer(config: TrainConfig, network: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW on all weights; matrices decay, norms and biases do not.  Frozen weights get no gradient, so no update."""
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.resolved_learning_rate, betas=(0.9, 0.98))
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear rise over the first part of the steps, then half a cosine to 0; step counts from 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def windows(batches, size: int) -> Iterator[list[Batch]]:
+    """Groups of `size` batches, the last one maybe smaller: what one optimizer step sees."""
+    window = []
+    for batch in batches:
+        window.append(batch)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+class Run:
+    """One training run: what the loop holds on to.  `train` makes it and drives it."""
+
+    def __init__(self, config: TrainConfig, on_log: Callable[[dict], None] | None = None):
+        self.config, self.on_log = config, on_log
+        self._open_folder()
+        set_seed(config.seed)
+        self.accelerator = make_accelerator(config.precision)
+        self.samples = {split: list(FSC147(config.data, split))[: config.limit] for split in ("train", "val")}
+        self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
+        network = self.model.network
+        if config.gradient_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = make_optimizer(config, network)
+        loader = training_loader(config, self.samples["train"], self.model)
+        loss = DualLoss(
+            network, config.attention_weight, config.attention_loss, config.attention_layers, config.attention_heads
+        )
+        self.loss, self.optimizer, self.loader = self.accelerator.prepare(loss, optimizer, loader)
+        self.order = loader.dataset
+        self.steps_per_epoch = math.ceil(len(self.loader) / config.accumulation)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.step, self.epoch, self.best = 0, 0, math.inf
+        counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
+        self.result = TrainResult(config.out, [], [], constant_baselines(counts["train"], counts["val"]))
+        if config.resume:
+            self._restore()
+        self.tracker = self._start_tracker()
+
+    def _open_folder(self) -> None:
+        out, config = self.config.out, self.config
+        if config.overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        exists = (out / "config.json").is_file()
+        if exists and not config.resume:
+            raise ConfigError(f"{out} holds a run already: name another --out, go on with --resume, or --overwrite it")
+        if config.resume:
+            if not (out / "last").is_dir():
+                raise ConfigError(f"there is nothing to resume in {out}: no epoch of a run was finished there")
+            _need_same_run(config, json.loads((out / "config.json").read_text()))
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "config.json", config.to_json())
+
+    def _restore(self) -> None:
+        state = load_training_state(self.config.out / "last", self.optimizer.optimizer)
+        self.step, self.epoch, self.best = state["step"], state["epoch"], state["best"]
+        self.result.steps, self.result.epochs = state["steps"], state["epochs"]
+        lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
+        write_text(self.config.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _start_tracker(self):
+        os.environ.setdefault("WANDB_SILENT", "true")  # it would print into every notebook
+        return wandb.init(
+            project="fsc147lib", name=self.config.out.name, dir=self.config.out, mode=self.config.tracking if self.accelerator.is_main_process else "disabled",
+            config=json.loads(self.config.to_json()),
+        )  # fmt: skip
+
+    def log(self, line: dict) -> None:
+        """Append to metrics.jsonl and hand on to the tracker and to whoever watches."""
+        (self.result.epochs if "val" in line else self.result.steps).append(line)
+        if not self.accelerator.is_main_process:
+            return
+        with (self.config.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.tracker.log(line)
+        if self.on_log:
+            self.on_log(line)
+
+    def validate(self) -> dict[str, float]:
+        """Evaluate the validation split and log it; returns the metrics."""
+        config = self.config
+        layers = self.accelerator.unwrap_model(self.loss).layers
+        evaluation = evaluate_samples(
+            self.model, self.samples["val"], config.batch_size, layers, config.attention_heads, self.accelerator
+        )
+        self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
+        return evaluation.metrics
+
+    def train_epoch(self, progress: tqdm) -> None:
+        config = self.config
+        freeze_vision(self.model.network, not config.vision_trains(self.epoch))
+        self.order.set_epoch(self.epoch)
+        self.loss.train()
+        images, started = 0, time.perf_counter()
+        for window in windows(self.loader, config.accumulation):
+            factor = learning_rate_factor(self.step, self.total_steps, config.warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.resolved_learning_rate * factor
+            parts, norm = self.train_step(window)
+            self.step += 1
+            images += sum(len(batch["count"]) for batch in window)
+            progress.update()
+            if self.step % config.log_every == 0 or self.step == 1:
+                line = {name: float(value) for name, value in asdict(parts).items()}
+                speed = images / (time.perf_counter() - started)
+                images, started = 0, time.perf_counter()
+                self.log({
+                    "step": self.step, "epoch": self.epoch + 1, "count_loss": line["count"],
+                    "attention_loss": line["attention"], "total": line["total"],
+                    "learning_rate": self.optimizer.param_groups[0]["lr"], "gradient_norm": float(norm),
+                    "images_per_second": speed,
+                })  # fmt: skip
+                progress.set_postfix(count=f"{line['count']:.3f}", attention=f"{line['attention']:.3f}")
+        self.epoch += 1
+
+    def train_step(self, window: list[Batch]) -> tuple[LossParts, torch.Tensor]:
+        """One optimizer step on a window of batches; returns the window's losses and the gradient's norm."""
+        accelerator = self.accelerator
+        sizes = torch.tensor([[int((b["answer_labels"] != -100).sum()), len(b["count"])] for b in window]).sum(dim=0)
+        tokens, images = accelerator.reduce(sizes.to(accelerator.device)).tolist()  # over all processes
+        summed = LossParts(*torch.zeros(3, device=accelerator.device))
+        for i, batch in enumerate(window):
+            with accelerator.no_sync(self.loss) if i + 1 < len(window) else nullcontext():
+                parts = self.loss(batch, tokens, images)
+                accelerator.backward(parts.total * accelerator.num_processes)  # whose gradients are averaged
+            for name in ("total", "count", "attention"):
+                setattr(summed, name, getattr(summed, name) + getattr(parts, name).detach())
+        norm = accelerator.clip_grad_norm_(self.loss.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return summed, norm
+
+    def save(self, metrics: dict[str, float]) -> None:
+        """Write last/, and best/ if the validation MAE is the lowest so far."""
+        if not self.accelerator.is_main_process:
+            return
+        better = metrics["mae"] < self.best
+        self.best = min(self.best, metrics["mae"])
+        state = {"step": self.step, "epoch": self.epoch, "best": self.best,
+                 "steps": self.result.steps, "epochs": self.result.epochs}  # fmt: skip
+        last, best = self.config.out / "last", self.config.out / "best"
+        save_checkpoint(last, self.model, self.optimizer.optimizer, state)
+        if better:
+            link_checkpoint(last, best)
+
+
+def _need_same_run(config: TrainConfig, saved: dict) -> None:
+    now = json.loads(config.to_json())
+    for name in now.keys() - MAY_CHANGE:
+        if now[name] != saved.get(name):
+            raise ConfigError(
+                f"{name} is {now[name]}, but the run in {config.out} was started with {saved.get(name)}: "
+                "resume with the same value, or start a new run with another --out"
+            )
+
+
+def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:
+    """Fine-tune a model; `python -m fsc147lib train` calls this.
+
+    Args:
+        config: what to do; the run's folder is `config.out`.
+        on_log: called with each line of metrics.jsonl as it is written, for a live curve.
+
+    Returns:
+        The run's history.  The weights are in `out/best` and `out/last`.
+
+    Raises:
+        ConfigError, DataError, ModelError: before the first step, with the cure in the message.
+        NonFiniteLoss: during training; `last/` holds the last whole epoch.
+    """
+    run = Run(config, on_log)
+    try:
+        if run.epoch == 0:
+            run.validate()
+        with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
+            while run.epoch < config.epochs:
+                run.train_epoch(progress)
+                run.save(run.validate())
+    finally:
+        run.tracker.finish()
+    return run.result
