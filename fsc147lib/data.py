@@ -418,3 +418,8 @@ def _mrope(head: int, y: torch.Tensor, x: torch.Tensor, tail: int) -> torch.Tens
     image = torch.stack([torch.zeros_like(y), y, x]) + head
     after = head + max(int(y[-1]), int(x[-1])) + 1
     return torch.cat([torch.arange(head).expand(3, -1), image, torch.arange(after, after + tail).expand(3, -1)], dim=1)
+
+
+def to_device(batch: Batch, device) -> Batch:
+    """The batch with its tensors on a device; names stay as they are."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .config import EvaluateConfig
-from .data import FSC147, Batch, Collate, Sample
+from .data import FSC147, Batch, Collate, Sample, to_device
 from .files import write_text
-from .heatmaps import attention_heatmap, default_layers
+from .heatmaps import attention_heatmap, choose
 from .losses import count_loss
 from .metrics import alignment, counting_metrics, metrics_by_bin
 from .model import AttentionProbe, CountingModel, answer_logits, load_model, make_accelerator
@@ -89,7 +89,7 @@ def evaluate_samples(
     network = model.network.to(accelerator.device)
     was_training = network.training
     network.eval()
-    layers = layers or default_layers(network.config.text_config.num_hidden_layers)
+    layers = choose(network, layers, heads)
     # wide images apart from narrow ones, so that batches hold little padding
     order = sorted(range(len(samples)), key=lambda i: samples[i].size[1] / samples[i].size[0])
     chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
@@ -133,11 +133,6 @@ def _summarise(images: list[ImageResult], loss: float) -> Evaluation:
         **maps,
     }
     return Evaluation(metrics, metrics_by_bin(predicted, target), images)
-
-
-def to_device(batch: Batch, device) -> Batch:
-    """The batch with its tensors on a device; names stay as they are."""
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def generate_answers(model: CountingModel, prompts: Batch) -> list[str]:

@@ -9,8 +9,25 @@ Left out: the losses, and how the rows are caught (`model.AttentionProbe`).
 
 import torch
 
-from .data import Batch
-from .model import AttentionProbe, answer_logits
+from .config import ConfigError
+from .data import Batch, Collate, Sample, to_device
+from .model import AttentionProbe, CountingModel, answer_logits
+
+
+def choose(network, layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The layers to look at: those asked for, or `default_layers`.
+
+    Raises:
+        ConfigError: the language model has no such layer or head.
+    """
+    text = network.config.text_config
+    for name, chosen, number in (
+        ("attention_layers", layers, text.num_hidden_layers),
+        ("attention_heads", heads, text.num_attention_heads),
+    ):
+        if chosen is not None and not (chosen and all(0 <= one < number for one in chosen)):
+            raise ConfigError(f"{name} is {chosen}, but this model has 0 to {number - 1}: choose at least one of them")
+    return layers or default_layers(text.num_hidden_layers)
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
@@ -75,7 +92,32 @@ def heatmap(network, batch: Batch, layers: tuple[int, ...] | None = None, heads:
     Returns:
         [B, 14, 14] as `attention_heatmap`; under `torch.no_grad()` it keeps no graph.
     """
-    layers = layers or default_layers(network.config.text_config.num_hidden_layers)
-    probe = AttentionProbe(batch["answer_positions"], layers)
+    probe = AttentionProbe(batch["answer_positions"], choose(network, layers, heads))
     answer_logits(network, batch, probe)
     return attention_heatmap(probe, batch, heads)
+
+
+@torch.no_grad()
+def look(model: CountingModel, samples: list[Sample], layers: tuple[int, ...] | None = None, batch_size: int = 16):
+    """Where a model looks on some samples while it is told the right answer.
+
+    Args:
+        model: stays on its device, and is put in eval mode.
+        samples: with images.
+        layers: None for `default_layers`.
+
+    Returns:
+        Heatmaps [N, 14, 14], each summing to 1, and the attention mass of every layer and head
+        [N, L, H, 14, 14], both float32 on the CPU.
+    """
+    network = model.network.eval()
+    layers = choose(network, layers)
+    collate = Collate(model.tokenizer, model.image_processor)
+    maps, parts = [], []
+    for start in range(0, len(samples), batch_size):
+        batch = to_device(collate(samples[start : start + batch_size]), network.device)
+        probe = AttentionProbe(batch["answer_positions"], layers)
+        answer_logits(network, batch, probe)
+        maps.append(attention_heatmap(probe, batch).float().cpu())
+        parts.append(layer_head_maps(probe, batch).float().cpu())
+    return torch.cat(maps), torch.cat(parts)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import Batch
-from .heatmaps import attention_heatmap, default_layers
+from .heatmaps import attention_heatmap, choose
 from .model import AttentionProbe, answer_logits
 
 TINY_MASS = 1e-8
@@ -68,12 +68,15 @@ class DualLoss(nn.Module):
         weight: of the attention loss; 0 leaves it out altogether, its probe included.
         kind: "kl" or "mse".
         layers, heads: whose attention is trained; None for `default_layers` and all heads.
+
+    Raises:
+        ConfigError: the model has no such layer or head.
     """
 
     def __init__(self, network, weight: float = 0.1, kind: str = "kl", layers=None, heads=None):
         super().__init__()
         self.network, self.weight, self.kind, self.heads = network, weight, kind, heads
-        self.layers = layers or default_layers(network.config.text_config.num_hidden_layers)
+        self.layers = choose(network, layers, heads)
 
     def forward(self, batch: Batch, tokens: int | None = None, images: int | None = None) -> LossParts:
         """The losses of a batch.

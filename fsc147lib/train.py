@@ -1,8 +1,9 @@
 """The loop: both losses, schedule, precision, accumulation, validation, checkpoints and tracking.
 
 A run is a folder: `config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch),
-`best/` and `last/` (checkpoints), `wandb/`.  The same seed on the same machine gives the same run, and
-a run that was stopped goes on with `resume` at the last whole epoch to the very same end.
+`summary.json` (validation before, best and last), `best/` and `last/` (checkpoints), `wandb/`.  The
+same seed on the same machine gives the same run, and a run that was stopped goes on with `resume` at
+the last whole epoch to the very same end.
 
 Left out: what a loss or a metric is, and drawing.
 """
@@ -53,15 +54,26 @@ class TrainResult:
     epochs: list[dict]
     baselines: dict[str, dict[str, float]]
 
+    def summary(self) -> dict:
+        """Validation `before` training, `best` (lowest MAE, with its epoch) and `last`, and the baselines."""
+        rows = [{"epoch": line["epoch"], **line["val"]} for line in self.epochs]
+        best = min(rows[1:], key=lambda row: row["mae"])
+        return {"before": rows[0], "best": best, "last": rows[-1], "baselines": self.baselines}
+
 
 class TrainingOrder(Dataset):
     """The training samples in an order, and with mirror images, that depend on seed and epoch alone."""
 
     def __init__(self, samples: list[Sample], seed: int, flip: bool):
         self.samples, self.seed, self.flip = samples, seed, flip
-        self.set_epoch(0)
+        self.shuffle(0)
 
-    def set_epoch(self, epoch: int) -> None:
+    def shuffle(self, epoch: int) -> None:
+        """Put the samples in the order of an epoch.
+
+        Not called `set_epoch`: accelerate calls a method of that name with its own count of epochs, which
+        starts anew when a run is resumed.
+        """
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         self.order = torch.randperm(len(self.samples), generator=generator).tolist()
         self.mirrored = (torch.rand(len(self.samples), generator=generator) < 0.5 * self.flip).tolist()
@@ -75,7 +87,7 @@ class TrainingOrder(Dataset):
 
 
 def training_loader(config: TrainConfig, samples: list[Sample], model: CountingModel) -> DataLoader:
-    """Batches of a run; `loader.dataset.set_epoch(epoch)` chooses the epoch."""
+    """Batches of a run; `loader.dataset.shuffle(epoch)` chooses the epoch."""
     order = TrainingOrder(samples, config.seed, config.flip)
     collate = Collate(model.tokenizer, model.image_processor, keep=config.workers == 0)
     return DataLoader(order, config.batch_size, collate_fn=collate, num_workers=config.workers)
@@ -89,7 +101,7 @@ def make_optimizer(config: TrainConfig, network: torch.nn.Module) -> torch.optim
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.resolved_learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=config.resolved_learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -124,7 +136,7 @@ class Run:
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         network = self.model.network
         if config.gradient_checkpointing:
-            network.gradient_checkpointing_enable({"use_reentrant": False})
+            network.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(config, network)
         loader = training_loader(config, self.samples["train"], self.model)
         loss = DualLoss(
@@ -165,7 +177,8 @@ class Run:
     def _start_tracker(self):
         os.environ.setdefault("WANDB_SILENT", "true")  # it would print into every notebook
         return wandb.init(
-            project="fsc147lib", name=self.config.out.name, dir=self.config.out, mode=self.config.tracking if self.accelerator.is_main_process else "disabled",
+            project="fsc147lib", name=self.config.out.name, dir=self.config.out,
+            mode=self.config.tracking if self.accelerator.is_main_process else "disabled",
             config=json.loads(self.config.to_json()),
         )  # fmt: skip
 
@@ -193,7 +206,7 @@ class Run:
     def train_epoch(self, progress: tqdm) -> None:
         config = self.config
         freeze_vision(self.model.network, not config.vision_trains(self.epoch))
-        self.order.set_epoch(self.epoch)
+        self.order.shuffle(self.epoch)
         self.loss.train()
         images, started = 0, time.perf_counter()
         for window in windows(self.loader, config.accumulation):
@@ -246,6 +259,7 @@ class Run:
         save_checkpoint(last, self.model, self.optimizer.optimizer, state)
         if better:
             link_checkpoint(last, best)
+        write_text(self.config.out / "summary.json", json.dumps(self.result.summary(), indent=1))
 
 
 def _need_same_run(config: TrainConfig, saved: dict) -> None:

@@ -170,16 +170,16 @@ def test_annotations_without_images(root):
 def test_truncated_image_raises_when_read(root):
     truncate(root)
     with pytest.raises(DataError, match=r"1\.jpg.*(?s:.)*Cure: download the image again"):
-        FSC147(root)[0].image
+        _ = FSC147(root)[0].image
 
 
 def test_bad_density_raises_when_read(root):
     wrong_density(root)
     with pytest.raises(DataError, match=r"1\.npy.*\(3, 4\)(?s:.)*delete the file"):
-        FSC147(root)[0].density
+        _ = FSC147(root)[0].density
     (root / IMAGE_1).unlink()
     with pytest.raises(DataError, match="unreadable-image"):
-        FSC147(root, require_images=False)[0].density
+        _ = FSC147(root, require_images=False)[0].density
 
 
 def test_allow_missing_leaves_names_out(root):
@@ -233,9 +233,9 @@ def truncate(root):
     path.write_bytes(path.read_bytes()[:-400])
 
 
-def wrong_density(root, name="1.npy", value=np.zeros((3, 4))):
+def wrong_density(root, name="1.npy", value=None):
     (root / data.DENSITIES).mkdir(exist_ok=True)
-    np.save(root / data.DENSITIES / name, value, allow_pickle=True)
+    np.save(root / data.DENSITIES / name, np.zeros((3, 4)) if value is None else value, allow_pickle=True)
 
 
 def append(path, text):

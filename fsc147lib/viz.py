@@ -1,0 +1,247 @@
+"""Pictures of what it is given: samples, maps, curves, errors, timings.  Nothing is computed here.
+
+Every function draws on matplotlib axes or returns a figure; a widget redraws such a figure.
+
+Left out: reading data and running models; notebooks hand in what they got from the library.
+"""
+
+from collections.abc import Callable, Sequence
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import clear_output, display
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .data import Sample
+from .evaluate import ImageResult
+
+COUNT_COLOUR, ATTENTION_COLOUR, GREY = "#1f6fb4", "#d9541e", "#777777"
+MAP_COLOURS = "inferno"
+
+
+def show_dots(axes, sample: Sample, boxes: bool = True) -> None:
+    """The photograph with its dots and exemplar boxes."""
+    axes.imshow(sample.image)
+    axes.scatter(*sample.points.T, s=14, c="#ff2d2d", edgecolors="white", linewidths=0.5)
+    for x1, y1, x2, y2 in sample.boxes if boxes else ():
+        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="#00e5ff", linewidth=1.6))
+    axes.set_title(f"{sample.count} {sample.category}", fontsize=9)
+    axes.axis("off")
+
+
+def show_map(axes, image: Image.Image, values: np.ndarray, title: str = "", strength: float = 0.6) -> None:
+    """A map laid over a grey photograph, stretched over the whole of it.
+
+    Args:
+        values: [h, w] non-negative; a grid's cells are drawn as cells, without smoothing.
+        strength: of the map's colours, 0..1.
+    """
+    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=320)
+    axes.imshow(
+        values, cmap=MAP_COLOURS, alpha=strength, extent=(0, image.width, image.height, 0), interpolation="nearest",
+        vmin=0, vmax=max(float(values.max()), 1e-12),
+    )  # fmt: skip
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")
+
+
+def gallery(samples: Sequence[Sample], columns: int = 4) -> Figure:
+    """Samples with dots and boxes, row by row."""
+    rows = -(-len(samples) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.4 * rows), squeeze=False, layout="constrained")
+    for place in axes.flat:
+        place.axis("off")
+    for place, sample in zip(axes.flat, samples, strict=False):
+        show_dots(place, sample)
+    return figure
+
+
+def sample_views(sample: Sample) -> Figure:
+    """One sample three times: dots and boxes, density, 14x14 target."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    show_dots(axes[0], sample)
+    density = sample.density
+    show_map(axes[1], sample.image, density, f"density, sums to {density.sum(dtype=float):.2f}")
+    show_map(axes[2], sample.image, sample.target, "14x14 target heatmap, sums to 1")
+    return figure
+
+
+def count_histogram(counts: dict[str, Sequence[int]]) -> Figure:
+    """How many images have how many objects, for each split; both axes logarithmic."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    largest = max(max(values) for values in counts.values() if len(values))
+    smallest = min(min(values) for values in counts.values() if len(values))
+    edges = np.geomspace(smallest, largest + 1, 25)
+    for (split, values), colour in zip(counts.items(), ("#1f6fb4", "#d9541e", "#3a923a"), strict=False):
+        axes.hist(values, edges, histtype="step", linewidth=1.8, color=colour, label=f"{split} ({len(values)} images)")
+        axes.axvline(float(np.median(values)), color=colour, linestyle=":", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="objects in the image (dotted: median)", ylabel="images")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
+    """The most frequent categories of some samples."""
+    names, numbers = np.unique([sample.category for sample in samples], return_counts=True)
+    order = np.argsort(numbers)[-most:]
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.24 * len(order)), layout="constrained")
+    axes.barh(names[order], numbers[order], color=COUNT_COLOUR)
+    axes.set(xlabel="images")
+    return figure
+
+
+class LiveCurve:
+    """Both losses and the validation error, redrawn while training runs: `train(config, on_log=LiveCurve())`.
+
+    Args:
+        every: log lines between two drawings; 0 draws only when `figure()` is called.
+    """
+
+    def __init__(self, every: int = 5):
+        self.every, self.lines, self._handle = every, [], None
+
+    def __call__(self, line: dict) -> None:
+        self.lines.append(line)
+        if self.every and (len(self.lines) % self.every == 0 or "val" in line):
+            figure = self.figure()
+            if self._handle is None:
+                self._handle = display(figure, display_id=True)
+            else:
+                self._handle.update(figure)
+            plt.close(figure)
+
+    def figure(self) -> Figure:
+        return training_curves(self.lines)
+
+
+def training_curves(lines: Sequence[dict], baseline: float | None = None) -> Figure:
+    """Count loss, attention loss and validation MAE against steps.
+
+    Args:
+        lines: of metrics.jsonl.
+        baseline: MAE of the mean predictor, drawn as a line if given.
+    """
+    steps = [line for line in lines if "val" not in line]
+    epochs = [line for line in lines if "val" in line]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained")
+    for place, key, value, colour, label in (
+        (axes[0], "count_loss", "count_loss", COUNT_COLOUR, "count loss (nats per token)"),
+        (axes[1], "attention_loss", "kl", ATTENTION_COLOUR, "attention loss"),
+    ):
+        place.plot([line["step"] for line in steps], [line[key] for line in steps], color=colour, label="train")
+        place.plot(
+            [line["step"] for line in epochs], [line["val"][value] for line in epochs], "o", color=GREY, label="val"
+        )
+        place.set(xlabel="step", title=label, ylim=(0, None))
+        place.legend(frameon=False, fontsize=8)
+    axes[2].plot([line["step"] for line in epochs], [line["val"]["mae"] for line in epochs], "o-", color=GREY)
+    axes[2].set(xlabel="step", title="validation MAE (objects)", ylim=(0, None))
+    if baseline is not None:
+        axes[2].axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
+        axes[2].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
+    """Each image's predicted count against its true one, on log axes; unparsed answers at the bottom."""
+    figure, axes = plt.subplots(figsize=(4.6, 4.3), layout="constrained")
+    parsed = [image for image in images if image.predicted]
+    lost = [image for image in images if not image.predicted]
+    axes.scatter([i.count for i in parsed], [i.predicted for i in parsed], s=16, alpha=0.6, color=COUNT_COLOUR)
+    low = 0.8 * min(min(image.count for image in images), *(image.predicted for image in parsed), 10**9)
+    high = 1.2 * max(max(image.count for image in images), *(image.predicted for image in parsed), 0)
+    if lost:
+        axes.scatter(
+            [i.count for i in lost], [low] * len(lost), marker="x", color="red", label=f"{len(lost)} unparsed or 0"
+        )
+        axes.legend(frameon=False, fontsize=8)
+    axes.plot([low, high], [low, high], color="black", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="true count", ylabel="predicted count")
+    return figure
+
+
+def map_comparison(samples: Sequence[Sample], maps: dict[str, np.ndarray], captions: Sequence[str] = ()) -> Figure:
+    """Photograph, target and one column for each kind of map; a row for each sample.
+
+    Args:
+        maps: title -> [B, 14, 14], in the samples' order.
+        captions: a title for each row's photograph, instead of count and category.
+    """
+    rows, columns = len(samples), 2 + len(maps)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.3 * rows), squeeze=False, layout="constrained")
+    for i, sample in enumerate(samples):
+        image = sample.image
+        show_dots(axes[i, 0], sample, boxes=False)
+        if captions:
+            axes[i, 0].set_title(captions[i], fontsize=9)
+        show_map(axes[i, 1], image, sample.target, "target" if i == 0 else "")
+        for j, (title, values) in enumerate(maps.items(), start=2):
+            show_map(axes[i, j], image, np.asarray(values[i]), title if i == 0 else "")
+    return figure
+
+
+def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int]) -> Figure:
+    """All layers and heads of one image, each on its own colour scale, titled with its mass on the image.
+
+    Args:
+        maps: [L, H, 14, 14] attention mass.
+        layers: the L layers' numbers.
+    """
+    rows, columns = maps.shape[:2]
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.2 * columns, 1.75 * rows), squeeze=False, layout="constrained"
+    )
+    for i in range(rows):
+        for j in range(columns):
+            title = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
+            show_map(axes[i, j], image, maps[i, j], title)
+            axes[i, j].title.set_fontsize(7)
+    return figure
+
+
+def overhead_bars(rows: Sequence[dict]) -> Figure:
+    """Step time and peak memory of each variant, with the spread between quartiles.
+
+    Args:
+        rows: of `benchmark.time_losses`: `name`, `seconds_median`, `seconds_low`, `seconds_high`, `peak_mib`.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    names = [row["name"] for row in rows]
+    colours = [COUNT_COLOUR, ATTENTION_COLOUR, GREY, "black"][: len(rows)]
+    middle = np.array([row["seconds_median"] for row in rows])
+    spread = np.abs(np.array([[row["seconds_low"], row["seconds_high"]] for row in rows]).T - middle)
+    axes[0].bar(names, 1000 * middle, yerr=1000 * spread, color=colours, capsize=5)
+    axes[0].set(ylabel="milliseconds", title="one training step (median, quartiles)")
+    axes[1].bar(names, [row["peak_mib"] or 0 for row in rows], color=colours)
+    axes[1].set(ylabel="MiB", title="peak memory of a step")
+    return figure
+
+
+def browser(draw: Callable[..., Figure], **choices) -> widgets.Widget:
+    """Sliders and menus that redraw a figure.
+
+    Args:
+        draw: makes a figure of the chosen values.
+        choices: for each argument of `draw`: a range for a slider, or a list for a menu.
+    """
+    controls = {
+        name: widgets.IntSlider(min=c.start, max=c.stop - 1, description=name, continuous_update=False)
+        if isinstance(c, range)
+        else widgets.Dropdown(options=c, description=name)
+        for name, c in choices.items()
+    }
+    output = widgets.Output()
+
+    def redraw(*_) -> None:
+        with output:
+            clear_output(wait=True)
+            figure = draw(**{name: control.value for name, control in controls.items()})
+            display(figure)
+            plt.close(figure)
+
+    for control in controls.values():
+        control.observe(redraw, "value")
+    redraw()
+    return widgets.VBox([widgets.HBox(list(controls.values())), output])

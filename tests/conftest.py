@@ -1,0 +1,64 @@
+"""Fixtures: a small drawn root, the tiny model, and a batch of images of very different sizes."""
+
+import os
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fsc147lib.data import FSC147, Collate
+from fsc147lib.model import load_model
+from fsc147lib.synthetic import make_dataset
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """A drawn root with 24 train, 8 val and 8 test pictures."""
+    return make_dataset(tmp_path_factory.mktemp("data") / "root", 24, 8, 8, seed=1)
+
+
+@pytest.fixture
+def tiny():
+    """A fresh tiny model: a test may change its weights."""
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def mixed_samples(root, tmp_path_factory):
+    """Four samples: two drawn ones, a tall and a very wide picture; counts of one, two and three digits."""
+    folder = tmp_path_factory.mktemp("mixed")
+    samples = list(FSC147(root, "train"))[:2]
+    for i, (size, count) in enumerate((((128, 320), 7), ((640, 96), 123))):
+        rng = np.random.default_rng(i)
+        path = folder / f"{i}.png"
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+        points = rng.uniform((0, 0), size, (count, 2)).astype(np.float32)
+        samples.append(replace(samples[0], name=path.name, points=points, image_path=path))
+    return samples
+
+
+@pytest.fixture
+def batch(tiny, mixed_samples):
+    return Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Every float32 that a module asks for becomes float64, so that finite differences are sharp.
+
+    Qwen3-VL's norms and rotations cast to float32 by name; without this their rounding would drown
+    the difference of two nearly equal losses.
+    """
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -1,0 +1,47 @@
+"""The three lists of packages agree: pyproject.toml, environment.yml and the lock."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+def project():
+    return tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+
+
+def wanted():
+    listed = [*project()["dependencies"], *project()["optional-dependencies"]["test"]]
+    return {canonicalize_name(one.name): one.specifier for one in map(Requirement, listed)}
+
+
+def test_environment_yml_asks_for_pyprojects_versions():
+    text = (HERE / "environment.yml").read_text()
+    lines = re.findall(r"^      - (\w.*)$", text, re.MULTILINE)  # the pip section, without its options
+    environment = {canonicalize_name(one.name): one.specifier for one in map(Requirement, lines)}
+    assert environment == wanted()
+    assert f"- python{project()['requires-python']}" in text
+
+
+def test_the_lock_pins_everything_within_pyprojects_ranges():
+    lock = {}
+    for line in (HERE / "requirements.lock").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups()
+            lock[canonicalize_name(name)] = Version(version)
+    for name, specifier in wanted().items():
+        assert lock[name] in specifier, name
+    assert len(lock) > len(wanted())  # what they need in turn is pinned as well
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (HERE / "fsc147lib").glob("[a-z]*.py")))
+def test_modules_open_with_what_they_leave_out(module):
+    text = (HERE / "fsc147lib" / f"{module}.py").read_text()
+    docstring = text.split('"""')[1]
+    assert "Left out:" in docstring

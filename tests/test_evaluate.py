@@ -1,0 +1,103 @@
+import csv
+import json
+
+import pytest
+import torch
+
+from fsc147lib import evaluate as evaluation
+from fsc147lib.config import EvaluateConfig
+from fsc147lib.data import FSC147, Collate
+from fsc147lib.evaluate import evaluate, evaluate_samples, forced_and_free, generate_answers
+from fsc147lib.losses import DualLoss
+from fsc147lib.metrics import counting_metrics
+from fsc147lib.prompt import answer
+
+
+def taught(model, samples, steps=25):
+    """A model that has learnt a few samples by heart."""
+    batch = Collate(model.tokenizer, model.image_processor)(samples)
+    loss = DualLoss(model.network)
+    optimizer = torch.optim.AdamW(model.network.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(batch).total.backward()
+        optimizer.step()
+    return model
+
+
+def test_a_model_that_knows_the_answers_is_seen_to(tiny, root):
+    samples = list(FSC147(root, "val"))[:3]
+    result = evaluate_samples(taught(tiny, samples, 60), samples, batch_size=2)
+    assert [image.answer for image in result.images] == [answer(sample.count) for sample in samples]
+    assert result.metrics["mae"] == 0 and result.metrics["unparsed"] == 0
+    assert [image.name for image in result.images] == [sample.name for sample in samples]
+
+
+def test_batched_answers_are_greedy_ones(tiny, mixed_samples):
+    """Token by token, image by image, without a cache: the arg max of a full forward pass."""
+    check_greedy(taught(tiny, mixed_samples, 12), mixed_samples)  # half taught: answers differ between images
+
+
+@torch.no_grad()
+def check_greedy(tiny, mixed_samples):
+    collate = Collate(tiny.tokenizer, tiny.image_processor)
+    network = tiny.network.eval()
+    batched = generate_answers(tiny, forced_and_free(collate, mixed_samples)[1])
+    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+    for sample, got in zip(mixed_samples, batched, strict=True):
+        _, prompt = forced_and_free(collate, [sample])
+        inputs, start = {key: prompt[key] for key in keys}, prompt["input_ids"].shape[1]
+        for _ in range(10):
+            token = network(**inputs).logits[:, -1:].argmax(dim=-1)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+            for key, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+                more = torch.full_like(inputs[key][:, :1], value)
+                inputs[key] = torch.cat([inputs[key], more], dim=1)
+            if token.item() == tiny.tokenizer.eos_token_id:
+                break
+        expected = tiny.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True)
+        assert got == expected
+
+
+def test_unparsed_answers_count_as_zero(tiny, root, monkeypatch):
+    samples = list(FSC147(root, "val"))
+    said = [answer(sample.count) for sample in samples]
+    said[2], said[5] = "a lot", "COUNT: 3.7"
+    order = iter([samples.index(s) for s in sorted(samples, key=lambda s: s.size[1] / s.size[0])])
+    answers = lambda model, prompts: [said[next(order)] for _ in prompts["names"]]  # noqa: E731
+    monkeypatch.setattr(evaluation, "generate_answers", answers)
+    result = evaluate_samples(tiny, samples, batch_size=3)
+    expected = [0 if i in (2, 5) else sample.count for i, sample in enumerate(samples)]
+    assert result.metrics["unparsed"] == pytest.approx(2 / len(samples))
+    assert result.metrics["mae"] == counting_metrics(expected, [sample.count for sample in samples])["mae"]
+    assert result.images[2].predicted is None
+
+
+def test_numbers_do_not_depend_on_the_batch_size(tiny, root):
+    samples = list(FSC147(root, "val"))
+    one, many = (evaluate_samples(tiny, samples, batch_size=size) for size in (1, 5))
+    assert [image.answer for image in one.images] == [image.answer for image in many.images]
+    for key, value in one.metrics.items():
+        assert many.metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def test_files(tiny, root, tmp_path):
+    tiny.save(tmp_path / "model")
+    result = evaluate(EvaluateConfig(data=root, model=str(tmp_path / "model"), json=tmp_path / "out" / "val.json"))
+    written = json.loads((tmp_path / "out" / "val.json").read_text())
+    assert written["metrics"] == result.metrics and written["split"] == "val"
+    rows = list(csv.DictReader((tmp_path / "out" / "val.csv").open()))
+    assert [row["name"] for row in rows] == [sample.name for sample in FSC147(root, "val")]
+    assert [int(row["count"]) for row in rows] == [sample.count for sample in FSC147(root, "val")]
+    assert sum(row["images"] for row in written["bins"].values()) == len(rows)
+
+
+def test_training_mode_is_given_back(tiny, root):
+    tiny.network.train()
+    evaluate_samples(tiny, list(FSC147(root, "val"))[:1])
+    assert tiny.network.training
+
+
+def test_workers_read_the_same(tiny, root):
+    samples = list(FSC147(root, "val"))
+    assert evaluate_samples(tiny, samples, workers=2).metrics == evaluate_samples(tiny, samples).metrics
