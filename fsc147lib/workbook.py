@@ -94,7 +94,6 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
     client = NotebookClient(
         notebook,
         timeout=None,
-        store_widget_state=False,  # a widget is dead in a page; a static picture stands beside each
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_executed=lambda **_: progress.update(),
     )
@@ -104,6 +103,7 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
     except CellExecutionError as error:
         raise WorkbookError(f"{path.name} failed:\n{error}") from error
     finally:
+        notebook.metadata.pop("widgets", None)  # dead in a page, and large; a static picture stands beside each
         write_text(out / path.name, nbformat.writes(notebook))
         page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook)
         write_text(out / f"{path.stem}.html", page)
