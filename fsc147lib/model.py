@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -131,6 +132,7 @@ def make_accelerator(precision: str) -> Accelerator:
     """Device and precision: "bf16" is autocast, "auto" that on a GPU and fp32 elsewhere; weights keep their type."""
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
+    AcceleratorState._reset_state()  # it is shared, and would refuse a second run of another precision in one notebook
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
 
 
@@ -271,7 +273,8 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True,
         },
-        "eos_token_id": ids["im_end"], "pad_token_id": ids["endoftext"], "tie_word_embeddings": True, "initializer_range": 0.05,
+        "eos_token_id": ids["im_end"], "pad_token_id": ids["endoftext"], "tie_word_embeddings": True,
+        "initializer_range": 0.05,
     }  # fmt: skip
     vision = {
         "depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 128,

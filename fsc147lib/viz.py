@@ -5,12 +5,13 @@ Every function draws on matplotlib axes or returns a figure; a widget redraws su
 Left out: reading data and running models; notebooks hand in what they got from the library.
 """
 
+import io
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import clear_output, display
+from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -232,16 +233,15 @@ def browser(draw: Callable[..., Figure], **choices) -> widgets.Widget:
         else widgets.Dropdown(options=c, description=name)
         for name, c in choices.items()
     }
-    output = widgets.Output()
+    picture = widgets.Image(format="png")  # and no Output widget: a runner without a window hangs on those
 
     def redraw(*_) -> None:
-        with output:
-            clear_output(wait=True)
-            figure = draw(**{name: control.value for name, control in controls.items()})
-            display(figure)
-            plt.close(figure)
+        figure, png = draw(**{name: control.value for name, control in controls.items()}), io.BytesIO()
+        figure.savefig(png, dpi=80)
+        plt.close(figure)
+        picture.value = png.getvalue()
 
     for control in controls.values():
         control.observe(redraw, "value")
     redraw()
-    return widgets.VBox([widgets.HBox(list(controls.values())), output])
+    return widgets.VBox([widgets.HBox(list(controls.values())), picture])
