@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lab setup outputs clean
+.PHONY: run test lab setup outputs lock clean
 
 run: setup
 	$(BIN)/python -m fsc147lib.workbook
@@ -17,7 +17,6 @@ lab: setup
 
 setup: .venv/installed
 
-# The pinned torch is a CPU build where the machine offers one; on a GPU machine PyPI gives the CUDA build.
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
@@ -27,7 +26,12 @@ setup: .venv/installed
 # After `make run`: take its executed notebooks as the committed ones.
 outputs:
 	cp runs/workbook/*.ipynb notebooks/
-	cp runs/workbook/results/overview.png notebooks/overview.png
+	cp runs/workbook/results/overview.jpg notebooks/
+
+# Pin the whole environment again, after a change of pyproject.toml.
+lock: setup
+	(sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//') > requirements.new
+	mv requirements.new requirements.lock
 
 clean:
 	rm -rf .venv runs

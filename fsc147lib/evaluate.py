@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import EvaluateConfig
 from .data import FSC147, Batch, Collate, Sample, to_device

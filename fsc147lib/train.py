@@ -22,7 +22,7 @@ import torch
 import wandb
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
 from .config import ConfigError, TrainConfig

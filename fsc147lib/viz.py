@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
 from .data import Sample
@@ -32,17 +33,19 @@ def show_dots(axes, sample: Sample, boxes: bool = True) -> None:
     axes.axis("off")
 
 
-def show_map(axes, image: Image.Image, values: np.ndarray, title: str = "", strength: float = 0.6) -> None:
-    """A map laid over a grey photograph, stretched over the whole of it.
+def show_map(axes, image: Image.Image, values: np.ndarray, title: str = "", strength: float = 0.8) -> None:
+    """A map laid over a grey photograph, stretched over the whole of it; the more mass, the more opaque.
 
     Args:
         values: [h, w] non-negative; a grid's cells are drawn as cells, without smoothing.
-        strength: of the map's colours, 0..1.
+        strength: opacity of the largest value, 0..1.
     """
+    largest = max(float(values.max()), 1e-12)
     axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=320)
     axes.imshow(
-        values, cmap=MAP_COLOURS, alpha=strength, extent=(0, image.width, image.height, 0), interpolation="nearest",
-        vmin=0, vmax=max(float(values.max()), 1e-12),
+        values, cmap=MAP_COLOURS, alpha=strength * (0.35 + 0.65 * values / largest),
+        extent=(0, image.width, image.height, 0), interpolation="nearest",
+        vmin=0, vmax=largest,
     )  # fmt: skip
     axes.set_title(title, fontsize=9)
     axes.axis("off")
@@ -74,13 +77,22 @@ def count_histogram(counts: dict[str, Sequence[int]]) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     largest = max(max(values) for values in counts.values() if len(values))
     smallest = min(min(values) for values in counts.values() if len(values))
-    edges = np.geomspace(smallest, largest + 1, 25)
+    edges = np.unique(np.geomspace(smallest, largest + 1, 16).round()) - 0.5  # whole counts, so no empty bins
     for (split, values), colour in zip(counts.items(), ("#1f6fb4", "#d9541e", "#3a923a"), strict=False):
         axes.hist(values, edges, histtype="step", linewidth=1.8, color=colour, label=f"{split} ({len(values)} images)")
         axes.axvline(float(np.median(values)), color=colour, linestyle=":", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="objects in the image (dotted: median)", ylabel="images")
-    axes.legend(frameon=False, fontsize=8)
+    _plain_numbers(axes)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _plain_numbers(axes) -> None:
+    """On log axes: 5, 10, 20, 50 instead of powers of ten."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
 
 
 def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
@@ -97,11 +109,12 @@ class LiveCurve:
     """Both losses and the validation error, redrawn while training runs: `train(config, on_log=LiveCurve())`.
 
     Args:
+        baseline: MAE of the mean predictor, drawn as a line if given.
         every: log lines between two drawings; 0 draws only when `figure()` is called.
     """
 
-    def __init__(self, every: int = 5):
-        self.every, self.lines, self._handle = every, [], None
+    def __init__(self, baseline: float | None = None, every: int = 5):
+        self.baseline, self.every, self.lines, self._handle = baseline, every, [], None
 
     def __call__(self, line: dict) -> None:
         self.lines.append(line)
@@ -114,7 +127,7 @@ class LiveCurve:
             plt.close(figure)
 
     def figure(self) -> Figure:
-        return training_curves(self.lines)
+        return training_curves(self.lines, self.baseline)
 
 
 def training_curves(lines: Sequence[dict], baseline: float | None = None) -> Figure:
@@ -160,6 +173,7 @@ def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
         axes.legend(frameon=False, fontsize=8)
     axes.plot([low, high], [low, high], color="black", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="true count", ylabel="predicted count")
+    _plain_numbers(axes)
     return figure
 
 

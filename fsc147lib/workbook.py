@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
@@ -71,6 +72,8 @@ def settings(data: str | Path | None = None, model: str = TINY, out: str | Path 
         model: "tiny", a folder or a hub id.
         out: folder of results, relative to the notebooks.
     """
+    if "ipykernel" in sys.modules:  # photographs as PNG would make megabytes of a notebook
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
     data = os.environ.get("FSC147_DATA") or data
     model = os.environ.get("FSC147_MODEL") or str(model)
     out = Path(os.environ.get("FSC147_OUT") or out)
@@ -94,6 +97,7 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
     client = NotebookClient(
         notebook,
         timeout=None,
+        extra_arguments=["--IPKernelApp.log_level=40"],  # or each kernel warns of its unencrypted local socket
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_executed=lambda **_: progress.update(),
     )
@@ -150,7 +154,8 @@ def main() -> int:
     if not paths:
         print("there are no notebooks here: run this in the project's folder", file=sys.stderr)
         return 2
-    os.environ.setdefault("TQDM_DISABLE", "1")  # for the kernels: a bar in a page is noise
+    for bars in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(bars, "1")  # for the kernels: a bar in a page is noise
     results = Path(os.environ.setdefault("FSC147_OUT", str((out / "results").resolve())))
     cells = sum(cell.cell_type == "code" for path in paths for cell in nbformat.read(path, as_version=4).cells)
     seconds = {}

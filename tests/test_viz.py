@@ -131,7 +131,7 @@ def test_browser_redraws_what_is_chosen(samples):
 
     widget = viz.browser(draw, split=["train", "val"], index=range(5))
     menu, slider = widget.children[0].children
-    before = widget.children[1].value
+    before = bytes(widget.children[1].value)
     menu.value, slider.value = "val", 3
     assert before.startswith(b"\x89PNG") and widget.children[1].value != before
     assert drawn == [("train", 0), ("val", 0), ("val", 3)] and slider.max == 4

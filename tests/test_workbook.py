@@ -30,7 +30,7 @@ def test_a_notebook_is_short_small_and_executed(path):
     assert all(len(cell.source.splitlines()) <= 15 for cell in cells)
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert [output for output in outputs if "image/png" in output.get("data", {})]
+    assert [output for output in outputs if "image/jpeg" in output.get("data", {})]
     text = path.read_text()
     assert str(Path.home()) not in text and "/tmp/" not in text
 
