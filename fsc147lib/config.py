@@ -18,6 +18,12 @@ class ConfigError(ValueError):
     """A value of a config cannot be used; the message names the field."""
 
 
+def _need(config, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{name} ({flag}) is {getattr(config, name)}, but must be {rule}")
+
+
 @dataclass(frozen=True)
 class CheckConfig:
     """Count what an FSC147 root holds and list every fault, by file.  Exit status 1 if there are faults."""
@@ -64,10 +70,15 @@ class EvaluateConfig:
     workers: int = 0
     """Processes that read images."""
 
+    def __post_init__(self):
+        _need(self, "batch_size", self.batch_size >= 1, "at least 1")
+        _need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
+        _need(self, "workers", self.workers >= 0, "at least 0")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune with both losses.  None means: what suits the model (see `for_model`)."""
+    """Fine-tune with both losses."""
 
     data: Path
     """Folder in FSC147's official layout."""
@@ -118,20 +129,16 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
-            self._need(name, getattr(self, name) >= 1, "at least 1")
-        self._need("learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
-        self._need("warmup", 0 <= self.warmup <= 1, "in 0..1")
-        self._need("clip", self.clip > 0, "above 0")
-        self._need("weight_decay", self.weight_decay >= 0, "at least 0")
-        self._need("attention_weight", self.attention_weight >= 0, "at least 0")
-        self._need("limit", self.limit is None or self.limit >= 1, "at least 1")
-        self._need("unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
-        self._need("overwrite", not (self.overwrite and self.resume), "off when resume is on")
-
-    def _need(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{name} ({flag}) is {getattr(self, name)}, but must be {rule}")
+            _need(self, name, getattr(self, name) >= 1, "at least 1")
+        _need(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
+        _need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
+        _need(self, "clip", self.clip > 0, "above 0")
+        _need(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        _need(self, "attention_weight", self.attention_weight >= 0, "at least 0")
+        _need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
+        _need(self, "workers", self.workers >= 0, "at least 0")
+        _need(self, "unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
+        _need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
 
     @property
     def resolved_learning_rate(self) -> float:

@@ -301,8 +301,8 @@ class Batch(TypedDict, total=False):
     """A plain dict of tensors; B images, T positions, A answer tokens at the most, P patches in all.
 
     Training batches end with the answer and are padded on the right; there the causal mask alone keeps
-    padding out of sight.  Prompts (`Collate.assemble(answers=False)`) are padded on the left and carry what `generate`
-    needs instead: `attention_mask` and `mm_token_type_ids`, [B, T].
+    padding out of sight.  Prompts (`Collate.assemble(answers=False)`) are padded on the left, as `generate`
+    wants them, and end with `image_grid_thw`.
     """
 
     names: list[str]

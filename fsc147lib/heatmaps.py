@@ -47,7 +47,14 @@ def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
     """
     shape = (len(rows), *(1,) * (rows.ndim - 2))
     along_y, along_x = (batch[key].to(rows).unflatten(0, shape) for key in ("row_weights", "column_weights"))
-    return (along_y * rows.unsqueeze(-2)) @ along_x.transpose(-1, -2)
+    with torch.autocast(rows.device.type, enabled=False):  # in bf16 the product would lose mass
+        return (along_y * rows.unsqueeze(-2)) @ along_x.transpose(-1, -2)
+
+
+def _on_digits(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean over the positions that predict a digit: [B, ..., A, T] -> [B, ..., T]."""
+    weights = batch["digit_weights"].to(rows).unflatten(0, (len(rows), *(1,) * (rows.ndim - 3)))  # [B, ..., A]
+    return (weights.unsqueeze(-1) * rows).sum(dim=-2)
 
 
 def layer_head_maps(probe: AttentionProbe, batch: Batch) -> torch.Tensor:
@@ -60,8 +67,7 @@ def layer_head_maps(probe: AttentionProbe, batch: Batch) -> torch.Tensor:
         [B, L, H, 14, 14] attention mass, layers in the probe's order; sums are at most 1.
     """
     rows = torch.stack([probe.rows[layer] for layer in probe.layers], dim=1)  # [B, L, H, A, T]
-    on_digits = torch.einsum("blhat,ba->blht", rows, batch["digit_weights"].to(rows))
-    return visual_mass(on_digits, batch)
+    return visual_mass(_on_digits(rows, batch), batch)
 
 
 def attention_heatmap(probe: AttentionProbe, batch: Batch, heads: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -76,8 +82,7 @@ def attention_heatmap(probe: AttentionProbe, batch: Batch, heads: tuple[int, ...
     """
     rows = torch.stack([probe.rows[layer] for layer in probe.layers])  # [L, B, H, A, T]
     rows = rows.mean(dim=(0, 2)) if heads is None else rows[:, :, list(heads)].mean(dim=(0, 2))  # [B, A, T]
-    on_digits = torch.einsum("bat,ba->bt", rows, batch["digit_weights"].to(rows))
-    mass = visual_mass(on_digits, batch)  # [B, 14, 14]
+    mass = visual_mass(_on_digits(rows, batch), batch)  # [B, 14, 14]
     return mass / mass.sum(dim=(1, 2), keepdim=True)
 
 

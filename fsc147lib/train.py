@@ -129,7 +129,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, on_log: Callable[[dict], None] | None = None):
         self.config, self.on_log = config, on_log
-        self._open_folder()
+        self._check_folder()
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
         self.samples = {split: list(FSC147(config.data, split))[: config.limit] for split in ("train", "val")}
@@ -149,23 +149,29 @@ class Run:
         self.step, self.epoch, self.best = 0, 0, math.inf
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
         self.result = TrainResult(config.out, [], [], constant_baselines(counts["train"], counts["val"]))
-        if config.resume:
-            self._restore()
+        self._open_folder()  # only now: an earlier run is not lost to a misspelt root or model
         self.tracker = self._start_tracker()
 
-    def _open_folder(self) -> None:
+    def _check_folder(self) -> None:
         out, config = self.config.out, self.config
-        if config.overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-        exists = (out / "config.json").is_file()
-        if exists and not config.resume:
-            raise ConfigError(f"{out} holds a run already: name another --out, go on with --resume, or --overwrite it")
+        holds_run = (out / "config.json").is_file() and (out / "metrics.jsonl").is_file()
         if config.resume:
             if not (out / "last").is_dir():
                 raise ConfigError(f"there is nothing to resume in {out}: no epoch of a run was finished there")
             _need_same_run(config, json.loads((out / "config.json").read_text()))
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.json", config.to_json())
+        elif holds_run and not config.overwrite:
+            raise ConfigError(f"{out} holds a run already: name another --out, go on with --resume, or --overwrite it")
+        elif not holds_run and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} holds something that is no run: name another --out (it is left alone)")
+
+    def _open_folder(self) -> None:
+        out = self.config.out
+        if self.config.resume:
+            self._restore()
+        elif out.exists():  # empty, or a run to overwrite
+            shutil.rmtree(out)
+        write_text(out / "config.json", self.config.to_json())
+        (out / "metrics.jsonl").touch()
 
     def _restore(self) -> None:
         state = load_training_state(self.config.out / "last", self.optimizer.optimizer)
@@ -198,7 +204,13 @@ class Run:
         config = self.config
         layers = self.accelerator.unwrap_model(self.loss).layers
         evaluation = evaluate_samples(
-            self.model, self.samples["val"], config.batch_size, layers, config.attention_heads, self.accelerator
+            self.model,
+            self.samples["val"],
+            config.batch_size,
+            layers,
+            config.attention_heads,
+            self.accelerator,
+            config.workers,
         )
         self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
         return evaluation.metrics

@@ -91,6 +91,15 @@ def test_the_probe_changes_no_logits(tiny, batch):
 
 
 @torch.no_grad()
+def test_autocast_does_not_touch_the_map(tiny, batch):
+    probe = AttentionProbe(batch["answer_positions"], (2, 3))
+    answer_logits(tiny.network, batch, probe)
+    plain = attention_heatmap(probe, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention_heatmap(probe, batch), plain)
+
+
+@torch.no_grad()
 def test_padding_changes_no_heatmap(tiny, mixed_samples, batch):
     collate = Collate(tiny.tokenizer, tiny.image_processor)
     for i, sample in enumerate(mixed_samples):

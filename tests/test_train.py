@@ -201,10 +201,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(config
     assert all(value.isfinite().all() for value in weights(config().out / "last").values())
 
 
-def test_a_missing_root_is_one_error_before_anything_is_made(config, tmp_path):
+def test_a_missing_root_costs_nothing(config, tmp_path):
+    """Neither an earlier run that was to be overwritten, nor a second try under the same name."""
     with pytest.raises(ValueError, match="there is no such folder"):
         train(config(data=tmp_path / "nowhere"))
-    assert not (tmp_path / "run" / "last").exists()
+    train(config(epochs=1))
+    with pytest.raises(ValueError, match="there is no such folder"):
+        train(config(data=tmp_path / "nowhere", overwrite=True))
+    assert lines(config().out)[-1]["epoch"] == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_left_alone(config, overwrite):
+    settings = config(overwrite=overwrite)
+    settings.out.mkdir()
+    (settings.out / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no run.*left alone"):
+        train(settings)
+    assert (settings.out / "thesis.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
