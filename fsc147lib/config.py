@@ -11,6 +11,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+HEATMAP_EVERY = {"attention": 1, "token_gradient": 16, "input_gradient": 64}
+"""Default K of each method, so that its cost over all steps stays within 6.5 % (see notebook 02)."""
+
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -63,6 +66,10 @@ class EvaluateConfig:
     limit: int | None = None
     """Only so many images."""
     precision: Precision = "auto"
+    heatmap: Literal["attention", "token_gradient", "input_gradient", "attention_x_gradient"] = "attention"
+    """What is held against the target."""
+    heatmap_layer: int = 0
+    """Of token_gradient: the layer that its tokens enter."""
     attention_layers: tuple[int, ...] | None = None
     """Layers of the heatmap; None for four over the second half."""
     attention_heads: tuple[int, ...] | None = None
@@ -101,6 +108,12 @@ class TrainConfig:
     attention_weight: float = 0.1
     """Weight w of the attention loss; 0 trains on counts alone."""
     attention_loss: Literal["kl", "mse"] = "kl"
+    heatmap: Literal["attention", "token_gradient", "input_gradient"] = "attention"
+    """What is held against the target: where the attention goes, or what the answer's gradient depends on."""
+    heatmap_layer: int = 0
+    """Of token_gradient: the layer that its tokens enter; higher is cheaper."""
+    heatmap_every: int | None = None
+    """Apply the attention loss on each K-th step, K times as strong; None for the method's own K."""
     attention_layers: tuple[int, ...] | None = None
     """Layers whose attention is trained; None for four over the second half."""
     attention_heads: tuple[int, ...] | None = None
@@ -130,6 +143,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
             _need(self, name, getattr(self, name) >= 1, "at least 1")
+        _need(self, "heatmap_every", self.heatmap_every is None or self.heatmap_every >= 1, "at least 1")
         _need(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
         _need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
         _need(self, "clip", self.clip > 0, "above 0")
@@ -143,6 +157,10 @@ class TrainConfig:
     @property
     def resolved_learning_rate(self) -> float:
         return self.learning_rate or (3e-3 if self.model == "tiny" else 1e-5)
+
+    @property
+    def resolved_heatmap_every(self) -> int:
+        return self.heatmap_every or HEATMAP_EVERY[self.heatmap]
 
     def vision_trains(self, epoch: int) -> bool:
         """Whether the vision encoder trains in this epoch (from 0)."""

@@ -144,7 +144,8 @@ def training_curves(lines: Sequence[dict], baseline: float | None = None) -> Fig
         (axes[0], "count_loss", "count_loss", COUNT_COLOUR, "count loss (nats per token)"),
         (axes[1], "attention_loss", "kl", ATTENTION_COLOUR, "attention loss"),
     ):
-        place.plot([line["step"] for line in steps], [line[key] for line in steps], color=colour, label="train")
+        seen = [line for line in steps if line[key] is not None]
+        place.plot([line["step"] for line in seen], [line[key] for line in seen], color=colour, label="train")
         place.plot(
             [line["step"] for line in epochs], [line["val"][value] for line in epochs], "o", color=GREY, label="val"
         )
