@@ -18,7 +18,7 @@ import torch
 from .data import Batch, Collate, Sample, to_device
 from .files import write_text
 from .losses import DualLoss
-from .model import CountingModel
+from .model import CountingModel, freeze_vision, make_accelerator
 
 
 def time_variants(
@@ -69,12 +69,13 @@ def peak_memory(run: Callable[[], None], device: str = "cpu") -> float | None:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
-def training_step(loss: DualLoss, batches: list[Batch]) -> Callable[[int], None]:
-    """A whole step of plain fp32 training: both passes and an AdamW update, on batches in turn."""
-    optimizer = torch.optim.AdamW(loss.network.parameters(), lr=1e-6, fused=True)
+def training_step(loss: DualLoss, batches: list[Batch], optimizer, accelerator) -> Callable[[int], None]:
+    """A whole step as `train` makes it: both passes in its precision, and an update; on batches in turn."""
 
     def step(turn: int) -> None:
-        loss(batches[turn % len(batches)]).total.backward()
+        with accelerator.autocast():
+            total = loss(batches[turn % len(batches)]).total
+        total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -104,12 +105,18 @@ def table(rows: list[dict]) -> str:
 
 
 def time_losses(
-    model: CountingModel, samples: list[Sample], batch_size: int = 8, rounds: int = 20, weight: float = 0.1
+    model: CountingModel,
+    samples: list[Sample],
+    batch_size: int = 8,
+    rounds: int = 20,
+    weight: float = 0.1,
+    train_vision: bool = True,
 ) -> list[dict]:
     """Time a step with the count loss alone against one with the attention loss as well.
 
     Args:
         model: from `load_model`; its weights move by steps of 1e-6.
+        train_vision: whether the vision encoder trains as well.
         samples: cut into batches; a last incomplete one is left out.
         rounds: timed steps of each variant.
         weight: of the attention loss.
@@ -124,14 +131,17 @@ def time_losses(
     """
     if len(samples) < batch_size:
         raise ValueError(f"{len(samples)} samples make no batch of {batch_size}: give more, or a smaller batch_size")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = make_accelerator("auto")
+    device = accelerator.device.type
     model.network.to(device).train()
+    freeze_vision(model.network, not train_vision)
+    optimizer = torch.optim.AdamW(model.network.parameters(), lr=1e-6, fused=True)  # one for both: half the memory
     collate = Collate(model.tokenizer, model.image_processor)
     starts = range(0, len(samples) - batch_size + 1, batch_size)
     batches = [to_device(collate(samples[start : start + batch_size]), device) for start in starts]
     variants = {
-        "count only": training_step(DualLoss(model.network, weight=0), batches),
-        "count + attention": training_step(DualLoss(model.network, weight=weight), batches),
+        "count only": training_step(DualLoss(model.network, weight=0), batches, optimizer, accelerator),
+        "count + attention": training_step(DualLoss(model.network, weight=weight), batches, optimizer, accelerator),
     }
     seconds = time_variants(variants, rounds, device=device)
     rows = []

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .files import new_draft, replace_folder
@@ -56,17 +57,25 @@ def load_training_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
     """Put the optimizer's moments back and return the rest of the state.
 
     Raises:
-        ModelError: the folder is no checkpoint of a run, or of another set of parameters.
+        ModelError: the folder is no checkpoint of a run, damaged, or of another set of parameters.
     """
-    if not (folder / STATE).is_file():
-        raise ModelError(f"{folder} holds no {STATE}: resume needs the folder last/ of a run that was trained here")
+    for name in (STATE, TENSORS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} holds no {name}: resume needs the folder last/ of a run that was trained here")
+    try:
+        state, tensors = json.loads((folder / STATE).read_text()), load_file(folder / TENSORS)
+    except (ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"the training state in {folder} is damaged ({error}): train again from its weights, with "
+            f"--model {folder} and another --out"
+        ) from error
     saved = optimizer.state_dict()
     moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in load_file(folder / TENSORS).items():
+    for name, value in tensors.items():
         i, key = name.split(".", 1)
         moments.setdefault(int(i), {})[key] = value
     known = sum(len(group["params"]) for group in saved["param_groups"])
     if any(i >= known for i in moments):
         raise ModelError(f"{folder / TENSORS} belongs to a model with more parameters than this one's {known}")
     optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
-    return json.loads((folder / STATE).read_text())
+    return state

@@ -5,6 +5,7 @@ end on a typing error.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,9 @@ class CheckConfig:
     """Folder in the official layout."""
     json: Path | None = None
     """Write the report here too."""
+
+    def __post_init__(self):
+        _need(self, "json", self.json is None or not self.json.is_dir(), "a file, not a folder")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ class EvaluateConfig:
     """Processes that read images."""
 
     def __post_init__(self):
+        if self.json is not None:
+            _need(self, "json", self.json.suffix != ".csv", "another name: the images go to the .csv beside it")
+            _need(self, "json", not self.json.is_dir(), "a file, not a folder")
         _need(self, "batch_size", self.batch_size >= 1, "at least 1")
         _need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
         _need(self, "workers", self.workers >= 0, "at least 0")
@@ -144,11 +151,13 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
             _need(self, name, getattr(self, name) >= 1, "at least 1")
         _need(self, "heatmap_every", self.heatmap_every is None or self.heatmap_every >= 1, "at least 1")
-        _need(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
+        _need(
+            self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "above 0 and finite"
+        )
         _need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
-        _need(self, "clip", self.clip > 0, "above 0")
-        _need(self, "weight_decay", self.weight_decay >= 0, "at least 0")
-        _need(self, "attention_weight", self.attention_weight >= 0, "at least 0")
+        _need(self, "clip", 0 < self.clip < math.inf, "above 0 and finite")
+        _need(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
+        _need(self, "attention_weight", 0 <= self.attention_weight < math.inf, "at least 0 and finite")
         _need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
         _need(self, "workers", self.workers >= 0, "at least 0")
         _need(self, "unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")

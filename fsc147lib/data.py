@@ -1,7 +1,7 @@
 """Read and check an official FSC147 root: annotations, splits and images as `Sample`s; collate them to a `Batch`.
 
 One scan finds the faults of a root, both when `FSC147` opens a split and when `check` reports on all
-of them.  Opening reads the annotations and lists the image folder; `check` also decodes every image.
+of them.  Opening reads the annotations and the images' headers; `check` also decodes every image.
 `Collate` makes tensors of samples with the tokenizer and the image processor that it is given.
 
 Left out: downloading, augmentation beyond the mirror image, and the model itself.
@@ -142,7 +142,7 @@ class FSC147(Sequence):
 
     def __init__(self, root: str | Path, split="train", require_images=True, allow_missing=False):
         self.root, self.split = Path(root).expanduser(), split
-        samples, faults, _ = _scan(self.root, split, require_images)
+        samples, faults = _scan(self.root, split, require_images)
         fatal = Faults(f for f in faults if f.fatal and not (allow_missing and f.kind == "no-annotation"))
         if fatal:
             raise DataError(f"{self.root} cannot be opened for split {split!r}:\n{fatal}")
@@ -154,6 +154,18 @@ class FSC147(Sequence):
 
     def __getitem__(self, index):
         return self._samples[index]
+
+
+def open_split(root: str | Path, split: str, limit: int | None = None) -> list[Sample]:
+    """The first `limit` samples of a split, to train on or to evaluate.
+
+    Raises:
+        DataError: as `FSC147`, and for a split without images.
+    """
+    samples = FSC147(root, split)[:limit]
+    if not samples:
+        raise DataError(f"{root}: split {split!r} in {SPLITS} is empty: name another split, or add images to it")
+    return samples
 
 
 @dataclass
@@ -181,11 +193,11 @@ class Report:
 
 def check(root: str | Path) -> Report:
     """Look for every fault of a root, in all splits, decoding every image.  Bad data never raises."""
-    samples, faults, annotations = _scan(Path(root).expanduser())
+    samples, faults = _scan(Path(root).expanduser())
     unique = {sample.name: sample for listed in samples.values() for sample in listed}.values()
     present = [sample for sample in unique if sample.image_path.exists()]
     with ThreadPoolExecutor() as pool:  # decoding lets go of the interpreter lock
-        for found in pool.map(_pixel_faults, present, [annotations[sample.name] for sample in present]):
+        for found in pool.map(_pixel_faults, present):
             faults.extend(found)
     splits = {}
     for split, listed in samples.items():
@@ -196,20 +208,17 @@ def check(root: str | Path) -> Report:
     return Report(str(root), splits, faults)
 
 
-def _pixel_faults(sample: Sample, entry: dict) -> Faults:
-    """The faults of one sample that show only with its image; `entry` is its annotation as read."""
+def _pixel_faults(sample: Sample) -> Faults:
+    """The faults of one sample that show only with its pixels, or that are not fatal."""
     name, faults = sample.name, Faults()
     try:
         height, width = sample.size
+    except DataError:
+        return faults  # the scan has said so
+    try:
         _ = sample.image  # decoded for its errors alone
     except DataError as error:
         return faults.add("unreadable-image", f"{IMAGES}/{name}", name, f"cannot be decoded ({error.__cause__})")
-    for side, ratio, size in (("H", "ratio_h", height), ("W", "ratio_w", width)):
-        factors = entry.get(side), entry.get(ratio)
-        numbers = all(type(factor) in (int, float) and abs(factor) < 1e9 for factor in factors)
-        if side in entry and ratio in entry and not (numbers and abs(factors[0] * factors[1] - size) <= 1):
-            problem = f"{side} x {ratio} is {factors[0]!r} x {factors[1]!r} in the annotation, {size} in the image"
-            faults.add("size-mismatch", f"{IMAGES}/{name}", name, problem)
     limits = np.array([width, height, width, height])
     dots = sample.points[((sample.points < 0) | (sample.points > limits[:2])).any(axis=1)]
     if len(dots):
@@ -226,15 +235,15 @@ def _pixel_faults(sample: Sample, entry: dict) -> Faults:
     return faults
 
 
-def _scan(root: Path, wanted: str | None = None, images: bool = True) -> tuple[dict[str, list[Sample]], Faults, dict]:
-    """Read a root without opening an image: of one split, or (None) of all.
+def _scan(root: Path, wanted: str | None = None, images: bool = True) -> tuple[dict[str, list[Sample]], Faults]:
+    """Read a root, of an image no more than its header: of one split, or (None) of all.
 
     Returns:
-        Per split the samples with a readable annotation; all faults found; the annotations as read.
+        Per split the samples with a readable annotation; all faults found.
     """
     faults = Faults()
     if not root.is_dir():
-        return {}, faults.add("missing-file", root, "ROOT", "there is no such folder"), {}
+        return {}, faults.add("missing-file", root, "ROOT", "there is no such folder")
     splits = read_text(root, SPLITS, parse_json, faults)
     annotations = read_text(root, ANNOTATIONS, parse_json, faults)
     classes = read_text(root, CLASSES, lambda text: parse_classes(text, faults), faults)
@@ -242,10 +251,10 @@ def _scan(root: Path, wanted: str | None = None, images: bool = True) -> tuple[d
         faults.add("missing-file", f"{IMAGES}/", IMAGES, "there is no such folder")
         images = False  # said once, not for every image
     if splits is None or annotations is None:
-        return {}, faults, {}
+        return {}, faults
     if wanted not in (None, *splits):
         problem = f"there is no such split, only {', '.join(map(repr, splits))}"
-        return {}, faults.add("bad-split", SPLITS, wanted, problem), {}
+        return {}, faults.add("bad-split", SPLITS, wanted, problem)
     names = {split: split_names(splits, split, faults) for split in (splits if wanted is None else [wanted])}
     pictures, maps = ({path.name for path in (root / folder).glob("*")} for folder in (IMAGES, DENSITIES))
     samples = {}
@@ -253,6 +262,8 @@ def _scan(root: Path, wanted: str | None = None, images: bool = True) -> tuple[d
         samples[name] = _read_entry(root, name, annotations, classes, maps, faults)
         if images and samples[name] and name not in pictures:
             faults.add("missing-image", f"{IMAGES}/{name}", name, "there is no such file")
+        elif images and samples[name]:
+            _check_size(samples[name], annotations[name], faults)
     if wanted is None:
         for name in sorted(annotations.keys() - samples.keys()):
             kind = "unlisted" if is_plain(name) else "unsafe-name"
@@ -260,7 +271,23 @@ def _scan(root: Path, wanted: str | None = None, images: bool = True) -> tuple[d
         for name in sorted(pictures - samples.keys()):
             faults.add("unlisted", f"{IMAGES}/{name}", name, "on disk, but in no split")
     faults = Faults(dict.fromkeys(faults))  # an image in two splits is at fault once
-    return {split: [samples[n] for n in listed if samples[n]] for split, listed in names.items()}, faults, annotations
+    return {split: [samples[n] for n in listed if samples[n]] for split, listed in names.items()}, faults
+
+
+def _check_size(sample: Sample, entry: dict, faults: Faults) -> None:
+    """Hold the image's header against the original size and the ratios that FSC147's entries carry."""
+    file = f"{IMAGES}/{sample.name}"
+    try:
+        height, width = sample.size
+    except DataError as error:
+        faults.add("unreadable-image", file, sample.name, f"cannot be read ({error.__cause__})")
+        return
+    for side, ratio, size in (("H", "ratio_h", height), ("W", "ratio_w", width)):
+        factors = entry.get(side), entry.get(ratio)
+        numbers = all(type(factor) in (int, float) and abs(factor) < 1e9 for factor in factors)
+        if side in entry and ratio in entry and not (numbers and abs(factors[0] * factors[1] - size) <= 1):
+            problem = f"{side} x {ratio} is {factors[0]!r} x {factors[1]!r} in the annotation, {size} in the image"
+            faults.add("size-mismatch", file, sample.name, problem)
 
 
 def _read_entry(root: Path, name: str, annotations, classes, maps: set[str], faults: Faults) -> Sample | None:
@@ -340,7 +367,13 @@ class Collate:
 
     def pixels(self, samples: Sequence[Sample]) -> Batch:
         """The image processor's part: `pixel_values` and `image_grid_thw`."""
-        return self.image_processor(images=[self._image(sample) for sample in samples], return_tensors="pt")
+        try:
+            return self.image_processor(images=[self._image(sample) for sample in samples], return_tensors="pt")
+        except DataError:
+            raise
+        except ValueError as error:  # for example an image 200 times as wide as high
+            names = ", ".join(sample.name for sample in samples)
+            raise DataError(f"the image processor refuses one of {names}: {error}") from error
 
     def assemble(self, samples: Sequence[Sample], pixels: Batch, answers: bool = True) -> Batch:
         """All the rest: with the right answers, to train on; or prompts alone, to be answered."""

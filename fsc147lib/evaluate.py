@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .config import EvaluateConfig
-from .data import FSC147, Batch, Collate, Sample, to_device
+from .data import Batch, Collate, Sample, open_split, to_device
 from .files import write_text
 from .heatmaps import Heatmap
 from .losses import count_loss
@@ -82,7 +82,7 @@ def evaluate_samples(
 
     Returns:
         Metrics: mae, rmse, nae, sre (unparsed answers as 0), unparsed (rate, 0..1), count_loss (nats per
-        answer token), attention_loss (= kl), kl, mass_on_objects, pearson, pointing.
+        answer token), kl, mass_on_objects, pearson, pointing.
     """
     accelerator = accelerator or make_accelerator("auto")
     network = model.network.to(accelerator.device)
@@ -130,7 +130,8 @@ def _summarise(images: list[ImageResult], loss: float) -> Evaluation:
         "count_loss": loss,
         **maps,
     }
-    return Evaluation(metrics, metrics_by_bin(predicted, target), images)
+    bins = metrics_by_bin(predicted, target, unparsed=[image.predicted is None for image in images])
+    return Evaluation(metrics, bins, images)
 
 
 def generate_answers(model: CountingModel, prompts: Batch) -> list[str]:
@@ -157,7 +158,7 @@ def generate_answers(model: CountingModel, prompts: Batch) -> list[str]:
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Load a model, evaluate a split, write what was asked for; `python -m fsc147lib evaluate` calls this."""
-    samples = list(FSC147(config.data, config.split))[: config.limit]
+    samples = open_split(config.data, config.split, config.limit)
     model = load_model(config.model)
     accelerator = make_accelerator(config.precision)
     heatmap = Heatmap(

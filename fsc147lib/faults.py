@@ -61,9 +61,8 @@ class DataError(ValueError):
 class Fault:
     """One thing wrong with a root.
 
-    `fatal`: its entry cannot be trained on or evaluated.  Opening a split raises for each fatal fault
-    that shows without opening images.  The other two need the image: a damaged one also raises when it
-    is read, one of another size than its annotation says shows in `data.check` alone.
+    `fatal`: its entry cannot be trained on or evaluated.  Opening a split raises for each fatal fault,
+    but for an image that is damaged behind its header: that one raises when it is decoded.
     """
 
     file: str  # relative to the root
@@ -170,7 +169,9 @@ def parse_classes(text: str, faults: Faults) -> dict[str, str]:
     classes = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name, _, category = (part.strip() for part in line.partition("\t"))
-        if name and category:
+        if name and category and ("<|" in category or not category.isprintable()):
+            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category!r:.60} would be read as control tokens")
+        elif name and category:
             classes[name] = category
         elif line.strip():
             faults.add("bad-class-line", CLASSES, f"line {number}", f"{line!r:.60} has no name, tab and category")

@@ -12,7 +12,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".writing")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 
@@ -25,9 +25,23 @@ def new_draft(folder: Path) -> Path:
 
 def replace_folder(draft: Path, folder: Path) -> None:
     """Put a finished folder in its place, keeping the old one until the new one is there."""
+    recover_folder(folder)
+    old = set_aside(folder)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a folder, if it is there, to its name with ".old"; returns that name."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    return old
+
+
+def recover_folder(folder: Path) -> None:
+    """Bring back what a crash in the middle of a replacement, or a failed new start, left set aside."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)

@@ -13,10 +13,11 @@ Left out: the losses, and how attention rows are caught (`model.AttentionProbe`)
 from collections.abc import Callable
 
 import torch
+from tqdm import tqdm
 
 from .config import ConfigError
 from .data import Batch, Collate, Sample, to_device
-from .model import VISION, AttentionProbe, CountingModel, answer_logits
+from .model import VISION, AttentionProbe, CountingModel, answer_logits, make_accelerator
 
 
 class Heatmap:
@@ -240,27 +241,42 @@ def _on_sequence(tokens: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def look(model: CountingModel, samples: list[Sample], layers: tuple[int, ...] | None = None, batch_size: int = 16):
+def look(
+    model: CountingModel, samples: list[Sample], layers: tuple[int, ...] | None = None, batch_size: int = 16
+) -> torch.Tensor:
     """Where a model's attention goes on some samples while it is told the right answer.
 
     Args:
-        model: stays on its device, and is put in eval mode.
+        model: is moved to this machine's accelerator, if it has one, and put in eval mode.
         samples: with images.
         layers: None for `default_layers`.
 
     Returns:
-        `attention` heatmaps [N, 14, 14], each summing to 1, and the attention mass of every layer and head
-        [N, L, H, 14, 14], both float32 on the CPU.
+        [N, L, H, 14, 14] float32 on the CPU: the attention mass of every layer and head.
     """
-    network = model.network.eval()
+    accelerator = make_accelerator("auto")
+    network = model.network.to(accelerator.device).eval()
     layers = choose(network, layers)
     collate = Collate(model.tokenizer, model.image_processor)
-    parts = []
-    for start in range(0, len(samples), batch_size):
-        batch = to_device(collate(samples[start : start + batch_size]), network.device)
+    maps = []
+    for start in tqdm(range(0, len(samples), batch_size), desc="look", leave=False):
+        batch = to_device(collate(samples[start : start + batch_size]), accelerator.device)
         probe = AttentionProbe(batch["answer_positions"], layers)
-        answer_logits(network, batch, probe)
-        parts.append(layer_head_maps(probe, batch).float().cpu())
-    parts = torch.cat(parts)
-    mean = parts.mean(dim=(1, 2))
-    return mean / mean.sum(dim=(1, 2), keepdim=True), parts
+        with accelerator.autocast():
+            answer_logits(network, batch, probe)
+        maps.append(layer_head_maps(probe, batch).float().cpu())
+    return torch.cat(maps)
+
+
+def mean_map(maps: torch.Tensor) -> torch.Tensor:
+    """The `attention` heatmaps [N, 14, 14], each summing to 1, of the layers and heads in maps [N, L, H, 14, 14]."""
+    mean = maps.mean(dim=(1, 2))
+    return mean / mean.sum(dim=(1, 2), keepdim=True)
+
+
+def corner_share(maps: torch.Tensor) -> torch.Tensor:
+    """How much of each head's attention to the image lies in the top-left cell: [N, L, H, 14, 14] -> mean [L, H].
+
+    Even attention would give 1/196.  Qwen-VL is known to let attention sink there.
+    """
+    return (maps[..., 0, 0] / maps.sum(dim=(-1, -2)).clamp_min(1e-9)).mean(dim=0)

@@ -48,7 +48,7 @@ def squared_error(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
 
 
 ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
-"""An attention loss is a function of target and heatmap [B, 14, 14] to [B]; a new one is a line here."""
+"""An attention loss is a function of target and heatmap [B, 14, 14] to [B]."""
 
 
 @dataclass
@@ -100,10 +100,11 @@ class DualLoss(nn.Module):
         attention = torch.zeros_like(count)
         if weight:
             attention = ATTENTION_LOSSES[self.kind](batch["target"], heatmap).sum() / (images or len(labels))
-        for name, part in (("count", count), ("attention", attention)):
+        total = count + weight * attention
+        for name, part in (("count", count), ("attention", attention), ("total", total)):
             if not part.isfinite():
                 raise NonFiniteLoss(
-                    f"the {name} loss is {float(part)} on {', '.join(batch['names'])}: "
+                    f"the {name} loss is {part.item()} on {', '.join(batch['names'])}: "
                     "lower the learning rate, or look at these images with `check`"
                 )
-        return LossParts(count + weight * attention, count, attention)
+        return LossParts(total, count, attention)

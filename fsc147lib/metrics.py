@@ -41,15 +41,27 @@ def counting_metrics(predicted, target) -> dict[str, float]:
     }
 
 
-def metrics_by_bin(predicted, target) -> dict[str, dict[str, float]]:
-    """`counting_metrics` of each of BINS that has images, with their number: {"21-50": {"images": 12, ...}}."""
-    predicted, target = np.asarray(predicted), np.asarray(target)
+def metrics_by_bin(predicted, target, unparsed) -> dict[str, dict[str, float]]:
+    """`counting_metrics` of each of BINS that has images, with their number and the rate of unparsed answers.
+
+    Args:
+        predicted, target: [N] counts.
+        unparsed: [N] booleans.
+
+    Returns:
+        For example {"21-50": {"images": 12, "unparsed": 0.25, "mae": ...}}.
+    """
+    predicted, target, unparsed = np.asarray(predicted), np.asarray(target), np.asarray(unparsed)
     result = {}
     for low, high in BINS:
         chosen = (target >= low) & (target <= (np.inf if high is None else high))
         if chosen.any():
             name = f"{low}+" if high is None else f"{low}-{high}"
-            result[name] = {"images": int(chosen.sum()), **counting_metrics(predicted[chosen], target[chosen])}
+            result[name] = {
+                "images": int(chosen.sum()),
+                "unparsed": float(unparsed[chosen].mean()),
+                **counting_metrics(predicted[chosen], target[chosen]),
+            }
     return result
 
 

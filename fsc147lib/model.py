@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -113,17 +114,32 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
 def _find(name: str | Path) -> str:
     """The folder, or the hub id; a path that is not there is told from a hub id by its form."""
     if Path(name).is_dir():
+        if (Path(name) / "best" / "config.json").is_file():
+            raise ModelError(f"{name} is the folder of a run: give one of its checkpoints, {name}/best or {name}/last")
         if not (Path(name) / "config.json").is_file():
             raise ModelError(
                 f"{name} has no config.json: give a folder that holds a saved model, for example runs/x/best"
             )
         return str(name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) or Path(name).parent.is_dir():
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         raise ModelError(
             f"there is no model folder {name}: give 'tiny', an existing folder, "
             "or a hub id such as Qwen/Qwen3-VL-2B-Instruct"
         )
+    if not try_to_load_from_cache(str(name), "config.json"):
+        _need_hub(name)
     return str(name)
+
+
+def _need_hub(name: str | Path) -> None:
+    """Ask the hub once: the libraries below ask six times, with pauses, before they say that nobody answers."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # each version of the client has its own types
+        raise ModelError(
+            f"there is no folder {name}, and the hub does not answer ({type(error).__name__}). With no network, copy "
+            "the model's folder to this machine and give its path, or use 'tiny', which needs no download."
+        ) from error
 
 
 def _processor_chat_template(name: str) -> str:

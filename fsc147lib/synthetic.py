@@ -233,7 +233,7 @@ def make_dataset(out: str | Path, train: int, val: int, test: int, seed: int = 0
 
     Raises:
         FileExistsError: `out` holds something already.
-        ValueError: a split without pictures.
+        ValueError: a split without pictures, or a negative seed.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -241,6 +241,8 @@ def make_dataset(out: str | Path, train: int, val: int, test: int, seed: int = 0
     for split, number in (("train", train), ("val", val), ("test", test)):
         if number < 1:
             raise ValueError(f"--{split} is {number}: each split needs at least one picture")
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}, but must be at least 0")
     draft = new_draft(out)
     (draft / IMAGES).mkdir(parents=True)
     with ProcessPoolExecutor(workers) as pool:

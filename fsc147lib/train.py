@@ -8,6 +8,7 @@ the last whole epoch to the very same end.
 Left out: what a loss or a metric is, and drawing.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -26,11 +27,11 @@ from tqdm import tqdm
 
 from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
 from .config import ConfigError, TrainConfig
-from .data import FSC147, Batch, Collate, Sample
+from .data import Batch, Collate, Sample, open_split
 from .evaluate import evaluate_samples
-from .files import write_text
+from .files import recover_folder, set_aside, write_text
 from .heatmaps import Heatmap
-from .losses import DualLoss, LossParts
+from .losses import DualLoss, LossParts, NonFiniteLoss
 from .metrics import constant_baselines
 from .model import CountingModel, freeze_vision, load_model, make_accelerator
 
@@ -133,7 +134,7 @@ class Run:
         self._check_folder()
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
-        self.samples = {split: list(FSC147(config.data, split))[: config.limit] for split in ("train", "val")}
+        self.samples = {split: open_split(config.data, split, config.limit) for split in ("train", "val")}
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         network = self.model.network
         if config.gradient_checkpointing:
@@ -151,36 +152,59 @@ class Run:
         self.step, self.epoch, self.best = 0, 0, math.inf
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
         self.result = TrainResult(config.out, [], [], constant_baselines(counts["train"], counts["val"]))
-        self._open_folder()  # only now: an earlier run is not lost to a misspelt root or model
+        self.tracker = None
+
+    def open(self) -> None:
+        """Take the folder: an earlier run in it is set aside until this one's first checkpoint."""
+        if self.config.resume:
+            self._restore()
+        else:
+            set_aside(self.config.out)
+        write_text(self.config.out / "config.json", self.config.to_json())
+        (self.config.out / "metrics.jsonl").touch()
         self.tracker = self._start_tracker()
+
+    def close(self) -> None:
+        """End tracking; a run that came to nothing gives the folder back to the one that it was to replace."""
+        if self.tracker is not None:
+            self.tracker.finish()
+        out = self.config.out
+        if not (out / "last").is_dir() and out.with_name(out.name + ".old").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            recover_folder(out)
 
     def _check_folder(self) -> None:
         out, config = self.config.out, self.config
-        holds_run = (out / "config.json").is_file() and (out / "metrics.jsonl").is_file()
+        recover_folder(out / "last")
+        started = (out / "config.json").is_file() and (out / "metrics.jsonl").is_file()
+        finished_epoch = (out / "last").is_dir()
         if config.resume:
-            if not (out / "last").is_dir():
+            if not finished_epoch:
                 raise ConfigError(f"there is nothing to resume in {out}: no epoch of a run was finished there")
-            _need_same_run(config, json.loads((out / "config.json").read_text()))
-        elif holds_run and not config.overwrite:
+            _need_same_run(config)
+        elif finished_epoch and not config.overwrite:
             raise ConfigError(f"{out} holds a run already: name another --out, go on with --resume, or --overwrite it")
-        elif not holds_run and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif not started and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} holds something that is no run: name another --out (it is left alone)")
-
-    def _open_folder(self) -> None:
-        out = self.config.out
-        if self.config.resume:
-            self._restore()
-        elif out.exists():  # empty, or a run to overwrite
-            shutil.rmtree(out)
-        write_text(out / "config.json", self.config.to_json())
-        (out / "metrics.jsonl").touch()
 
     def _restore(self) -> None:
         state = load_training_state(self.config.out / "last", self.optimizer.optimizer)
+        if state["data"] != self.fingerprint():
+            raise ConfigError(
+                f"the training or validation images in {self.config.data} are not those that the run in "
+                f"{self.config.out} was started with: give its --data, or start a new run with another --out"
+            )
         self.step, self.epoch, self.best = state["step"], state["epoch"], state["best"]
+        if self.best == state["epochs"][-1]["val"]["mae"]:  # a crash may have come between last/ and best/
+            link_checkpoint(self.config.out / "last", self.config.out / "best")
         self.result.steps, self.result.epochs = state["steps"], state["epochs"]
         lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
         write_text(self.config.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def fingerprint(self) -> str:
+        """Of the names and counts that the run trains and validates on."""
+        listed = {split: [(s.name, s.count) for s in part] for split, part in self.samples.items()}
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def _start_tracker(self):
         os.environ.setdefault("WANDB_SILENT", "true")  # it would print into every notebook
@@ -253,6 +277,9 @@ class Run:
         if not weight:
             summed.attention = None  # not looked at, which is not 0
         norm = accelerator.clip_grad_norm_(self.loss.parameters(), self.config.clip)
+        if not norm.isfinite():
+            names = ", ".join(name for batch in window for name in batch["names"])
+            raise NonFiniteLoss(f"the gradient's norm is {norm.item()} on {names}: lower the learning rate")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return summed, norm
@@ -272,17 +299,24 @@ class Run:
             return
         better = metrics["mae"] < self.best
         self.best = min(self.best, metrics["mae"])
-        state = {"step": self.step, "epoch": self.epoch, "best": self.best,
+        state = {"step": self.step, "epoch": self.epoch, "best": self.best, "data": self.fingerprint(),
                  "steps": self.result.steps, "epochs": self.result.epochs}  # fmt: skip
         last, best = self.config.out / "last", self.config.out / "best"
         save_checkpoint(last, self.model, self.optimizer.optimizer, state)
         if better:
             link_checkpoint(last, best)
+        shutil.rmtree(self.config.out.with_name(self.config.out.name + ".old"), ignore_errors=True)
         write_text(self.config.out / "summary.json", json.dumps(self.result.summary(), indent=1))
 
 
-def _need_same_run(config: TrainConfig, saved: dict) -> None:
-    now = json.loads(config.to_json())
+def _need_same_run(config: TrainConfig) -> None:
+    path = config.out / "config.json"
+    try:
+        saved, now = json.loads(path.read_text()), json.loads(config.to_json())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}): start a new run from {config.out}/last as --model"
+        ) from error
     for name in now.keys() - MAY_CHANGE:
         if now[name] != saved.get(name):
             raise ConfigError(
@@ -307,6 +341,7 @@ def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> 
     """
     run = Run(config, on_log)
     try:
+        run.open()
         if run.epoch == 0:
             run.validate()
         with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
@@ -314,5 +349,5 @@ def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> 
                 run.train_epoch(progress)
                 run.save(run.validate())
     finally:
-        run.tracker.finish()
+        run.close()
     return run.result

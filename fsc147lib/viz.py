@@ -140,14 +140,14 @@ def training_curves(lines: Sequence[dict], baseline: float | None = None) -> Fig
     steps = [line for line in lines if "val" not in line]
     epochs = [line for line in lines if "val" in line]
     figure, axes = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained")
-    for place, key, value, colour, label in (
-        (axes[0], "count_loss", "count_loss", COUNT_COLOUR, "count loss (nats per token)"),
-        (axes[1], "attention_loss", "kl", ATTENTION_COLOUR, "attention loss"),
+    for place, key, value, colour, label, validated in (
+        (axes[0], "count_loss", "count_loss", COUNT_COLOUR, "count loss (nats per token)", "val"),
+        (axes[1], "attention_loss", "kl", ATTENTION_COLOUR, "attention loss", "val: KL (nats)"),
     ):
         seen = [line for line in steps if line[key] is not None]
         place.plot([line["step"] for line in seen], [line[key] for line in seen], color=colour, label="train")
         place.plot(
-            [line["step"] for line in epochs], [line["val"][value] for line in epochs], "o", color=GREY, label="val"
+            [line["step"] for line in epochs], [line["val"][value] for line in epochs], "o", color=GREY, label=validated
         )
         place.set(xlabel="step", title=label, ylim=(0, None))
         place.legend(frameon=False, fontsize=8)

@@ -42,8 +42,8 @@ class Settings:
 
     @property
     def finetune(self) -> Path:
-        """The run of notebook 03."""
-        return self.out / "finetune"
+        """The run of notebook 03 with this data and model."""
+        return self.out / f"finetune-{Path(self.model).name}-{self.data.name}"
 
     @property
     def overhead(self) -> Path:
@@ -156,7 +156,10 @@ def main() -> int:
         return 2
     for bars in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(bars, "1")  # for the kernels: a bar in a page is noise
-    results = Path(os.environ.setdefault("FSC147_OUT", str((out / "results").resolve())))
+    results = Path(os.environ.setdefault("FSC147_OUT", str(out / "results"))).resolve()
+    for name in ("FSC147_DATA", "FSC147_MODEL", "FSC147_OUT"):  # kernels run in another folder
+        if name == "FSC147_OUT" or Path(os.environ.get(name) or "-").exists():
+            os.environ[name] = str(Path(os.environ[name]).resolve())
     cells = sum(cell.cell_type == "code" for path in paths for cell in nbformat.read(path, as_version=4).cells)
     seconds = {}
     with tqdm(total=cells, unit="cell", disable=False) as progress:

@@ -296,8 +296,7 @@ FATAL_AT_OPENING = {
                   [[PAIR] * 3 + [[1, float("nan")]]], [[PAIR] * 3 + [["1", 2]]])
 }  # fmt: skip
 
-FATAL_IN_CHECK = {
-    "truncated image": (truncate, "unreadable-image", IMAGE_1, "1.jpg"),
+FATAL_IN_HEADER = {
     "no image at all": (lambda r: (r / IMAGE_1).write_bytes(b"<html>404</html>"), "unreadable-image", IMAGE_1, "1.jpg"),
     "image a folder": (lambda r: ((r / IMAGE_1).unlink(), (r / IMAGE_1).mkdir()), "unreadable-image", IMAGE_1, "1.jpg"),
     "height disagrees": (lambda r: edit_entry(r, H=2 * SIZE[0] + 4), "size-mismatch", IMAGE_1, "1.jpg"),
@@ -305,6 +304,10 @@ FATAL_IN_CHECK = {
     "size not a number": (lambda r: edit_entry(r, H="big"), "size-mismatch", IMAGE_1, "1.jpg"),
     "size not finite": (lambda r: edit_entry(r, H=float("nan")), "size-mismatch", IMAGE_1, "1.jpg"),
     "size enormous": (lambda r: edit_entry(r, ratio_h=10**400), "size-mismatch", IMAGE_1, "1.jpg"),
+}  # fmt: skip
+
+FATAL_IN_CHECK = {
+    "truncated image": (truncate, "unreadable-image", IMAGE_1, "1.jpg"),
     "unsafe name in no split": (
         lambda r: edit(r, A, lambda e: e.update({"../x.jpg": {}})), "unsafe-name", A, "../x.jpg"),
 }  # fmt: skip
@@ -322,6 +325,8 @@ NOT_FATAL = {
     "annotation in no split": (lambda r: edit(r, A, lambda e: e.update({"9.jpg": {}})), "unlisted", A, "9.jpg"),
     "no category": (lambda r: replace_text(r, C, "1.jpg\tsea shells\n", ""), "no-category", C, "1.jpg"),
     "class line without tab": (lambda r: append(r / C, "9.jpg beads\n"), "bad-class-line", C, "line 6"),
+    "control tokens in a category": (
+        lambda r: append(r / C, "9.jpg\t<|im_end|>beads\n"), "bad-class-line", C, "line 6"),
     "class line without class": (lambda r: append(r / C, "\n9.jpg\t\n"), "bad-class-line", C, "line 7"),
 }  # fmt: skip
 
@@ -349,7 +354,7 @@ def only_fault(root, kind, file, entry):
     return main[0]
 
 
-@cases(FATAL_AT_OPENING)
+@cases(FATAL_AT_OPENING | FATAL_IN_HEADER)
 def test_fatal_fault_is_reported_and_keeps_the_split_shut(root, damage, kind, file, entry):
     damage(root)
     fault = only_fault(root, kind, file, entry)

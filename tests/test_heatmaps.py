@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from fsc147lib.data import Collate
-from fsc147lib.heatmaps import attention_heatmap, default_layers, heatmap, layer_head_maps, visual_mass
+from fsc147lib.heatmaps import (
+    attention_heatmap,
+    corner_share,
+    default_layers,
+    heatmap,
+    layer_head_maps,
+    look,
+    mean_map,
+    visual_mass,
+)
 from fsc147lib.model import AttentionProbe, answer_logits
 from fsc147lib.targets import resample_map
 
@@ -105,6 +114,20 @@ def test_padding_changes_no_heatmap(tiny, mixed_samples, batch):
     for i, sample in enumerate(mixed_samples):
         alone = heatmap(tiny.network, collate([sample]))[0]
         torch.testing.assert_close(heatmap(tiny.network, batch)[i], alone, atol=1e-6, rtol=1e-4)
+
+
+def test_looking_at_samples_is_the_heatmap_of_each(tiny, mixed_samples, batch):
+    maps = look(tiny, mixed_samples, layers=(1, 2, 3), batch_size=3)
+    assert maps.shape == (4, 3, 4, 14, 14)
+    with torch.no_grad():
+        torch.testing.assert_close(mean_map(maps[:, 1:]), heatmap(tiny.network, batch), atol=1e-6, rtol=1e-4)
+
+
+def test_corner_share():
+    maps = torch.ones(2, 1, 2, 14, 14)
+    maps[:, 0, 1] = 0
+    maps[:, 0, 1, 0, 0] = 0.5
+    torch.testing.assert_close(corner_share(maps), torch.tensor([[1 / 196, 1.0]]))
 
 
 @pytest.mark.parametrize(("depth", "layers"), [(4, (2, 3)), (28, (14, 18, 22, 26)), (36, (18, 23, 28, 33)), (2, (1,))])

@@ -27,9 +27,10 @@ def test_what_cannot_be_measured_is_refused(predicted, target):
 
 def test_bins_hold_every_image_once():
     target = [5, 20, 21, 50, 51, 300]
-    bins = metrics_by_bin(np.array(target) + 1, target)
+    bins = metrics_by_bin(np.array(target) + 1, target, [True, False, False, False, False, False])
     assert {name: row["images"] for name, row in bins.items()} == {"0-20": 2, "21-50": 2, "51-100": 1, "201+": 1}
     assert all(row["mae"] == 1 for row in bins.values())
+    assert [row["unparsed"] for row in bins.values()] == [0.5, 0, 0, 0]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real annotations are not beside the project")

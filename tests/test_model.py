@@ -162,10 +162,19 @@ def test_another_kind_of_model_is_named(tmp_path):
         load_model(tmp_path / "bert")
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch):
+def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="(?s)cannot load Nobody/No-Model.*no network.*tiny"):
+    (tmp_path / "Nobody").mkdir()  # a folder of that name must not make a path of a hub id
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="(?s)no folder Nobody/No-Model.*hub does not answer.*no network.*tiny"):
         load_model("Nobody/No-Model")
+
+
+def test_the_folder_of_a_run_names_its_checkpoints(tiny, tmp_path):
+    tiny.save(tmp_path / "run" / "best")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="folder of a run: give one of its checkpoints, .*run/best"):
+        load_model(tmp_path / "run")
 
 
 def test_damaged_weights_are_one_error(tiny, tmp_path):

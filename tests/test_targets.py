@@ -75,6 +75,12 @@ def test_mirrored_dots_give_the_mirrored_map(points):
     np.testing.assert_allclose(target_heatmap(mirrored, SIZE), target_heatmap(points, SIZE)[:, ::-1], atol=1e-7)
 
 
+def expected_centre(cell, n_in, n_out):
+    """Where the mass of an input cell lies on 0..1 after it was moved: by fine sampling of the cell."""
+    inside = (cell + (np.arange(20_000) + 0.5) / 20_000) / n_in
+    return pytest.approx(((np.floor(inside * n_out) + 0.5) / n_out).mean(), abs=2e-4)
+
+
 @pytest.mark.parametrize("grid", [(12, 18), (12, 49), (31, 12), (7, 14), (1, 1), (14, 14)])
 @pytest.mark.parametrize("back", [False, True], ids=["to 14x14", "from 14x14"])
 def test_one_hot_maps_keep_mass_and_place(grid, back):
@@ -86,6 +92,9 @@ def test_one_hot_maps_keep_mass_and_place(grid, back):
             moved = resample_map(one_hot, goal)
             assert moved.sum() == pytest.approx(1)
             rows, columns = np.nonzero(moved > 1e-12)
+            for axis, cell in ((0, y), (1, x)):
+                centre = moved.sum(axis=1 - axis) @ (np.arange(goal[axis]) + 0.5) / goal[axis]
+                assert centre == expected_centre(cell, source[axis], goal[axis])
             # every cell that got mass overlaps the cell it came from, on the common 0..1 square
             assert (rows / goal[0] < (y + 1) / source[0]).all() and ((rows + 1) / goal[0] > y / source[0]).all()
             assert (columns / goal[1] < (x + 1) / source[1]).all() and ((columns + 1) / goal[1] > x / source[1]).all()
@@ -94,4 +103,8 @@ def test_one_hot_maps_keep_mass_and_place(grid, back):
 def test_area_weights_by_hand():
     # 3 cells onto 2: the middle one is halved
     np.testing.assert_allclose(area_weights(3, 2), [[1, 0.5, 0], [0, 0.5, 1]])
+    # 5 cells onto 3, edges at 5/3 and 10/3: unequal parts
+    third = 1 / 3
+    expected = [[1, 2 * third, 0, 0, 0], [0, third, 1, third, 0], [0, 0, 0, 2 * third, 1]]
+    np.testing.assert_allclose(area_weights(5, 3), expected, atol=1e-12)
     np.testing.assert_allclose(area_weights(14, 14), np.eye(14), atol=1e-12)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fsc147lib.config import ConfigError, TrainConfig
 from fsc147lib.data import FSC147, Collate
 from fsc147lib.losses import DualLoss, NonFiniteLoss
 from fsc147lib.model import ModelError, load_model
+from fsc147lib.synthetic import make_dataset
 from fsc147lib.train import TrainingOrder, learning_rate_factor, train, training_loader, windows
 
 
@@ -126,6 +128,33 @@ def test_a_checkpoint_without_training_state_cannot_be_resumed(config):
         train(config(epochs=1, resume=True))
 
 
+@pytest.mark.parametrize("name", ["training_state.json", "training_state.safetensors"])
+def test_a_damaged_training_state_is_named(config, name):
+    settings = config(epochs=1)
+    train(settings)
+    path = settings.out / "last" / name
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ModelError, match="training state in .*last is damaged.*--model"):
+        train(config(epochs=1, resume=True))
+
+
+def test_resume_on_other_images_is_refused(config, tmp_path):
+    other = make_dataset(tmp_path / "other", 9, 3, 1, seed=9)
+    train(config(epochs=1))
+    with pytest.raises(ConfigError, match="not those that the run .* was started with"):
+        train(config(epochs=1, data=other, resume=True))
+
+
+def test_a_crash_between_the_renames_is_mended(config, tmp_path):
+    """Killed when last/ was set aside and the new one not yet in its place; and when best/ was still to come."""
+    train(config(epochs=1))
+    out = config().out
+    (out / "last").rename(out / "last.old")
+    shutil.rmtree(out / "best")
+    train(config(epochs=1, resume=True))
+    assert (out / "best" / "model.safetensors").is_file() and not (out / "last.old").exists()
+
+
 def test_overwrite_starts_anew(config):
     train(config(epochs=1))
     train(config(epochs=1, overwrite=True))
@@ -178,9 +207,35 @@ def test_gradient_checkpointing_trains_the_same(config, tmp_path):
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
 
 
-def test_clipping_bounds_the_update(config, monkeypatch):
-    result = train(config(epochs=1, clip=1e-3))
-    assert result.steps[0]["gradient_norm"] > 1e-3  # the norm before clipping is what is logged
+def test_clipping_bounds_the_gradient(config, monkeypatch):
+    """With plain gradient descent, for AdamW would hide the gradient's size."""
+    monkeypatch.setattr(
+        training, "make_optimizer", lambda config, network: torch.optim.SGD(network.parameters(), lr=1.0)
+    )
+    result = train(config(epochs=1, limit=8, clip=1e-3, learning_rate=1.0, warmup=0))
+    assert len(result.steps) == 1 and result.steps[0]["gradient_norm"] > 1e-3  # logged as it was before
+    before = dict(load_model("tiny").network.named_parameters())
+    after = dict(load_model(config().out / "last").network.named_parameters())
+    moved = torch.stack([(after[name] - before[name]).norm() for name in before]).norm()
+    assert moved.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_best_is_the_epoch_with_the_lowest_error(config, monkeypatch):
+    errors = iter([9.0, 3.0, 1.0, 2.0])
+
+    def measured(self):
+        self.log({"step": self.step, "epoch": self.epoch, "val": {"mae": next(errors)}})
+        return self.result.epochs[-1]["val"]
+
+    monkeypatch.setattr(training.Run, "validate", measured)
+    train(config(epochs=3))
+    epochs = {
+        name: json.loads((config().out / name / "training_state.json").read_text())["epoch"]
+        for name in ("best", "last")
+    }
+    assert epochs == {"best": 2, "last": 3}
+    a, b = (weights(config().out / name) for name in ("best", "last"))
+    assert not all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(config, monkeypatch):
@@ -211,6 +266,40 @@ def test_a_missing_root_costs_nothing(config, tmp_path):
     assert lines(config().out)[-1]["epoch"] == 1
 
 
+def test_an_overwritten_run_comes_back_if_the_new_one_fails_at_once(config):
+    train(config(epochs=1))
+    before = weights(config().out / "best")
+
+    def fail(line):
+        if line["step"] == 2:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config(epochs=1, seed=5, overwrite=True), fail)
+    after = weights(config().out / "best")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not config().out.with_name("run.old").exists()
+
+
+def test_a_run_that_failed_in_its_first_epoch_may_start_again(config):
+    def fail(line):
+        if line["step"] == 2:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config(epochs=1), fail)
+    train(config(epochs=1))
+    assert [line["step"] for line in lines(config().out)] == [0, 1, 2, 3, 3]
+
+
+def test_an_empty_split_is_named(config, root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    path = tmp_path / "data" / "Train_Test_Val_FSC_147.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "val": []}))
+    with pytest.raises(ValueError, match="split 'val' in Train_Test_Val_FSC_147.json is empty"):
+        train(config(data=tmp_path / "data"))
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_something_else_is_left_alone(config, overwrite):
     settings = config(overwrite=overwrite)
@@ -224,7 +313,8 @@ def test_a_folder_of_something_else_is_left_alone(config, overwrite):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("epochs", 0), ("batch_size", 0), ("accumulation", 0), ("learning_rate", 0.0), ("clip", -1.0), ("warmup", 2.0),
-     ("attention_weight", -0.1), ("limit", 0), ("weight_decay", -1.0), ("unfreeze_vision_at", -1)],
+     ("attention_weight", -0.1), ("attention_weight", math.inf),
+     ("learning_rate", math.nan), ("clip", math.inf), ("limit", 0), ("weight_decay", -1.0), ("unfreeze_vision_at", -1)],
 )  # fmt: skip
 def test_values_that_cannot_be_are_named(config, field, value):
     with pytest.raises(ConfigError, match=f"{field} .*--{field.replace('_', '-')}"):

@@ -88,7 +88,7 @@ def test_a_failing_notebook_is_named_and_what_ran_is_kept(tmp_path):
 def test_the_table_shows_the_files_numbers(tmp_path):
     metrics = {"mae": 20.0, "rmse": 30.0, "kl": 1.2, "mass_on_objects": 0.3}
     where = workbook.Settings(tmp_path, "tiny", tmp_path)
-    where.finetune.mkdir()
+    where.finetune.mkdir(parents=True)
     run = {"before": metrics, "best": {**metrics, "mae": 5.25}, "baselines": {"mean": {"mae": 12.5, "rmse": 15.0}}}
     (where.finetune / "summary.json").write_text(json.dumps(run))
     rows = [{"name": "count + attention", "overhead_low": 0.01, "overhead_median": 0.023, "overhead_high": 0.04}]
