@@ -134,11 +134,12 @@ def attention(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.T
 
 
 def token_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """|g . e| of each visual token: its hidden state e entering a layer, and the digits' gradient g with respect to it.
+    """|g * e| of each visual token, summed over channels: its state e entering a layer, and the digits' gradient g.
 
-    The gradient is that of their log-probability.  Deepstack features that are added after that layer
-    count as parts of e.  To first order, g . e is by how much the log-probability would fall without the
-    token (gradient x input: Shrikumar et al., 2016).
+    The gradient is that of their log-probability (gradient x input: Shrikumar et al., 2016).  Deepstack
+    features that are added after that layer count as parts of e.  The product is taken channel by channel:
+    layers read a state only after normalising it, so that g . e, the effect of scaling the whole state,
+    vanishes towards the last layers.
     """
     entering, caught = heatmap.entering, {}
 
@@ -163,13 +164,15 @@ def token_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[to
             logits = answer_logits(heatmap.network, batch, twice_from=entering if keep_graph else None)
             inputs = [caught["hidden"], *caught["deepstack"]]
             gradients = _gradients(logits, batch, inputs, keep_graph)
-            hidden, *deepstack = (x * gradient for x, gradient in zip(inputs, gradients, strict=True))
+            hidden, *deepstack = (
+                (x * gradient).abs().sum(dim=-1) for x, gradient in zip(inputs, gradients, strict=True)
+            )
             visual = batch["mm_token_type_ids"].bool()
-            tokens = hidden.sum(dim=-1)[visual] + sum(part.sum(dim=-1) for part in deepstack)  # [V]
+            tokens = hidden[visual] + sum(deepstack)  # [V]
     finally:
         for hook in hooks:
             hook.remove()
-    return logits, visual_mass(_on_sequence(tokens.abs(), visual), batch)
+    return logits, visual_mass(_on_sequence(tokens, visual), batch)
 
 
 def input_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
