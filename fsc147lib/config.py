@@ -13,7 +13,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 HEATMAP_EVERY = {"attention": 1, "token_gradient": 16, "input_gradient": 64}
-"""Default K of each method, so that its cost over all steps stays within 6.5 % (see notebook 02)."""
+"""Default K of each method: its overhead, measured by `benchmark`, divided by K stays within 6.5 %."""
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -88,6 +88,38 @@ class EvaluateConfig:
         _need(self, "batch_size", self.batch_size >= 1, "at least 1")
         _need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
         _need(self, "workers", self.workers >= 0, "at least 0")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Time a training step with the count loss alone against one with each heatmap, computed only, and trained."""
+
+    model: str = "tiny"
+    """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
+    methods: tuple[Literal["attention", "token_gradient", "input_gradient"], ...] = (
+        "attention",
+        "token_gradient",
+        "input_gradient",
+    )
+    heatmap_layer: int = 0
+    """Of token_gradient: the layer that its tokens enter."""
+    image_size: tuple[int, int] = (384, 576)
+    """Height and width of the drawn pictures."""
+    batch_size: int = 8
+    batches: int = 4
+    """Different batches, used in turn."""
+    rounds: int = 20
+    """Timed steps of each variant."""
+    precision: Precision = "auto"
+    json: Path | None = None
+    """Write the rows here, and to the same name with .csv."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "batches", "rounds"):
+            _need(self, name, getattr(self, name) >= 1, "at least 1")
+        _need(self, "image_size", min(self.image_size) >= 32, "at least 32 pixels each")
+        if self.json is not None:
+            _need(self, "json", self.json.suffix != ".csv", "another name: the rows also go to the .csv beside it")
 
 
 @dataclass(frozen=True)

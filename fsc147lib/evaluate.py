@@ -56,11 +56,16 @@ class Evaluation:
         """Write `path` (JSON: metrics, bins and `about`) and, beside it with the ending .csv, the images."""
         path = Path(path)
         write_text(path, json.dumps({**about, "metrics": self.metrics, "bins": self.bins}, indent=1))
-        text = io.StringIO()
-        table = csv.DictWriter(text, fieldnames=list(ImageResult.__dataclass_fields__), lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(image) for image in self.images)
-        write_text(path.with_suffix(".csv"), text.getvalue())
+        write_text(path.with_suffix(".csv"), to_csv([asdict(image) for image in self.images]))
+
+
+def to_csv(rows: list[dict]) -> str:
+    """Rows with the same keys as CSV text, with a header."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
 
 
 @torch.no_grad()

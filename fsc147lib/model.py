@@ -326,14 +326,20 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
     )  # fmt: skip
 
 
+def random_network(config: Qwen3VLConfig, dtype: torch.dtype = torch.float32) -> Qwen3VLForConditionalGeneration:
+    """A network of random weights with this library's attention."""
+    network = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=_attention(), dtype=dtype)
+    _embed_patches_fast(network)
+    return network
+
+
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingModel:
     """A Qwen3-VL small enough for a laptop, with random weights; `load_model("tiny")` calls this."""
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=_attention(), dtype=dtype)
-    _embed_patches_fast(network)
+        network = random_network(config, dtype)
     network.generation_config.eos_token_id = tokenizer.eos_token_id
     network.generation_config.pad_token_id = tokenizer.pad_token_id
     image_processor = Qwen2VLImageProcessorPil(
