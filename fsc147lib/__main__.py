@@ -1,4 +1,4 @@
-"""The command line: `python -m fsc147lib check|synth|train|evaluate ...`; `--help` lists the options.
+"""The command line: `python -m fsc147lib check|synth|train|evaluate|benchmark ...`; `--help` lists the options.
 
 Left out: everything that a command does; each calls one function.
 """
@@ -9,7 +9,7 @@ from typing import Annotated, Union
 
 import tyro
 
-from .config import CheckConfig, EvaluateConfig, SynthConfig, TrainConfig
+from .config import BenchmarkConfig, CheckConfig, EvaluateConfig, SynthConfig, TrainConfig
 from .files import write_text
 
 
@@ -47,6 +47,13 @@ def run_evaluate(config: EvaluateConfig) -> int:
     return 0
 
 
+def run_benchmark(config: BenchmarkConfig) -> int:
+    from .benchmark import benchmark
+
+    benchmark(config)
+    return 0
+
+
 def print_metrics(metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
         print(f"{name:>16} {value:10.4f}")
@@ -57,6 +64,7 @@ COMMANDS = {
     SynthConfig: ("synth", run_synth),
     TrainConfig: ("train", run_train),
     EvaluateConfig: ("evaluate", run_evaluate),
+    BenchmarkConfig: ("benchmark", run_benchmark),
 }
 
 

@@ -1,29 +1,40 @@
 """What the attention loss costs: the same training step with and without it, timed side by side.
 
 Variants take turns on the same batches, so that a machine whose speed drifts slows all of them alike,
-and the overhead is a median of ratios taken within a turn.
+and the overhead is a median of ratios taken within a turn.  The large models can be timed at their true
+shapes with random weights, on drawn pictures: nothing is downloaded.
 
-Left out: gradient heatmaps, throughput, other models' shapes.
+Left out: throughput on a data set, and compilation.
 """
 
 import json
 import platform
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
+from transformers import Qwen3VLConfig
 
+from .config import BenchmarkConfig
 from .data import Batch, Collate, Sample, to_device
+from .evaluate import to_csv
 from .files import write_text
-from .losses import DualLoss
-from .model import CountingModel, freeze_vision, make_accelerator
+from .heatmaps import Heatmap
+from .losses import DualLoss, count_loss
+from .model import CountingModel, freeze_vision, load_model, make_accelerator, random_network
+from .synthetic import draw_scene
 
 
 def time_variants(
-    variants: dict[str, Callable[[int], None]], rounds: int, warmup: int = 2, device: str = "cpu"
-) -> dict[str, np.ndarray]:
+    variants: dict[Hashable, Callable[[int], None]], rounds: int, warmup: int = 2, device: str = "cpu"
+) -> dict[Hashable, np.ndarray]:
     """Time functions in turn: A B C A B C ...
 
     Args:
@@ -69,12 +80,84 @@ def peak_memory(run: Callable[[], None], device: str = "cpu") -> float | None:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
-def training_step(loss: DualLoss, batches: list[Batch], optimizer, accelerator) -> Callable[[int], None]:
+METHODS = ("attention", "token_gradient", "input_gradient")
+
+SHAPES = {  # name: (text, vision), as in the models' own config.json
+    "qwen3-vl-2b": (
+        {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
+        {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]},
+    ),
+    "qwen3-vl-4b": (
+        {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+        {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]},
+    ),
+    "qwen3-vl-8b": (
+        {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+        {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]},
+    ),
+}
+
+
+def load_or_shape(name: str, device: str = "cpu") -> CountingModel:
+    """A model by its name, or one of SHAPES with random weights and the tiny model's tokenizer."""
+    if name not in SHAPES:
+        return load_model(name)
+    text, vision = SHAPES[name]
+    tiny = load_model("tiny")
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    config = tiny.network.config.to_dict()
+    config["tie_word_embeddings"] = name != "qwen3-vl-8b"
+    config["text_config"] |= text | {
+        "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": rope,
+        "initializer_range": 0.02, "tie_word_embeddings": config["tie_word_embeddings"],
+    }  # fmt: skip
+    config["vision_config"] |= vision | {
+        "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": text["hidden_size"],
+        "initializer_range": 0.02,
+    }  # fmt: skip
+    with torch.device(device):
+        network = random_network(Qwen3VLConfig(**config))
+    tiny.image_processor.size = {"shortest_edge": 65536, "longest_edge": 16777216}  # the real one's limits
+    return CountingModel(network, tiny.tokenizer, tiny.image_processor)
+
+
+def drawn_samples(number: int, folder: Path, size: tuple[int, int]) -> list[Sample]:
+    """Drawn samples of one size (height, width), with their pictures in a folder."""
+    samples = []
+    for i in range(number):
+        image, scene = draw_scene(np.random.default_rng(i))
+        scale = np.array([size[1] / image.width, size[0] / image.height])
+        path = folder / f"{i}.jpg"
+        image.resize(size[::-1]).save(path)
+        points = (scene["points"] * scale).astype(np.float32)
+        boxes = (scene["boxes"] * np.tile(scale, 2)).astype(np.float32)
+        samples.append(Sample(path.name, scene["category"], points, boxes, path))
+    return samples
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one training step does besides the count loss: nothing (method "none"), or a heatmap."""
+
+    method: str = "none"
+    trained: bool = False
+
+    @property
+    def name(self) -> str:
+        return "count only" if self.method == "none" else f"{self.method}, {'trained' if self.trained else 'computed'}"
+
+
+def training_step(loss: DualLoss, variant: Variant, batches: list[Batch], optimizer, accelerator):
     """A whole step as `train` makes it: both passes in its precision, and an update; on batches in turn."""
 
     def step(turn: int) -> None:
+        batch = batches[turn % len(batches)]
         with accelerator.autocast():
-            total = loss(batches[turn % len(batches)]).total
+            if variant.method != "none" and not variant.trained:
+                logits, _ = loss.heatmap.with_logits(batch)
+                total = count_loss(logits, batch["answer_labels"]) / int((batch["answer_labels"] != -100).sum())
+            else:
+                total = loss(batch).total
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -82,74 +165,124 @@ def training_step(loss: DualLoss, batches: list[Batch], optimizer, accelerator) 
     return step
 
 
-def write_rows(path: str | Path, rows: list[dict], **about) -> None:
-    """Write timings as JSON with what they were measured on: processor, threads or GPU, versions, and `about`."""
-    machine = {
-        "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    write_text(path, json.dumps({**about, **machine, "rows": rows}, indent=1))
-
-
-def table(rows: list[dict]) -> str:
-    """The rows of `time_losses` as text: medians with quartiles in brackets."""
-    lines = [f"{'variant':<20}{'ms per step':>24}{'overhead':>26}{'peak MiB':>10}"]
-    for row in rows:
-        low, median, high = (1000 * row[f"seconds_{key}"] for key in ("low", "median", "high"))
-        overhead = "{overhead_median:.1%} ({overhead_low:.1%} to {overhead_high:.1%})".format(**row)
-        peak = "unknown" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        lines.append(f"{row['name']:<20}{f'{median:.0f} ({low:.0f} to {high:.0f})':>24}{overhead:>26}{peak:>10}")
-    return "\n".join(lines)
-
-
 def time_losses(
     model: CountingModel,
     samples: list[Sample],
+    methods: tuple[str, ...] = METHODS,
     batch_size: int = 8,
     rounds: int = 20,
-    weight: float = 0.1,
+    heatmap_layer: int = 0,
     train_vision: bool = True,
+    precision: str = "auto",
 ) -> list[dict]:
-    """Time a step with the count loss alone against one with the attention loss as well.
+    """Time a step with the count loss alone against one with each heatmap, computed only, and trained.
 
     Args:
-        model: from `load_model`; its weights move by steps of 1e-6.
-        train_vision: whether the vision encoder trains as well.
+        model: from `load_or_shape`; its weights move by steps of 1e-6.
         samples: cut into batches; a last incomplete one is left out.
+        methods: of `heatmaps.METHODS`, all but attention_x_gradient.
         rounds: timed steps of each variant.
-        weight: of the attention loss.
+        heatmap_layer: of token_gradient.
+        train_vision: whether the vision encoder trains as well.
+        precision: as in TrainConfig.
 
     Returns:
-        A row for each variant: `name`, `seconds_median`, `seconds_low` and `seconds_high` (quartiles),
-        `peak_mib`; and, against "count only" and from ratios within a round, `overhead_median`,
-        `overhead_low` and `overhead_high` (quartiles), 0.03 for 3 %.
+        A row for each variant: `name`, `method`, `trained`, `seconds_median`, `seconds_low` and
+        `seconds_high` (quartiles), `peak_memory` (MiB); and from the ratios to "count only" within a round
+        `overhead_median`, `overhead_low` and `overhead_high` (95 % bootstrap interval), 0.03 for 3 %.
+        A variant that ran out of memory has None for all of these and `out_of_memory` true.
 
     Raises:
         ValueError: fewer samples than one batch.
     """
     if len(samples) < batch_size:
-        raise ValueError(f"{len(samples)} samples make no batch of {batch_size}: give more, or a smaller batch_size")
-    accelerator = make_accelerator("auto")
+        raise ValueError(f"{len(samples)} samples make no batch of {batch_size}: give more, or a smaller batch size")
+    accelerator = make_accelerator(precision)
     device = accelerator.device.type
-    model.network.to(device).train()
-    freeze_vision(model.network, not train_vision)
-    optimizer = torch.optim.AdamW(model.network.parameters(), lr=1e-6, fused=True)  # one for both: half the memory
+    network = model.network.to(device).train()
+    freeze_vision(network, not train_vision)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)  # one for all: less memory
     collate = Collate(model.tokenizer, model.image_processor)
     starts = range(0, len(samples) - batch_size + 1, batch_size)
     batches = [to_device(collate(samples[start : start + batch_size]), device) for start in starts]
-    variants = {
-        "count only": training_step(DualLoss(model.network, weight=0), batches, optimizer, accelerator),
-        "count + attention": training_step(DualLoss(model.network, weight=weight), batches, optimizer, accelerator),
+    variants = [Variant(), *(Variant(method, trained) for method in methods for trained in (False, True))]
+    steps, peaks = {}, {}
+    for variant in variants:
+        heatmap = Heatmap(network, "attention" if variant.method == "none" else variant.method, entering=heatmap_layer)
+        loss = DualLoss(network, weight=0.1 if variant.trained else 0, heatmap=heatmap)
+        step = training_step(loss, variant, batches, optimizer, accelerator)
+        try:
+            step(0)  # once before it is measured: the first step allocates what stays
+            peaks[variant] = peak_memory(partial(step, 0), device)
+            steps[variant] = step
+        except torch.cuda.OutOfMemoryError:
+            optimizer.zero_grad()
+            torch.cuda.empty_cache()
+    seconds = time_variants(steps, rounds, device=device)
+    return [_row(variant, seconds, peaks) for variant in variants]
+
+
+def _row(variant: Variant, seconds: dict[Variant, np.ndarray], peaks: dict[Variant, float | None]) -> dict:
+    fits, base = variant in seconds, seconds.get(Variant())
+    low, median, high = np.quantile(seconds[variant], (0.25, 0.5, 0.75)).tolist() if fits else (None,) * 3
+    row = {
+        "name": variant.name, "method": variant.method, "trained": variant.trained, "out_of_memory": not fits,
+        "seconds_low": low, "seconds_median": median, "seconds_high": high, "peak_memory": peaks.get(variant),
+    }  # fmt: skip
+    known = fits and base is not None
+    interval = median_interval(seconds[variant] / base - 1) if known else (None,) * 3
+    return row | dict(zip(("overhead_low", "overhead_median", "overhead_high"), interval, strict=True))
+
+
+def median_interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+    """Median with its 95 % bootstrap interval (Efron, 1979): low, median, high."""
+    chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(np.median(values[chosen], axis=1), (0.025, 0.975))
+    return float(low), float(np.median(values)), float(high)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of `time_losses` as text."""
+    lines = [f"{'variant':<26}{'ms per step (quartiles)':>26}{'overhead (95 % interval)':>30}{'peak MiB':>10}"]
+    for row in rows:
+        if row["out_of_memory"]:
+            lines.append(f"{row['name']:<26}{'out of memory':>26}")
+            continue
+        low, median, high = (1000 * row[f"seconds_{key}"] for key in ("low", "median", "high"))
+        overhead = "unknown"
+        if row["overhead_median"] is not None:
+            overhead = "{overhead_median:.1%} ({overhead_low:.1%} to {overhead_high:.1%})".format(**row)
+        peak = "unknown" if row["peak_memory"] is None else f"{row['peak_memory']:.0f}"
+        lines.append(f"{row['name']:<26}{f'{median:.0f} ({low:.0f} to {high:.0f})':>26}{overhead:>30}{peak:>10}")
+    return "\n".join(lines)
+
+
+def write_rows(path: str | Path, rows: list[dict], **about) -> None:
+    """Write timings as JSON, with what they were measured on and `about`; the rows alone also as .csv beside it."""
+    path = Path(path)
+    machine = {
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
     }
-    seconds = time_variants(variants, rounds, device=device)
-    rows = []
-    for name, step in variants.items():
-        overhead = seconds[name] / seconds["count only"] - 1
-        row = {"name": name, "peak_mib": peak_memory(lambda step=step: step(0), device)}
-        for key, values in (("seconds", seconds[name]), ("overhead", overhead)):
-            low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-            row |= {f"{key}_low": float(low), f"{key}_median": float(median), f"{key}_high": float(high)}
-        rows.append(row)
+    write_text(path, json.dumps({**about, **machine, "rows": rows}, indent=1))
+    write_text(path.with_suffix(".csv"), to_csv(rows))
+
+
+def benchmark(config: BenchmarkConfig) -> list[dict]:
+    """Time what was asked for, print the table and write the files; `python -m fsc147lib benchmark` calls this."""
+    model = load_or_shape(config.model, make_accelerator(config.precision).device.type)
+    with tempfile.TemporaryDirectory() as folder:
+        samples = drawn_samples(config.batches * config.batch_size, Path(folder), config.image_size)
+        rows = time_losses(
+            model, samples, config.methods, config.batch_size, config.rounds, config.heatmap_layer,
+            config.model == "tiny", config.precision,
+        )  # fmt: skip
+    if config.json is not None:
+        about = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+        write_rows(config.json, rows, command="python -m fsc147lib " + " ".join(sys.argv[1:]), **about)
+    print(table(rows))
     return rows

@@ -12,6 +12,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+HEATMAP_EVERY = {"attention": 1, "token_gradient": 16, "input_gradient": 64}
+"""Default K of each method: its overhead, measured by `benchmark`, divided by K stays within 6.5 %."""
+
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -67,6 +70,10 @@ class EvaluateConfig:
     limit: int | None = None
     """Only so many images."""
     precision: Precision = "auto"
+    heatmap: Literal["attention", "token_gradient", "input_gradient", "attention_x_gradient"] = "attention"
+    """What is held against the target."""
+    heatmap_layer: int = 0
+    """Of token_gradient: the layer that its tokens enter."""
     attention_layers: tuple[int, ...] | None = None
     """Layers of the heatmap; None for four over the second half."""
     attention_heads: tuple[int, ...] | None = None
@@ -81,6 +88,38 @@ class EvaluateConfig:
         _need(self, "batch_size", self.batch_size >= 1, "at least 1")
         _need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
         _need(self, "workers", self.workers >= 0, "at least 0")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Time a training step with the count loss alone against one with each heatmap, computed only, and trained."""
+
+    model: str = "tiny"
+    """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
+    methods: tuple[Literal["attention", "token_gradient", "input_gradient"], ...] = (
+        "attention",
+        "token_gradient",
+        "input_gradient",
+    )
+    heatmap_layer: int = 0
+    """Of token_gradient: the layer that its tokens enter."""
+    image_size: tuple[int, int] = (384, 576)
+    """Height and width of the drawn pictures."""
+    batch_size: int = 8
+    batches: int = 4
+    """Different batches, used in turn."""
+    rounds: int = 20
+    """Timed steps of each variant."""
+    precision: Precision = "auto"
+    json: Path | None = None
+    """Write the rows here, and to the same name with .csv."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "batches", "rounds"):
+            _need(self, name, getattr(self, name) >= 1, "at least 1")
+        _need(self, "image_size", min(self.image_size) >= 32, "at least 32 pixels each")
+        if self.json is not None:
+            _need(self, "json", self.json.suffix != ".csv", "another name: the rows also go to the .csv beside it")
 
 
 @dataclass(frozen=True)
@@ -108,6 +147,12 @@ class TrainConfig:
     attention_weight: float = 0.1
     """Weight w of the attention loss; 0 trains on counts alone."""
     attention_loss: Literal["kl", "mse"] = "kl"
+    heatmap: Literal["attention", "token_gradient", "input_gradient"] = "attention"
+    """What is held against the target: where the attention goes, or what the answer's gradient depends on."""
+    heatmap_layer: int = 0
+    """Of token_gradient: the layer that its tokens enter; higher is cheaper."""
+    heatmap_every: int | None = None
+    """Apply the attention loss on each K-th step, K times as strong; None for the method's own K."""
     attention_layers: tuple[int, ...] | None = None
     """Layers whose attention is trained; None for four over the second half."""
     attention_heads: tuple[int, ...] | None = None
@@ -137,6 +182,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
             _need(self, name, getattr(self, name) >= 1, "at least 1")
+        _need(self, "heatmap_every", self.heatmap_every is None or self.heatmap_every >= 1, "at least 1")
         _need(
             self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "above 0 and finite"
         )
@@ -152,6 +198,10 @@ class TrainConfig:
     @property
     def resolved_learning_rate(self) -> float:
         return self.learning_rate or (3e-3 if self.model == "tiny" else 1e-5)
+
+    @property
+    def resolved_heatmap_every(self) -> int:
+        return self.heatmap_every or HEATMAP_EVERY[self.heatmap]
 
     def vision_trains(self, epoch: int) -> bool:
         """Whether the vision encoder trains in this epoch (from 0)."""

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from .config import EvaluateConfig
 from .data import Batch, Collate, Sample, open_split, to_device
 from .files import write_text
-from .heatmaps import attention_heatmap, choose
+from .heatmaps import Heatmap
 from .losses import count_loss
 from .metrics import alignment, counting_metrics, metrics_by_bin
-from .model import AttentionProbe, CountingModel, answer_logits, load_model, make_accelerator
+from .model import CountingModel, load_model, make_accelerator
 from .prompt import MAX_DIGITS, parse_count
 
 
@@ -56,11 +56,16 @@ class Evaluation:
         """Write `path` (JSON: metrics, bins and `about`) and, beside it with the ending .csv, the images."""
         path = Path(path)
         write_text(path, json.dumps({**about, "metrics": self.metrics, "bins": self.bins}, indent=1))
-        text = io.StringIO()
-        table = csv.DictWriter(text, fieldnames=list(ImageResult.__dataclass_fields__), lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(image) for image in self.images)
-        write_text(path.with_suffix(".csv"), text.getvalue())
+        write_text(path.with_suffix(".csv"), to_csv([asdict(image) for image in self.images]))
+
+
+def to_csv(rows: list[dict]) -> str:
+    """Rows with the same keys as CSV text, with a header."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
 
 
 @torch.no_grad()
@@ -68,8 +73,7 @@ def evaluate_samples(
     model: CountingModel,
     samples: list[Sample],
     batch_size: int = 16,
-    layers: tuple[int, ...] | None = None,
-    heads: tuple[int, ...] | None = None,
+    heatmap: Heatmap | None = None,
     accelerator: Accelerator | None = None,
     workers: int = 0,
 ) -> Evaluation:
@@ -78,7 +82,7 @@ def evaluate_samples(
     Args:
         model: its network is moved to the accelerator's device, and answers in eval mode.
         samples: with images.
-        layers, heads: of the heatmap, as in `heatmaps.heatmap`.
+        heatmap: what is held against the target; None for `Heatmap(model.network)`, the attention.
         accelerator: gives device and precision; None for `make_accelerator("auto")`.
 
     Returns:
@@ -89,7 +93,7 @@ def evaluate_samples(
     network = model.network.to(accelerator.device)
     was_training = network.training
     network.eval()
-    layers = choose(network, layers, heads)
+    heatmap = heatmap or Heatmap(network)
     # wide images apart from narrow ones, so that batches hold little padding
     order = sorted(range(len(samples)), key=lambda i: samples[i].size[1] / samples[i].size[0])
     chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
@@ -100,12 +104,11 @@ def evaluate_samples(
     for chunk, (forced, free) in progress:
         forced, free = (to_device(batch, accelerator.device) for batch in (forced, free))
         with accelerator.autocast():
-            probe = AttentionProbe(forced["answer_positions"], layers)
-            logits = answer_logits(network, forced, probe)
+            logits, looked = heatmap.with_logits(forced)
             answers = generate_answers(model, free)
         loss += float(count_loss(logits, forced["answer_labels"]))
         tokens += int((forced["answer_labels"] != -100).sum())
-        maps = alignment(attention_heatmap(probe, forced, heads), forced["target"])
+        maps = alignment(looked, forced["target"])
         maps = {key: value.tolist() for key, value in maps.items()}
         for i, (sample, text) in enumerate(zip(chunk, answers, strict=True)):
             row = {key: value[i] for key, value in maps.items()}
@@ -163,9 +166,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     samples = open_split(config.data, config.split, config.limit)
     model = load_model(config.model)
     accelerator = make_accelerator(config.precision)
-    result = evaluate_samples(
-        model, samples, config.batch_size, config.attention_layers, config.attention_heads, accelerator, config.workers
+    heatmap = Heatmap(
+        model.network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer
     )
+    result = evaluate_samples(model, samples, config.batch_size, heatmap, accelerator, config.workers)
     if config.json is not None:
         result.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
     return result

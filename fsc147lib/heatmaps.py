@@ -1,18 +1,67 @@
-"""Where the model looks: from attention rows to a [B, 14, 14] heatmap that sums to 1.
+"""Where the model looks: several methods, one signature, each a [B, 14, 14] heatmap that sums to 1.
 
-The `attention` heatmap is the probability mass that goes from the positions which predict the count's
-digits to the visual tokens, averaged over digits, layers and heads, moved to 14x14 by exact areas, and
-renormalised.  It is differentiable, and it needs the answer's query rows only.
+`attention` is the probability mass that goes from the positions which predict the count's digits to the
+visual tokens.  The gradient methods ask which visual tokens (or pixels) the log-probability of the digits
+depends on.  All are moved to 14x14 by exact areas and renormalised, and all but `attention_x_gradient`
+can keep their graph, so that a loss on them trains the network.
 
-Left out: the losses, and how the rows are caught (`model.AttentionProbe`).
+A new method is a function and a line in METHODS.
+
+Left out: the losses, and how attention rows are caught (`model.AttentionProbe`).
 """
+
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 
 from .config import ConfigError
 from .data import Batch, Collate, Sample, to_device
-from .model import AttentionProbe, CountingModel, answer_logits, make_accelerator
+from .model import VISION, AttentionProbe, CountingModel, answer_logits, make_accelerator
+
+
+class Heatmap:
+    """A method with its choices; call it with a batch.
+
+    Args:
+        network: a Qwen3-VL with this library's attention (`load_model`).
+        method: a name in METHODS.
+        layers, heads: whose attention is averaged; None for `default_layers` and all heads.
+        entering: of `token_gradient`: the layer whose incoming hidden states are looked at, from 0, the
+            visual embeddings themselves, to the last.  The higher, the less of the network has to be
+            differentiated twice.
+
+    Raises:
+        ConfigError: no such method, layer or head.
+    """
+
+    def __init__(self, network, method: str = "attention", layers=None, heads=None, entering: int = 0):
+        depth = network.config.text_config.num_hidden_layers
+        if method not in METHODS:
+            raise ConfigError(f"heatmap is {method!r}, but must be one of {', '.join(METHODS)}")
+        if not 0 <= entering < depth:
+            raise ConfigError(f"heatmap_layer is {entering}, but this model has 0 to {depth - 1}")
+        self.network, self.method, self.heads, self.entering = network, method, heads, entering
+        self.layers = choose(network, layers, heads)
+
+    def __call__(self, batch: Batch, keep_graph: bool = False) -> torch.Tensor:
+        """One forward pass and its heatmap.
+
+        Args:
+            batch: from `Collate`, on the network's device.
+            keep_graph: make the heatmap differentiable with respect to the network's weights.
+
+        Returns:
+            [B, 14, 14], non-negative, each summing to 1.
+        """
+        return self.with_logits(batch, keep_graph)[1]
+
+    def with_logits(self, batch: Batch, keep_graph: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, with the answer's logits [B, A, V] of that one pass, whose graph is kept where gradients are on."""
+        logits, mass = METHODS[self.method](self, batch, keep_graph)
+        if not keep_graph:
+            mass = mass.detach()
+        return logits, mass / mass.sum(dim=(1, 2), keepdim=True)
 
 
 def choose(network, layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -71,36 +120,127 @@ def layer_head_maps(probe: AttentionProbe, batch: Batch) -> torch.Tensor:
     return visual_mass(_on_digits(rows, batch), batch)
 
 
-def attention_heatmap(probe: AttentionProbe, batch: Batch, heads: tuple[int, ...] | None = None) -> torch.Tensor:
-    """The `attention` heatmap of a forward pass.
+# --- Methods: (heatmap, batch, keep_graph) -> logits [B, A, V], mass [B, 14, 14] before it is scaled to sum 1
 
-    Args:
-        probe: as for `layer_head_maps`.
-        heads: which heads to average; None for all.
 
-    Returns:
-        [B, 14, 14], non-negative, each summing to 1; part of the graph where the pass has one.
+def attention(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mass from the digits' positions, averaged over digits, layers and heads.
+
+    Only the answer's query rows are computed a second time, so this costs next to nothing.
     """
-    rows = torch.stack([probe.rows[layer] for layer in probe.layers])  # [L, B, H, A, T]
-    rows = rows.mean(dim=(0, 2)) if heads is None else rows[:, :, list(heads)].mean(dim=(0, 2))  # [B, A, T]
-    mass = visual_mass(_on_digits(rows, batch), batch)  # [B, 14, 14]
-    return mass / mass.sum(dim=(1, 2), keepdim=True)
+    probe = AttentionProbe(batch["answer_positions"], heatmap.layers)
+    logits = answer_logits(heatmap.network, batch, probe)
+    return logits, visual_mass(_on_digits(_chosen_rows(probe.rows, heatmap).mean(dim=(0, 2)), batch), batch)
 
 
-def heatmap(network, batch: Batch, layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None):
-    """One forward pass and its `attention` heatmap.
+def token_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """|g * e| of each visual token, summed over channels: its state e entering a layer, and the digits' gradient g.
 
-    Args:
-        network: a Qwen3-VL with this library's attention (`load_model`).
-        batch: from `Collate`, on the network's device.
-        layers, heads: which to average; None for `default_layers` and all heads.
-
-    Returns:
-        [B, 14, 14] as `attention_heatmap`; under `torch.no_grad()` it keeps no graph.
+    The gradient is that of their log-probability (gradient x input: Shrikumar et al., 2016).  Deepstack
+    features that are added after that layer count as parts of e.  The product is taken channel by channel:
+    layers read a state only after normalising it, so that g . e, the effect of scaling the whole state,
+    vanishes towards the last layers.
     """
-    probe = AttentionProbe(batch["answer_positions"], choose(network, layers, heads))
-    answer_logits(network, batch, probe)
-    return attention_heatmap(probe, batch, heads)
+    entering, caught = heatmap.entering, {}
+
+    def catch_embeddings(module, args, kwargs):
+        deepstack = list(kwargs["deepstack_visual_embeds"])
+        deepstack[entering:] = [_differentiable(features) for features in deepstack[entering:]]
+        caught["deepstack"] = deepstack[entering:]  # [V, C] each, added after layers entering, entering + 1, ...
+        if entering == 0:
+            caught["hidden"] = kwargs["inputs_embeds"] = _differentiable(kwargs["inputs_embeds"])
+        return args, {**kwargs, "deepstack_visual_embeds": deepstack}
+
+    def catch_hidden(module, args):
+        caught["hidden"] = _differentiable(args[0])  # [B, T, C]
+        return (caught["hidden"], *args[1:])
+
+    language_model = heatmap.network.model.language_model
+    hooks = [language_model.register_forward_pre_hook(catch_embeddings, with_kwargs=True)]
+    if entering > 0:
+        hooks.append(language_model.layers[entering].register_forward_pre_hook(catch_hidden))
+    try:
+        with torch.enable_grad():
+            logits = answer_logits(heatmap.network, batch, twice_from=entering if keep_graph else None)
+            inputs = [caught["hidden"], *caught["deepstack"]]
+            gradients = _gradients(logits, batch, inputs, keep_graph)
+            hidden, *deepstack = (
+                (x * gradient).abs().sum(dim=-1) for x, gradient in zip(inputs, gradients, strict=True)
+            )
+            visual = batch["mm_token_type_ids"].bool()
+            tokens = hidden[visual] + sum(deepstack)  # [V]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, visual_mass(_on_sequence(tokens, visual), batch)
+
+
+def input_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """|gradient| of the digits' log-probability with respect to the pixels, summed over each visual token's pixels.
+
+    The first script's heatmap.  To train it the whole network is differentiated twice, frozen or not.
+    """
+    pixels = batch["pixel_values"].detach().requires_grad_()  # [P, 3 * 2 * 16 * 16]
+    with torch.enable_grad():
+        logits = answer_logits(
+            heatmap.network, {**batch, "pixel_values": pixels}, twice_from=VISION if keep_graph else None
+        )
+        (gradient,) = _gradients(logits, batch, [pixels], keep_graph)
+        merged = heatmap.network.config.vision_config.spatial_merge_size**2
+        tokens = gradient.abs().sum(dim=-1).unflatten(0, (-1, merged)).sum(dim=-1)  # [V]: patches come token by token
+    return logits, visual_mass(_on_sequence(tokens, batch["mm_token_type_ids"].bool()), batch)
+
+
+def attention_x_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that helps: each probability times its gradient where that is positive, averaged over heads.
+
+    After Chefer et al., "Generic Attention-model Explainability" (ICCV 2021), without their roll-out.
+    """
+    if keep_graph:
+        raise ConfigError(
+            "attention_x_gradient is for looking: its sign change has no useful gradient; "
+            "train with attention, token_gradient or input_gradient"
+        )
+    probe = AttentionProbe(batch["answer_positions"], heatmap.layers, in_path=True)
+    with torch.enable_grad():
+        logits = answer_logits(heatmap.network, batch, probe)
+        rows = [probe.rows[layer] for layer in heatmap.layers]
+        helpful = [(row * g).relu() for row, g in zip(rows, _gradients(logits, batch, rows, False), strict=True)]
+    mean = _chosen_rows(dict(zip(heatmap.layers, helpful, strict=True)), heatmap).mean(dim=(0, 2))
+    return logits, visual_mass(_on_digits(mean, batch), batch)
+
+
+METHODS: dict[str, Callable] = {
+    "attention": attention,
+    "token_gradient": token_gradient,
+    "input_gradient": input_gradient,
+    "attention_x_gradient": attention_x_gradient,
+}
+
+
+def _chosen_rows(rows: dict[int, torch.Tensor], heatmap: Heatmap) -> torch.Tensor:
+    """[L, B, H, A, T] of the chosen layers and heads."""
+    stacked = torch.stack([rows[layer] for layer in heatmap.layers])
+    return stacked if heatmap.heads is None else stacked[:, :, list(heatmap.heads)]
+
+
+def _differentiable(x: torch.Tensor) -> torch.Tensor:
+    """x itself where a gradient can reach it; else, below frozen weights, a new leaf of the same values."""
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _gradients(logits: torch.Tensor, batch: Batch, inputs: list[torch.Tensor], keep_graph: bool) -> list[torch.Tensor]:
+    """Gradients of the digits' log-probability; samples do not meet, so the sum over the batch serves them all."""
+    log_probability = logits.float().log_softmax(dim=-1)
+    labels = batch["answer_labels"].clamp_min(0).unsqueeze(-1)
+    digits = batch["digit_weights"] > 0  # [B, A]
+    score = (log_probability.gather(-1, labels)[..., 0] * digits).sum()
+    return list(torch.autograd.grad(score, inputs, create_graph=keep_graph, retain_graph=True))
+
+
+def _on_sequence(tokens: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Values of the visual tokens [V] put in their places [B, T], 0 elsewhere."""
+    return tokens.new_zeros(visual.shape).masked_scatter(visual, tokens)
 
 
 @torch.no_grad()

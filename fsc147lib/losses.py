@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import Batch
-from .heatmaps import attention_heatmap, choose
-from .model import AttentionProbe, answer_logits
+from .heatmaps import Heatmap
+from .model import answer_logits
 
 TINY_MASS = 1e-8
 """Floor under a heatmap's cells inside the logarithm of the KL divergence."""
@@ -57,7 +57,7 @@ class LossParts:
 
     total: torch.Tensor
     count: torch.Tensor  # mean over answer tokens
-    attention: torch.Tensor  # mean over images; 0 when it is switched off
+    attention: torch.Tensor | None  # mean over images; in a log None on steps without it
 
 
 class DualLoss(nn.Module):
@@ -65,20 +65,19 @@ class DualLoss(nn.Module):
 
     Args:
         network: Qwen3-VL from `load_model`.
-        weight: of the attention loss; 0 leaves it out altogether, its probe included.
+        weight: of the attention loss; 0 leaves it out altogether, its heatmap included.
         kind: "kl" or "mse".
-        layers, heads: whose attention is trained; None for `default_layers` and all heads.
-
-    Raises:
-        ConfigError: the model has no such layer or head.
+        heatmap: what is held against the target; None for `Heatmap(network)`, the attention.
     """
 
-    def __init__(self, network, weight: float = 0.1, kind: str = "kl", layers=None, heads=None):
+    def __init__(self, network, weight: float = 0.1, kind: str = "kl", heatmap: Heatmap | None = None):
         super().__init__()
-        self.network, self.weight, self.kind, self.heads = network, weight, kind, heads
-        self.layers = choose(network, layers, heads)
+        self.network, self.weight, self.kind = network, weight, kind
+        self.heatmap = heatmap or Heatmap(network)
 
-    def forward(self, batch: Batch, tokens: int | None = None, images: int | None = None) -> LossParts:
+    def forward(
+        self, batch: Batch, tokens: int | None = None, images: int | None = None, weight: float | None = None
+    ) -> LossParts:
         """The losses of a batch.
 
         Args:
@@ -86,19 +85,22 @@ class DualLoss(nn.Module):
             tokens, images: what to divide the sums by; None for this batch's own.  With gradient
                 accumulation these are the numbers of the whole window, so that every answer token
                 weighs the same and the parts of the window add up.
+            weight: of this step's attention loss; None for the loss's own.
 
         Raises:
             NonFiniteLoss: naming the part and the images.
         """
-        probe = AttentionProbe(batch["answer_positions"], self.layers) if self.weight else None
-        logits = answer_logits(self.network, batch, probe)
+        weight = self.weight if weight is None else weight
+        if weight:
+            logits, heatmap = self.heatmap.with_logits(batch, keep_graph=True)
+        else:
+            logits = answer_logits(self.network, batch)
         labels = batch["answer_labels"]
         count = count_loss(logits, labels) / (tokens or int((labels != -100).sum()))
         attention = torch.zeros_like(count)
-        if self.weight:
-            heatmap = attention_heatmap(probe, batch, self.heads)
+        if weight:
             attention = ATTENTION_LOSSES[self.kind](batch["target"], heatmap).sum() / (images or len(labels))
-        total = count + self.weight * attention
+        total = count + weight * attention
         for name, part in (("count", count), ("attention", attention), ("total", total)):
             if not part.isfinite():
                 raise NonFiniteLoss(

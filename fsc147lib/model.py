@@ -10,6 +10,7 @@ torchvision: ids are made in `prompt` and `data.collate`, pixels by the library'
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -40,6 +42,8 @@ from .prompt import ANSWER, QUESTION
 
 TINY = "tiny"
 ATTENTION = "sdpa_with_probe"
+VISION = -1
+"""The vision encoder's place among the layers: below the language model's layer 0."""
 
 
 class ModelError(ValueError):
@@ -183,22 +187,39 @@ class AttentionProbe:
         layers: which layers of the language model to look at.
         rows: filled by the pass: layer -> [B, heads, R, T] float32, each row summing to 1 over the T
             keys up to its own position; part of the autograd graph where the pass has one.
+        in_path: let the pass go on from these rows, so that its outputs have gradients with respect to
+            them.  The numbers stay the same.
     """
 
     queries: torch.Tensor
     layers: tuple[int, ...]
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    in_path: bool = False
 
 
-def probed_attention(module, query, key, value, attention_mask, attention_probe=None, **kwargs):
+def probed_attention(module, query, key, value, attention_mask, attention_probe=None, twice_from=None, **kwargs):
     """The library's scaled-dot-product attention; for layers in the probe it also notes some rows.
 
     The output is the library's own.  The rows cost R queries instead of T, so neither eager attention
     nor a [T, T] matrix is needed to see, or to train, where the model looks.
+
+    Args:
+        attention_probe: see `AttentionProbe`.
+        twice_from: first layer that must have a second derivative (VISION: the vision encoder too).  The
+            fast backends have none, the math backend has; layers below stay on the fast ones.
     """
-    if attention_probe is not None and getattr(module, "layer_idx", None) in attention_probe.layers:
-        attention_probe.rows[module.layer_idx] = _attention_rows(module, query, key, attention_probe.queries)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    layer = getattr(module, "layer_idx", VISION)
+    twice = twice_from is not None and layer >= twice_from
+    with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_probe is not None and layer in attention_probe.layers:
+        rows = _attention_rows(module, query, key, attention_probe.queries)
+        attention_probe.rows[layer] = rows
+        if attention_probe.in_path:
+            values = repeat_kv(value, module.num_key_value_groups).to(rows)
+            index = attention_probe.queries[:, :, None, None].expand(-1, -1, output.shape[2], output.shape[3])
+            output = output.scatter(1, index, (rows @ values).transpose(1, 2).to(output))
+    return output, None
 
 
 def _attention_rows(module, query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -213,20 +234,23 @@ def _attention_rows(module, query: torch.Tensor, key: torch.Tensor, queries: tor
         return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
 
 
-def answer_logits(network, batch: Batch, probe: AttentionProbe | None = None) -> torch.Tensor:
+def answer_logits(
+    network, batch: Batch, probe: AttentionProbe | None = None, twice_from: int | None = None
+) -> torch.Tensor:
     """One forward pass; the wide output head is applied at the answer's positions alone.
 
     Args:
         network: from `load_model`.
         batch: from `data.Collate(answers=True)`, on the network's device.
         probe: filled with attention rows on the way.
+        twice_from: first layer that needs a second derivative, see `probed_attention`.
 
     Returns:
         [B, A, V] logits of the tokens in `batch["answer_labels"]`.
     """
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "pixel_values", "image_grid_thw")}
     kept = batch["answer_positions"]
-    return network(**inputs, logits_to_keep=kept, attention_probe=probe, use_cache=False).logits
+    return network(**inputs, logits_to_keep=kept, attention_probe=probe, twice_from=twice_from, use_cache=False).logits
 
 
 AttentionInterface.register(ATTENTION, probed_attention)
@@ -234,7 +258,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def _attention() -> dict[str, str]:
-    return {"text_config": ATTENTION, "vision_config": "sdpa"}
+    return {"text_config": ATTENTION, "vision_config": ATTENTION}
 
 
 # --- The tiny model
@@ -302,14 +326,20 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
     )  # fmt: skip
 
 
+def random_network(config: Qwen3VLConfig, dtype: torch.dtype = torch.float32) -> Qwen3VLForConditionalGeneration:
+    """A network of random weights with this library's attention."""
+    network = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=_attention(), dtype=dtype)
+    _embed_patches_fast(network)
+    return network
+
+
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingModel:
     """A Qwen3-VL small enough for a laptop, with random weights; `load_model("tiny")` calls this."""
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=_attention(), dtype=dtype)
-    _embed_patches_fast(network)
+        network = random_network(config, dtype)
     network.generation_config.eos_token_id = tokenizer.eos_token_id
     network.generation_config.pad_token_id = tokenizer.pad_token_id
     image_processor = Qwen2VLImageProcessorPil(

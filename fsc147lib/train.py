@@ -30,6 +30,7 @@ from .config import ConfigError, TrainConfig
 from .data import Batch, Collate, Sample, open_split
 from .evaluate import evaluate_samples
 from .files import recover_folder, set_aside, write_text
+from .heatmaps import Heatmap
 from .losses import DualLoss, LossParts, NonFiniteLoss
 from .metrics import constant_baselines
 from .model import CountingModel, freeze_vision, load_model, make_accelerator
@@ -140,9 +141,10 @@ class Run:
             network.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(config, network)
         loader = training_loader(config, self.samples["train"], self.model)
-        loss = DualLoss(
-            network, config.attention_weight, config.attention_loss, config.attention_layers, config.attention_heads
+        self.heatmap = Heatmap(
+            network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer
         )
+        loss = DualLoss(network, config.attention_weight, config.attention_loss, self.heatmap)
         self.loss, self.optimizer, self.loader = self.accelerator.prepare(loss, optimizer, loader)
         self.order = loader.dataset
         self.steps_per_epoch = math.ceil(len(self.loader) / config.accumulation)
@@ -226,15 +228,8 @@ class Run:
     def validate(self) -> dict[str, float]:
         """Evaluate the validation split and log it; returns the metrics."""
         config = self.config
-        layers = self.accelerator.unwrap_model(self.loss).layers
         evaluation = evaluate_samples(
-            self.model,
-            self.samples["val"],
-            config.batch_size,
-            layers,
-            config.attention_heads,
-            self.accelerator,
-            config.workers,
+            self.model, self.samples["val"], config.batch_size, self.heatmap, self.accelerator, config.workers
         )
         self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
         return evaluation.metrics
@@ -244,7 +239,7 @@ class Run:
         freeze_vision(self.model.network, not config.vision_trains(self.epoch))
         self.order.shuffle(self.epoch)
         self.loss.train()
-        images, started = 0, time.perf_counter()
+        images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
         for window in windows(self.loader, config.accumulation):
             factor = learning_rate_factor(self.step, self.total_steps, config.warmup)
             for group in self.optimizer.param_groups:
@@ -253,8 +248,8 @@ class Run:
             self.step += 1
             images += sum(len(batch["count"]) for batch in window)
             progress.update()
-            if self.step % config.log_every == 0 or self.step == 1:
-                line = {name: float(value) for name, value in asdict(parts).items()}
+            if self.step % config.log_every == 0 or self.step == 1 or parts.attention is not None and every > 1:
+                line = {name: None if value is None else float(value) for name, value in asdict(parts).items()}
                 speed = images / (time.perf_counter() - started)
                 images, started = 0, time.perf_counter()
                 self.log({
@@ -263,7 +258,7 @@ class Run:
                     "learning_rate": self.optimizer.param_groups[0]["lr"], "gradient_norm": float(norm),
                     "images_per_second": speed,
                 })  # fmt: skip
-                progress.set_postfix(count=f"{line['count']:.3f}", attention=f"{line['attention']:.3f}")
+                progress.set_postfix({name: f"{value:.3f}" for name, value in line.items() if value is not None})
         self.epoch += 1
 
     def train_step(self, window: list[Batch]) -> tuple[LossParts, torch.Tensor]:
@@ -272,12 +267,15 @@ class Run:
         sizes = torch.tensor([[int((b["answer_labels"] != -100).sum()), len(b["count"])] for b in window]).sum(dim=0)
         tokens, images = accelerator.reduce(sizes.to(accelerator.device)).tolist()  # over all processes
         summed = LossParts(*torch.zeros(3, device=accelerator.device))
+        weight = self.attention_weight()
         for i, batch in enumerate(window):
             with accelerator.no_sync(self.loss) if i + 1 < len(window) else nullcontext():
-                parts = self.loss(batch, tokens, images)
+                parts = self.loss(batch, tokens, images, weight)
                 accelerator.backward(parts.total * accelerator.num_processes)  # whose gradients are averaged
             for name in ("total", "count", "attention"):
                 setattr(summed, name, getattr(summed, name) + getattr(parts, name).detach())
+        if not weight:
+            summed.attention = None  # not looked at, which is not 0
         norm = accelerator.clip_grad_norm_(self.loss.parameters(), self.config.clip)
         if not norm.isfinite():
             names = ", ".join(name for batch in window for name in batch["names"])
@@ -285,6 +283,15 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return summed, norm
+
+    def attention_weight(self) -> float:
+        """This step's weight of the attention loss: K times as strong on each K-th step, none between.
+
+        So the expected gradient is the same at 1/K of the cost: the lazy regularisation of Karras et
+        al., "Analyzing and Improving the Image Quality of StyleGAN" (CVPR 2020).
+        """
+        every = self.config.resolved_heatmap_every
+        return self.config.attention_weight * every if self.step % every == 0 else 0.0
 
     def save(self, metrics: dict[str, float]) -> None:
         """Write last/, and best/ if the validation MAE is the lowest so far."""

@@ -144,7 +144,8 @@ def training_curves(lines: Sequence[dict], baseline: float | None = None) -> Fig
         (axes[0], "count_loss", "count_loss", COUNT_COLOUR, "count loss (nats per token)", "val"),
         (axes[1], "attention_loss", "kl", ATTENTION_COLOUR, "attention loss", "val: KL (nats)"),
     ):
-        place.plot([line["step"] for line in steps], [line[key] for line in steps], color=colour, label="train")
+        seen = [line for line in steps if line[key] is not None]
+        place.plot([line["step"] for line in seen], [line[key] for line in seen], color=colour, label="train")
         place.plot(
             [line["step"] for line in epochs], [line["val"][value] for line in epochs], "o", color=GREY, label=validated
         )
@@ -216,22 +217,58 @@ def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int])
     return figure
 
 
+CLAIMED = (0.025, 0.065)
+"""The overhead that the first script of this project claimed."""
+
+
 def overhead_bars(rows: Sequence[dict]) -> Figure:
-    """Step time and peak memory of each variant, with the spread between quartiles.
+    """Overhead of each heatmap, with its 95 % interval, and peak memory; the claimed overhead as a band.
 
     Args:
-        rows: of `benchmark.time_losses`: `name`, `seconds_median`, `seconds_low`, `seconds_high`, `peak_mib`.
+        rows: of `benchmark.time_losses`.  Grey is a heatmap that is only computed, red one that is trained.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-    names = [row["name"] for row in rows]
-    colours = [COUNT_COLOUR, ATTENTION_COLOUR, GREY, "black"][: len(rows)]
-    middle = np.array([row["seconds_median"] for row in rows])
-    spread = np.abs(np.array([[row["seconds_low"], row["seconds_high"]] for row in rows]).T - middle)
-    axes[0].bar(names, 1000 * middle, yerr=1000 * spread, color=colours, capsize=5)
-    axes[0].set(ylabel="milliseconds", title="one training step (median, quartiles)")
-    axes[1].bar(names, [row["peak_mib"] or 0 for row in rows], color=colours)
-    axes[1].set(ylabel="MiB", title="peak memory of a step")
+    rows = [row for row in rows if not row["out_of_memory"]]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 3.4), layout="constrained")
+    names = [row["name"].replace(", ", "\n") for row in rows]
+    colours = {"none": COUNT_COLOUR, True: ATTENTION_COLOUR, False: GREY}
+    colours = [colours["none" if row["method"] == "none" else row["trained"]] for row in rows]
+    middle = np.array([row["overhead_median"] for row in rows])
+    spread = np.abs(np.array([[row["overhead_low"], row["overhead_high"]] for row in rows]).T - middle)
+    places = axes[0].bar(names[1:], 100 * middle[1:], yerr=100 * spread[:, 1:], color=colours[1:], capsize=4)
+    axes[0].bar_label(places, fmt="%.1f", fontsize=8, padding=3)
+    _claimed_band(axes[0])
+    axes[0].set(ylabel="% of a step", title="overhead (median, 95 % interval)")
+    axes[1].bar(names, [row["peak_memory"] or 0 for row in rows], color=colours)
+    axes[1].set(ylabel="MiB", title="peak memory")
+    for place in axes:
+        place.tick_params(axis="x", labelsize=7)
     return figure
+
+
+def overhead_against_every(rows: Sequence[dict], defaults: dict[str, int]) -> Figure:
+    """What is left of each trained heatmap's overhead when it is applied on each K-th step only.
+
+    Args:
+        rows: of `benchmark.time_losses`.
+        defaults: each method's own K, drawn as a dot.
+    """
+    figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
+    every = 2 ** np.arange(8)
+    for row in rows:
+        if row["trained"] and not row["out_of_memory"]:
+            (line,) = axes.plot(every, 100 * row["overhead_median"] / every, label=row["method"])
+            k = defaults[row["method"]]
+            axes.plot(k, 100 * row["overhead_median"] / k, "o", color=line.get_color())
+    _claimed_band(axes)
+    axes.set(xscale="log", yscale="log", xlabel="K: steps from one heatmap to the next", ylabel="% of a step")
+    _plain_numbers(axes)
+    axes.set_xticks(every, labels=[str(k) for k in every])
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _claimed_band(axes) -> None:
+    axes.axhspan(100 * CLAIMED[0], 100 * CLAIMED[1], color="#3a923a", alpha=0.25, label="once claimed")
 
 
 def browser(draw: Callable[..., Figure], **choices) -> widgets.Widget:

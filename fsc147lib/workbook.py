@@ -118,7 +118,7 @@ def summarise(where: Settings, seconds: dict[str, float]) -> dict:
     """The numbers of a run of all notebooks, from the files that they wrote."""
     run = json.loads((where.finetune / "summary.json").read_text())
     rows = {row["name"]: row for row in json.loads(where.overhead.read_text())["rows"]}
-    both = rows["count + attention"]
+    both = rows["attention, trained"]
     return {
         "data": str(where.data),
         "model": where.model,
@@ -141,7 +141,7 @@ def table(summary: dict) -> str:
         f"{'alignment, KL (nats)':<28}{before['kl']:>10.3f}{after['kl']:>10.3f}",
         f"{'attention mass on objects':<28}{before['mass_on_objects']:>10.3f}{after['mass_on_objects']:>10.3f}",
         "",
-        "overhead of the attention loss: {median:.1%} (quartiles {low:.1%} to {high:.1%})".format(**overhead),
+        "overhead of the attention loss: {median:.1%} (95 % interval {low:.1%} to {high:.1%})".format(**overhead),
         *(f"{name:<28}{spent:>8.0f} s" for name, spent in summary["seconds"].items()),
     ]
     return "\n".join(lines)

@@ -5,10 +5,9 @@ import torch
 
 from fsc147lib.data import Collate
 from fsc147lib.heatmaps import (
-    attention_heatmap,
+    Heatmap,
     corner_share,
     default_layers,
-    heatmap,
     layer_head_maps,
     look,
     mean_map,
@@ -45,7 +44,7 @@ def test_probed_rows_are_eager_attention(tiny, batch):
 @torch.no_grad()
 def test_heatmap_from_eager_attention_by_hand(tiny, batch):
     """Layers 1 and 3, heads 0 and 2, image by image: cut out the visual tokens, fold them, move them to 14x14."""
-    got = heatmap(tiny.network, batch, layers=(1, 3), heads=(0, 2))
+    got = Heatmap(tiny.network, layers=(1, 3), heads=(0, 2))(batch)
     eager = eager_attentions(tiny.network, batch)
     for i in range(len(batch["count"])):
         digits = batch["answer_positions"][i, batch["digit_weights"][i] > 0]
@@ -58,7 +57,7 @@ def test_heatmap_from_eager_attention_by_hand(tiny, batch):
 
 @torch.no_grad()
 def test_heatmap_is_a_distribution(tiny, batch):
-    result = heatmap(tiny.network, batch)
+    result = Heatmap(tiny.network)(batch)
     assert result.shape == (4, 14, 14) and (result >= 0).all()
     torch.testing.assert_close(result.sum(dim=(1, 2)), torch.ones(4))
 
@@ -71,10 +70,10 @@ def test_layer_and_head_maps_add_up_to_the_heatmap(tiny, batch):
     maps = layer_head_maps(probe, batch)
     assert maps.shape == (4, 3, 4, 14, 14)
     mean = maps.mean(dim=(1, 2))
-    torch.testing.assert_close(mean / mean.sum(dim=(1, 2), keepdim=True), attention_heatmap(probe, batch))
+    torch.testing.assert_close(mean / mean.sum(dim=(1, 2), keepdim=True), Heatmap(tiny.network, layers=layers)(batch))
     one = maps[:, 1, 3]
     torch.testing.assert_close(
-        one / one.sum(dim=(1, 2), keepdim=True), heatmap(tiny.network, batch, layers=(2,), heads=(3,))
+        one / one.sum(dim=(1, 2), keepdim=True), Heatmap(tiny.network, layers=(2,), heads=(3,))(batch)
     )
 
 
@@ -90,7 +89,7 @@ def test_a_plain_dict_batch_works(tiny, mixed_samples):
     """The first script of this project died here: 'dict' object has no attribute 'pixel_values'."""
     batch = dict(Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples))
     assert type(batch) is dict
-    assert heatmap(tiny.network, batch).isfinite().all()
+    assert Heatmap(tiny.network)(batch).isfinite().all()
 
 
 @torch.no_grad()
@@ -103,24 +102,24 @@ def test_the_probe_changes_no_logits(tiny, batch):
 def test_autocast_does_not_touch_the_map(tiny, batch):
     probe = AttentionProbe(batch["answer_positions"], (2, 3))
     answer_logits(tiny.network, batch, probe)
-    plain = attention_heatmap(probe, batch)
+    plain = layer_head_maps(probe, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(attention_heatmap(probe, batch), plain)
+        assert torch.equal(layer_head_maps(probe, batch), plain)
 
 
 @torch.no_grad()
 def test_padding_changes_no_heatmap(tiny, mixed_samples, batch):
     collate = Collate(tiny.tokenizer, tiny.image_processor)
     for i, sample in enumerate(mixed_samples):
-        alone = heatmap(tiny.network, collate([sample]))[0]
-        torch.testing.assert_close(heatmap(tiny.network, batch)[i], alone, atol=1e-6, rtol=1e-4)
+        alone = Heatmap(tiny.network)(collate([sample]))[0]
+        torch.testing.assert_close(Heatmap(tiny.network)(batch)[i], alone, atol=1e-6, rtol=1e-4)
 
 
 def test_looking_at_samples_is_the_heatmap_of_each(tiny, mixed_samples, batch):
     maps = look(tiny, mixed_samples, layers=(1, 2, 3), batch_size=3)
     assert maps.shape == (4, 3, 4, 14, 14)
     with torch.no_grad():
-        torch.testing.assert_close(mean_map(maps[:, 1:]), heatmap(tiny.network, batch), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(mean_map(maps[:, 1:]), Heatmap(tiny.network)(batch), atol=1e-6, rtol=1e-4)
 
 
 def test_corner_share():

@@ -115,11 +115,24 @@ def test_layer_head_grid_tells_the_mass(samples):
     assert figure.axes[5].get_title() == "layer 3, head 2: 25 %"
 
 
-def test_bars_are_medians(samples):
-    row = {"name": "a", "seconds_median": 0.2, "seconds_low": 0.1, "seconds_high": 0.4, "peak_mib": None}
-    axes = viz.overhead_bars([row, {**row, "name": "b", "peak_mib": 300.0}]).axes
-    assert [patch.get_height() for patch in axes[0].patches] == [200, 200]
+def timings():
+    base = {"name": "count only", "method": "none", "trained": False, "out_of_memory": False, "peak_memory": None,
+            "overhead_low": 0.0, "overhead_median": 0.0, "overhead_high": 0.0}  # fmt: skip
+    trained = {**base, "name": "a, trained", "method": "a", "trained": True, "peak_memory": 300.0,
+               "overhead_low": 0.7, "overhead_median": 0.8, "overhead_high": 1.0}  # fmt: skip
+    return [base, trained, {**trained, "name": "b, trained", "method": "b", "out_of_memory": True}]
+
+
+def test_bars_are_medians_and_leave_out_what_did_not_fit():
+    axes = viz.overhead_bars(timings()).axes
+    assert [patch.get_height() for patch in axes[0].patches[:1]] == [80]
     assert [patch.get_height() for patch in axes[1].patches] == [0, 300]
+
+
+def test_overhead_falls_with_k():
+    axes = viz.overhead_against_every(timings(), {"a": 16, "b": 16}).axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_ydata()[:3], [80, 40, 20])
+    assert axes.lines[1].get_xydata().tolist() == [[16, 5]]
 
 
 def test_browser_redraws_what_is_chosen(samples):

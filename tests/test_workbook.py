@@ -91,7 +91,7 @@ def test_the_table_shows_the_files_numbers(tmp_path):
     where.finetune.mkdir(parents=True)
     run = {"before": metrics, "best": {**metrics, "mae": 5.25}, "baselines": {"mean": {"mae": 12.5, "rmse": 15.0}}}
     (where.finetune / "summary.json").write_text(json.dumps(run))
-    rows = [{"name": "count + attention", "overhead_low": 0.01, "overhead_median": 0.023, "overhead_high": 0.04}]
+    rows = [{"name": "attention, trained", "overhead_low": 0.01, "overhead_median": 0.023, "overhead_high": 0.04}]
     where.overhead.write_text(json.dumps({"rows": rows}))
     text = workbook.table(workbook.summarise(where, {"01_inspect_data": 12.0}))
     for number in ("20.00", "5.25", "12.50", "2.3%", "01_inspect_data"):
