@@ -45,8 +45,8 @@ class TrainResult:
 
     Attributes:
         out: the run's folder.
-        steps: the step lines of metrics.jsonl: step, epoch, count_loss, attention_loss, total,
-            learning_rate, gradient_norm, images_per_second.
+        steps: the step lines of metrics.jsonl: step, epoch, count_loss, attention_loss (None on steps
+            without it), total, learning_rate, gradient_norm, images_per_second.
         epochs: one validation for each epoch, the first from before training (epoch 0).
         baselines: `metrics.constant_baselines` on the validation split.
     """

@@ -237,6 +237,7 @@ def overhead_bars(rows: Sequence[dict]) -> Figure:
     places = axes[0].bar(names[1:], 100 * middle[1:], yerr=100 * spread[:, 1:], color=colours[1:], capsize=4)
     axes[0].bar_label(places, fmt="%.1f", fontsize=8, padding=3)
     _claimed_band(axes[0])
+    axes[0].margins(y=0.12)  # room for the labels
     axes[0].set(ylabel="% of a step", title="overhead (median, 95 % interval)")
     axes[1].bar(names, [row["peak_memory"] or 0 for row in rows], color=colours)
     axes[1].set(ylabel="MiB", title="peak memory")
