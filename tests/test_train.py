@@ -67,6 +67,13 @@ def test_both_losses_fall(config):
     assert result.epochs[0]["epoch"] == 0 and len(result.epochs) == 7
 
 
+def test_counts_alone_can_be_trained(config):
+    """With weight 0 no heatmap is looked at; the log says so instead of 0."""
+    result = train(config(epochs=1, attention_weight=0.0))
+    assert all(line["attention_loss"] is None and line["total"] == line["count_loss"] for line in result.steps)
+    assert result.epochs[-1]["val"]["kl"] > 0  # validation still measures where it looks
+
+
 def test_the_run_folder(config):
     settings = config(epochs=2)
     result = train(settings)
