@@ -22,8 +22,9 @@ import torch
 import transformers
 from transformers import Qwen3VLConfig
 
+from .collate import Batch, Collate, to_device
 from .config import BenchmarkConfig
-from .data import Batch, Collate, Sample, to_device
+from .data import Sample
 from .evaluate import to_csv
 from .files import write_text
 from .heatmaps import Heatmap

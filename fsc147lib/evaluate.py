@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .collate import Batch, Collate, to_device
 from .config import EvaluateConfig
-from .data import Batch, Collate, Sample, open_split, to_device
+from .data import Sample, open_split
 from .files import write_text
 from .heatmaps import Heatmap
 from .losses import count_loss

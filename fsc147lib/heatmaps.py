@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
+from .collate import Batch, Collate, to_device
 from .config import ConfigError
-from .data import Batch, Collate, Sample, to_device
+from .data import Sample
 from .model import VISION, AttentionProbe, CountingModel, answer_logits, make_accelerator
 
 

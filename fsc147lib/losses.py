@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data import Batch
+from .collate import Batch
 from .heatmaps import Heatmap
 from .model import answer_logits
 

@@ -5,7 +5,7 @@ attention goes through one door, `probed_attention`: the library's fast attentio
 down a few rows of probabilities when a forward pass brings an `AttentionProbe`.
 
 Left out: what the rows mean (`heatmaps`), and `Qwen3VLProcessor`, which cannot be built without
-torchvision: ids are made in `prompt` and `data.collate`, pixels by the library's PIL processor.
+torchvision: ids are made in `prompt` and `collate`, pixels by the library's PIL processor.
 """
 
 import json
@@ -36,7 +36,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
-from .data import Batch
+from .collate import Batch
 from .files import new_draft, replace_folder
 from .prompt import ANSWER, QUESTION
 
@@ -241,7 +241,7 @@ def answer_logits(
 
     Args:
         network: from `load_model`.
-        batch: from `data.Collate(answers=True)`, on the network's device.
+        batch: from `collate.Collate`, on the network's device.
         probe: filled with attention rows on the way.
         twice_from: first layer that needs a second derivative, see `probed_attention`.
 

@@ -1,6 +1,6 @@
 """The question, the answer "COUNT: 37", its tokens, and strict parsing of what comes back.
 
-Left out: padding and tensors (`data.collate`), and the model's chat template, which belongs to its
+Left out: padding and tensors (`collate`), and the model's chat template, which belongs to its
 tokenizer.
 """
 

@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
+from .collate import Batch, Collate
 from .config import ConfigError, TrainConfig
-from .data import Batch, Collate, Sample, open_split
+from .data import Sample, open_split
 from .evaluate import evaluate_samples
 from .files import recover_folder, set_aside, write_text
 from .heatmaps import Heatmap

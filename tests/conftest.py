@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fsc147lib.data import FSC147, Collate
+from fsc147lib.collate import Collate
+from fsc147lib.data import FSC147
 from fsc147lib.model import load_model
 from fsc147lib.synthetic import make_dataset
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from fsc147lib import evaluate as evaluation
+from fsc147lib.collate import Collate
 from fsc147lib.config import EvaluateConfig
-from fsc147lib.data import FSC147, Collate
+from fsc147lib.data import FSC147
 from fsc147lib.evaluate import evaluate, evaluate_samples, forced_and_free, generate_answers
 from fsc147lib.losses import DualLoss
 from fsc147lib.metrics import counting_metrics

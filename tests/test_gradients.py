@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fsc147lib import model as model_module
+from fsc147lib.collate import Collate
 from fsc147lib.config import ConfigError, TrainConfig
-from fsc147lib.data import Collate
 from fsc147lib.heatmaps import METHODS, Heatmap
 from fsc147lib.losses import DualLoss
 from fsc147lib.model import answer_logits, freeze_vision, load_model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fsc147lib.data import Collate
+from fsc147lib.collate import Collate
 from fsc147lib.heatmaps import (
     Heatmap,
     corner_share,

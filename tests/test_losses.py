@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsc147lib.data import Collate
+from fsc147lib.collate import Collate
 from fsc147lib.losses import DualLoss, NonFiniteLoss, count_loss, kl_divergence, squared_error
 from fsc147lib.model import answer_logits, load_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, BertConfig, Qwen3VLForConditionalGeneration
 
-from fsc147lib.data import Collate
+from fsc147lib.collate import Collate
 from fsc147lib.model import ModelError, answer_logits, freeze_vision, load_model
 from fsc147lib.prompt import answer, question
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from fsc147lib import train as training
+from fsc147lib.collate import Collate
 from fsc147lib.config import ConfigError, TrainConfig
-from fsc147lib.data import FSC147, Collate
+from fsc147lib.data import FSC147
 from fsc147lib.losses import DualLoss, NonFiniteLoss
 from fsc147lib.model import ModelError, load_model
 from fsc147lib.synthetic import make_dataset
