@@ -284,3 +284,15 @@ def test_a_lazy_run_logs_what_it_looked_at(root, tmp_path):
         result.steps[0]["count_loss"] + 0.3 * result.steps[0]["attention_loss"], rel=1e-5
     )
     assert result.steps[1]["total"] == pytest.approx(result.steps[1]["count_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["token_gradient", "input_gradient"])
+def test_accumulation_is_one_large_batch(root, tmp_path, method):
+    """Eight images at once, and as a window of 2 x 4."""
+    results = []
+    for batch_size, accumulation in ((8, 1), (4, 2)):
+        config = TrainConfig(data=root, out=tmp_path / str(accumulation), heatmap=method, heatmap_every=1, limit=8,
+                             batch_size=batch_size, accumulation=accumulation, tracking="disabled")  # fmt: skip
+        results.append(train(config).steps[0])
+    for key in ("count_loss", "attention_loss", "total", "gradient_norm"):
+        assert results[1][key] == pytest.approx(results[0][key], rel=1e-3)
