@@ -22,7 +22,7 @@ def test_variants_take_turns():
 def test_overhead_is_the_median_of_ratios_within_a_turn(tiny, root, monkeypatch):
     """A machine that becomes ten times slower half-way: the ratio of medians would be off, this is not."""
     base = np.array([1, 1, 1, 10, 10.0])
-    factors = {(False): 1.0, (True): np.array([1.0, 1.1, 1.1, 1.1, 1.3])}
+    factors = {False: 1.0, True: np.array([1.0, 1.1, 1.1, 1.1, 1.3])}
 
     def timed(steps, *_, **__):
         return {variant: base * factors[variant.trained] for variant in steps}
