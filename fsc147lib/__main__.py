@@ -49,8 +49,9 @@ def run_evaluate(config: EvaluateConfig) -> int:
 
 def run_benchmark(config: BenchmarkConfig) -> int:
     from .benchmark import benchmark
+    from .throughput import throughput
 
-    benchmark(config)
+    throughput(config) if config.throughput else benchmark(config)
     return 0
 
 

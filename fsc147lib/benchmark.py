@@ -4,7 +4,7 @@ Variants take turns on the same batches, so that a machine whose speed drifts sl
 and the overhead is a median of ratios taken within a turn.  The large models can be timed at their true
 shapes with random weights, on drawn pictures: nothing is downloaded.
 
-Left out: throughput on a data set, and compilation.
+Left out: throughput on a data set (`throughput`).
 """
 
 import json
@@ -23,10 +23,11 @@ import transformers
 from transformers import Qwen3VLConfig
 
 from .collate import Batch, Collate, to_device
-from .config import BenchmarkConfig
+from .config import HEATMAP_EVERY, HEATMAP_IMAGES, BenchmarkConfig
 from .data import Sample
 from .evaluate import to_csv
 from .files import write_text
+from .forward import compile_layers
 from .heatmaps import Heatmap
 from .losses import DualLoss, count_loss
 from .model import CountingModel, freeze_vision, load_model, make_accelerator, random_network
@@ -138,14 +139,28 @@ def drawn_samples(number: int, folder: Path, size: tuple[int, int]) -> list[Samp
 
 @dataclass(frozen=True)
 class Variant:
-    """What one training step does besides the count loss: nothing (method "none"), or a heatmap."""
+    """What one training step does besides the count loss: nothing (method "none"), or a heatmap of some images."""
 
     method: str = "none"
     trained: bool = False
+    images: int | None = None  # of each batch; None for all
 
     @property
     def name(self) -> str:
-        return "count only" if self.method == "none" else f"{self.method}, {'trained' if self.trained else 'computed'}"
+        if self.method == "none":
+            return "count only"
+        some = "" if self.images is None else f" on {self.images}"
+        return f"{self.method}, {'trained' if self.trained else 'computed'}{some}"
+
+
+def variants_of(methods: tuple[str, ...], batch_size: int) -> list[Variant]:
+    """Each method computed, trained on all images of a batch, and on its default number where that is less."""
+    variants = [Variant()]
+    for method in methods:
+        variants += [Variant(method), Variant(method, True)]
+        if (HEATMAP_IMAGES[method] or batch_size) < batch_size:
+            variants.append(Variant(method, True, HEATMAP_IMAGES[method]))
+    return variants
 
 
 def training_step(loss: DualLoss, variant: Variant, batches: list[Batch], optimizer, accelerator):
@@ -156,7 +171,7 @@ def training_step(loss: DualLoss, variant: Variant, batches: list[Batch], optimi
         with accelerator.autocast():
             if variant.method != "none" and not variant.trained:
                 logits, _ = loss.heatmap.with_logits(batch)
-                total = count_loss(logits, batch["answer_labels"]) / int((batch["answer_labels"] != -100).sum())
+                total = count_loss(logits, batch["answer_labels"]) / batch["answer_tokens"]
             else:
                 total = loss(batch).total
         total.backward()
@@ -188,7 +203,8 @@ def time_losses(
         precision: as in TrainConfig.
 
     Returns:
-        A row for each variant: `name`, `method`, `trained`, `seconds_median`, `seconds_low` and
+        A row for each variant: `name`, `method`, `trained`, `images` (of a batch; None for all), `every` (the
+        method's default K), `seconds_median`, `seconds_low` and
         `seconds_high` (quartiles), `peak_memory` (MiB); and from the ratios to "count only" within a round
         `overhead_median`, `overhead_low` and `overhead_high` (95 % bootstrap interval), 0.03 for 3 %.
         A variant that ran out of memory has None for all of these and `out_of_memory` true.
@@ -206,11 +222,11 @@ def time_losses(
     collate = Collate(model.tokenizer, model.image_processor)
     starts = range(0, len(samples) - batch_size + 1, batch_size)
     batches = [to_device(collate(samples[start : start + batch_size]), device) for start in starts]
-    variants = [Variant(), *(Variant(method, trained) for method in methods for trained in (False, True))]
+    variants = variants_of(methods, batch_size)
     steps, peaks = {}, {}
     for variant in variants:
         heatmap = Heatmap(network, "attention" if variant.method == "none" else variant.method, entering=heatmap_layer)
-        loss = DualLoss(network, weight=0.1 if variant.trained else 0, heatmap=heatmap)
+        loss = DualLoss(network, 0.1 if variant.trained else 0, heatmap=heatmap, heatmap_images=variant.images)
         step = training_step(loss, variant, batches, optimizer, accelerator)
         try:
             step(0)  # once before it is measured: the first step allocates what stays
@@ -227,7 +243,8 @@ def _row(variant: Variant, seconds: dict[Variant, np.ndarray], peaks: dict[Varia
     fits, base = variant in seconds, seconds.get(Variant())
     low, median, high = np.quantile(seconds[variant], (0.25, 0.5, 0.75)).tolist() if fits else (None,) * 3
     row = {
-        "name": variant.name, "method": variant.method, "trained": variant.trained, "out_of_memory": not fits,
+        "name": variant.name, "method": variant.method, "trained": variant.trained, "images": variant.images,
+        "every": HEATMAP_EVERY.get(variant.method, 1), "out_of_memory": not fits,
         "seconds_low": low, "seconds_median": median, "seconds_high": high, "peak_memory": peaks.get(variant),
     }  # fmt: skip
     known = fits and base is not None
@@ -244,24 +261,36 @@ def median_interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float
 
 def table(rows: list[dict]) -> str:
     """The rows of `time_losses` as text."""
-    lines = [f"{'variant':<26}{'ms per step (quartiles)':>26}{'overhead (95 % interval)':>30}{'peak MiB':>10}"]
+    lines = [
+        f"{'variant':<30}{'ms per step (quartiles)':>26}{'overhead (95 % interval)':>30}{'peak MiB':>10}{'over K':>14}"
+    ]
     for row in rows:
         if row["out_of_memory"]:
-            lines.append(f"{row['name']:<26}{'out of memory':>26}")
+            lines.append(f"{row['name']:<30}{'out of memory':>26}")
             continue
         low, median, high = (1000 * row[f"seconds_{key}"] for key in ("low", "median", "high"))
         overhead = "unknown"
         if row["overhead_median"] is not None:
             overhead = "{overhead_median:.1%} ({overhead_low:.1%} to {overhead_high:.1%})".format(**row)
         peak = "unknown" if row["peak_memory"] is None else f"{row['peak_memory']:.0f}"
-        lines.append(f"{row['name']:<26}{f'{median:.0f} ({low:.0f} to {high:.0f})':>26}{overhead:>30}{peak:>10}")
+        spread = ""
+        if row["trained"] and row["overhead_median"] is not None:
+            spread = f"{row['overhead_median'] / row['every']:.1%} (K={row['every']})"
+        time_taken = f"{median:.0f} ({low:.0f} to {high:.0f})"
+        lines.append(f"{row['name']:<30}{time_taken:>26}{overhead:>30}{peak:>10}{spread:>16}")
     return "\n".join(lines)
 
 
 def write_rows(path: str | Path, rows: list[dict], **about) -> None:
     """Write timings as JSON, with what they were measured on and `about`; the rows alone also as .csv beside it."""
     path = Path(path)
-    machine = {
+    write_text(path, json.dumps({**about, **machine(), "rows": rows}, indent=1))
+    write_text(path.with_suffix(".csv"), to_csv(rows))
+
+
+def machine() -> dict:
+    """What a timing was measured on, and when."""
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -269,13 +298,20 @@ def write_rows(path: str | Path, rows: list[dict], **about) -> None:
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
-    write_text(path, json.dumps({**about, **machine, "rows": rows}, indent=1))
-    write_text(path.with_suffix(".csv"), to_csv(rows))
+
+
+def write_report(path: Path, config: BenchmarkConfig, report: dict) -> None:
+    """Write a benchmark's rows with the machine, the command and its settings; the rows also as .csv."""
+    about = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    command = "python -m fsc147lib " + " ".join(sys.argv[1:])
+    report = {**about, **report}
+    write_rows(path, report.pop("rows"), command=command, **report)
 
 
 def benchmark(config: BenchmarkConfig) -> list[dict]:
     """Time what was asked for, print the table and write the files; `python -m fsc147lib benchmark` calls this."""
     model = load_or_shape(config.model, make_accelerator(config.precision).device.type)
+    compile_layers(model.network, config.compile)
     with tempfile.TemporaryDirectory() as folder:
         samples = drawn_samples(config.batches * config.batch_size, Path(folder), config.image_size)
         rows = time_losses(
@@ -283,7 +319,6 @@ def benchmark(config: BenchmarkConfig) -> list[dict]:
             config.model == "tiny", config.precision,
         )  # fmt: skip
     if config.json is not None:
-        about = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-        write_rows(config.json, rows, command="python -m fsc147lib " + " ".join(sys.argv[1:]), **about)
+        write_report(config.json, config, {"rows": rows})
     print(table(rows))
     return rows

@@ -1,31 +1,31 @@
 """Samples to tensors: a `Batch` is what the model and the losses take.
 
 `Collate` works with the tokenizer and the image processor that it is given, and does once per batch what
-a forward pass would otherwise do per image: positions, and each visual token's place on the 14x14 grid.
+a forward pass would otherwise do per image, or wait for: positions, places of visual tokens in the
+sequence, and their places on the 14x14 grid.
 
-Left out: the model itself.
+Left out: the model itself, and pixels (`pixels`).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from .data import Sample
-from .faults import DataError
-from .prompt import IMAGE_TOKEN, tokenize
+from .pixels import PixelStore, resized_size, to_patches
+from .prompt import IMAGE_TOKEN, Tokens, tokenize
 from .targets import GRID, area_weights
 
 
 class Batch(TypedDict, total=False):
-    """A plain dict of tensors; B images, T positions, A answer tokens at the most, P patches in all.
+    """A plain dict of tensors; B images, T positions, A answer tokens at the most, P patches, V visual tokens in all.
 
-    Training batches end with the answer and are padded on the right; there the causal mask alone keeps
-    padding out of sight.  Prompts (`Collate.assemble(answers=False)`) are padded on the left, as `generate`
-    wants them, and end with `image_grid_thw`.
+    Sequences end with the answer and are padded on the right; there the causal mask alone keeps padding
+    out of sight.
     """
 
     names: list[str]
@@ -33,16 +33,23 @@ class Batch(TypedDict, total=False):
     input_ids: torch.Tensor  # [B, T]
     attention_mask: torch.Tensor  # [B, T] 1 on tokens, 0 on padding
     mm_token_type_ids: torch.Tensor  # [B, T] 1 on visual tokens
-    pixel_values: torch.Tensor  # [P, 3 * 2 * 16 * 16] normalised patches of all images, one after the other
-    image_grid_thw: torch.Tensor  # [B, 3] 1, rows and columns of each image's patches
+    visual_index: torch.Tensor  # [V] their places in the flattened sequences, image after image
+    pixel_values: torch.Tensor  # [P, 3 * 16 * 16] uint8 patches of all images, one after the other
+    pixel_scale: torch.Tensor  # [2, 3] mean and standard deviation of the colours, in 0..1
+    image_sizes: list[tuple[int, int]]  # rows and columns of each image's patches
+    image_grid_thw: torch.Tensor  # [B, 3] the same after a 1, as transformers wants it
+    image_keys: list[tuple[str, bool]]  # which image, and whether mirrored
+    image_features: torch.Tensor  # [V, 1 + D, C] in place of pixels, where `vision_cache` holds them
     position_ids: torch.Tensor  # [3, B, T] M-RoPE: time, height, width; 0 on padding
     labels: torch.Tensor  # [B, T] the token at each answer position, -100 elsewhere
     answer_positions: torch.Tensor  # [B, A] positions whose next token belongs to the answer (0 where unused)
     answer_labels: torch.Tensor  # [B, A] those next tokens, -100 where unused
+    answer_tokens: int  # how many those are
     digit_weights: torch.Tensor  # [B, A] 1 / digits where the next token is a digit, else 0
     row_weights: torch.Tensor  # [B, 14, T] how much of a visual token's height lies in each heatmap row
     column_weights: torch.Tensor  # [B, 14, T] and of its width in each column; 0 on all other tokens
     target: torch.Tensor  # [B, 14, 14] target heatmaps
+    keys: list  # where it is there, empty: the forward pass fills in each layer's keys and values
 
 
 class Collate:
@@ -50,96 +57,92 @@ class Collate:
 
     Args:
         tokenizer, image_processor: of a `CountingModel`.
-        keep: hold each image in memory as resized bytes once it is read (0.3 MB for the tiny model,
-            0.7 MB for the real one), so that later epochs do not decode it again.
+        store: keeps images, so that later epochs need not decode them again; None to keep none.
+        pixels: False leaves the images out, for batches that get `image_features`.
     """
 
-    def __init__(self, tokenizer, image_processor, keep: bool = False):
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-        self._kept = {} if keep else None
+    def __init__(self, tokenizer, image_processor, store: PixelStore | None = None, pixels: bool = True):
+        self.tokenizer, self.image_processor, self.pixels = tokenizer, image_processor, pixels
+        self.store = store or PixelStore([], image_processor)
+        self._tokens: dict[tuple[str, int], Tokens] = {}
+        self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    def tokens(self, sample: Sample) -> Tokens:
+        """Prompt and answer of a sample; a category's template is filled in once for each count."""
+        key = sample.category, sample.count
+        if key not in self._tokens:
+            self._tokens[key] = tokenize(self.tokenizer, *key)
+        return self._tokens[key]
+
+    def lengths(self, sample: Sample) -> tuple[int, int, int]:
+        """Patch rows and columns of a sample's image, and the length of its whole sequence."""
+        processor, tokens = self.image_processor, self.tokens(sample)
+        rows, columns = (length // processor.patch_size for length in resized_size(sample, processor))
+        text = len(tokens.head) + len(tokens.tail) + len(tokens.answer)
+        return rows, columns, text + rows * columns // processor.merge_size**2
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        return self.assemble(samples, self.pixels(samples))
-
-    def pixels(self, samples: Sequence[Sample]) -> Batch:
-        """The image processor's part: `pixel_values` and `image_grid_thw`."""
-        try:
-            return self.image_processor(images=[self._image(sample) for sample in samples], return_tensors="pt")
-        except DataError:
-            raise
-        except ValueError as error:  # for example an image 200 times as wide as high
-            names = ", ".join(sample.name for sample in samples)
-            raise DataError(f"the image processor refuses one of {names}: {error}") from error
-
-    def assemble(self, samples: Sequence[Sample], pixels: Batch, answers: bool = True) -> Batch:
-        """All the rest: with the right answers, to train on; or prompts alone, to be answered."""
-        grids = pixels["image_grid_thw"] // self.image_processor.merge_size  # of tokens: only h and w count
-        tokens = [tokenize(self.tokenizer, sample.category, sample.count) for sample in samples]
-        lengths = [
-            len(t.head) + int(h * w) + len(t.tail) + answers * len(t.answer)
-            for t, (_, h, w) in zip(tokens, grids, strict=True)
-        ]
-        rows, length = len(samples), max(lengths)
-        width = max(len(t.answer) for t in tokens)
+        tokens = [self.tokens(sample) for sample in samples]
+        *sizes, lengths = zip(*(self.lengths(sample) for sample in samples), strict=True)
+        sizes = list(zip(*sizes, strict=True))
+        rows, length, width = len(samples), max(lengths), max(len(t.answer) for t in tokens)
         batch = Batch(
             names=[sample.name for sample in samples],
             count=torch.tensor([sample.count for sample in samples]),
             input_ids=torch.full((rows, length), self.tokenizer.pad_token_id),
             attention_mask=torch.zeros(rows, length, dtype=torch.long),
             mm_token_type_ids=torch.zeros(rows, length, dtype=torch.int),
-            **pixels,
+            image_sizes=sizes,
+            image_grid_thw=torch.tensor([(1, *size) for size in sizes]),
+            image_keys=[(str((s.mirror_of or s).image_path), s.mirror_of is not None) for s in samples],
+            position_ids=torch.zeros(3, rows, length, dtype=torch.long),
+            labels=torch.full((rows, length), -100),
+            answer_positions=torch.zeros(rows, width, dtype=torch.long),
+            answer_labels=torch.full((rows, width), -100),
+            answer_tokens=sum(len(t.answer) for t in tokens),
+            digit_weights=torch.zeros(rows, width),
+            row_weights=torch.zeros(rows, GRID, length),
+            column_weights=torch.zeros(rows, GRID, length),
+            target=torch.from_numpy(np.stack([sample.target for sample in samples])),
         )
-        if answers:
-            batch |= Batch(
-                position_ids=torch.zeros(3, rows, length, dtype=torch.long),
-                labels=torch.full((rows, length), -100),
-                answer_positions=torch.zeros(rows, width, dtype=torch.long),
-                answer_labels=torch.full((rows, width), -100),
-                digit_weights=torch.zeros(rows, width),
-                row_weights=torch.zeros(rows, GRID, length),
-                column_weights=torch.zeros(rows, GRID, length),
-                target=torch.from_numpy(np.stack([sample.target for sample in samples])),
-            )
-        for i, (parts, (_, height, breadth)) in enumerate(zip(tokens, grids.tolist(), strict=True)):
-            self._write_row(batch, i, parts, height, breadth, lengths[i], answers)
+        merge = self.image_processor.merge_size
+        for i, (parts, (height, breadth)) in enumerate(zip(tokens, sizes, strict=True)):
+            self._write_row(batch, i, parts, height // merge, breadth // merge, lengths[i])
+        batch["visual_index"] = batch["mm_token_type_ids"].flatten().nonzero()[:, 0]
+        if self.pixels:
+            batch |= self._pixels(samples)
         return batch
 
-    def _write_row(self, batch: Batch, i: int, parts, height: int, width: int, length: int, answers: bool):
-        """Fill row i: head, height x width visual tokens, tail, and the answer if it is wanted."""
-        image = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    def _pixels(self, samples: Sequence[Sample]) -> Batch:
+        processor = self.image_processor
+        patches = [to_patches(self.store.image(s), processor.patch_size, processor.merge_size) for s in samples]
+        scale = torch.tensor([processor.image_mean, processor.image_std])
+        return Batch(pixel_values=torch.cat(patches), pixel_scale=scale)
+
+    def _write_row(self, batch: Batch, i: int, parts: Tokens, height: int, width: int, length: int) -> None:
+        """Fill row i: head, height x width visual tokens, tail and answer."""
         head, visual = len(parts.head), height * width
-        ids = [*parts.head, *[image] * visual, *parts.tail, *(parts.answer if answers else [])]
-        place = slice(0, length) if answers else slice(-length, None)
-        batch["input_ids"][i, place] = torch.tensor(ids)
-        batch["attention_mask"][i, place] = 1
-        batch["mm_token_type_ids"][i, place] = (torch.tensor(ids) == image).int()
-        if not answers:
-            return
+        ids = [*parts.head, *[self.image_token] * visual, *parts.tail, *parts.answer]
+        batch["input_ids"][i, :length] = torch.tensor(ids)
+        batch["attention_mask"][i, :length] = 1
         on_image = slice(head, head + visual)
-        y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+        batch["mm_token_type_ids"][i, on_image] = 1
+        y, x, row_weights, column_weights = _token_grid(height, width)
         batch["position_ids"][:, i, :length] = _mrope(head, y, x, length - head - visual)
         start, n = length - len(parts.answer), len(parts.answer)
-        batch["labels"][i, start:length] = torch.tensor(parts.answer)
+        batch["labels"][i, start:length] = batch["answer_labels"][i, :n] = torch.tensor(parts.answer)
         batch["answer_positions"][i, :n] = torch.arange(start - 1, length - 1)
-        batch["answer_labels"][i, :n] = torch.tensor(parts.answer)
         batch["digit_weights"][i, :n] = torch.tensor(parts.is_digit) / sum(parts.is_digit)
-        batch["row_weights"][i, :, on_image] = torch.from_numpy(area_weights(height, GRID))[:, y]
-        batch["column_weights"][i, :, on_image] = torch.from_numpy(area_weights(width, GRID))[:, x]
+        batch["row_weights"][i, :, on_image] = row_weights
+        batch["column_weights"][i, :, on_image] = column_weights
 
-    def _image(self, sample: Sample) -> Image.Image:
-        """The image, already at the size that the processor would give it if images are kept."""
-        if self._kept is None:
-            return sample.image
-        original = sample.mirror_of or sample
-        if original.image_path not in self._kept:
-            image, processor = original.image, self.image_processor
-            factor = processor.patch_size * processor.merge_size
-            height, width = smart_resize(
-                image.height, image.width, factor, processor.size["shortest_edge"], processor.size["longest_edge"]
-            )
-            self._kept[original.image_path] = image.resize((width, height), Image.Resampling(processor.resample))
-        image = self._kept[original.image_path]
-        return image if original is sample else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+@lru_cache(maxsize=512)
+def _token_grid(height: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Row and column of each token [h * w], and how much of it lies in each row and column of a heatmap [14, h * w]."""
+    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    rows, columns = (torch.from_numpy(area_weights(length, GRID)).float() for length in (height, width))
+    return y, x, rows[:, y], columns[:, x]
 
 
 def _mrope(head: int, y: torch.Tensor, x: torch.Tensor, tail: int) -> torch.Tensor:
@@ -150,5 +153,36 @@ def _mrope(head: int, y: torch.Tensor, x: torch.Tensor, tail: int) -> torch.Tens
 
 
 def to_device(batch: Batch, device) -> Batch:
-    """The batch with its tensors on a device; names stay as they are."""
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    """The batch with its tensors on a device; all else stays as it is."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def take(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch as a batch, with their share of patches and image features, and the same padding."""
+    length, sizes = batch["input_ids"].shape[1], batch["image_sizes"]
+    patches = [0, *accumulate(height * width for height, width in sizes)]
+    merged = patches[-1] // len(batch["visual_index"])  # patches of a token
+
+    def part(value, scale: int):
+        return torch.cat([value[patches[row] // scale : patches[row + 1] // scale] for row in rows])
+
+    taken = {key: [value[row] for row in rows] for key, value in batch.items() if isinstance(value, list)}
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if key == "pixel_scale":
+            taken[key] = value
+        elif key == "pixel_values":
+            taken[key] = part(value, 1)
+        elif key == "image_features":
+            taken[key] = part(value, merged)
+        elif key == "visual_index":
+            shifts = [(new - row) * length for new, row in enumerate(rows)]
+            counts = torch.tensor([(patches[row + 1] - patches[row]) // merged for row in rows])
+            taken[key] = part(value, merged) + torch.tensor(shifts).repeat_interleave(counts).to(value.device)
+        else:
+            taken[key] = value[:, rows] if key == "position_ids" else value[rows]
+    return taken

@@ -12,8 +12,11 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-HEATMAP_EVERY = {"attention": 1, "token_gradient": 16, "input_gradient": 64}
-"""Default K of each method: its overhead over K is within 6.5 % (`benchmark --model tiny`; no GPU measured yet)."""
+HEATMAP_EVERY = {"attention": 1, "token_gradient": 32, "input_gradient": 64}
+"""Default K of each method: what it adds to a step, spread over K steps, is within 6.5 % (notebook 02)."""
+
+HEATMAP_IMAGES = {"attention": None, "token_gradient": 8, "input_gradient": 4}
+"""Images of a batch that each method looks at by default; None for all.  More would not fit beside a large batch."""
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -78,8 +81,10 @@ class EvaluateConfig:
     """Layers of the heatmap; None for four over the second half."""
     attention_heads: tuple[int, ...] | None = None
     """Heads of the heatmap; None for all."""
-    workers: int = 0
-    """Processes that read images."""
+    workers: int | None = None
+    """Processes that read images; None: up to 8 on a GPU, else 0."""
+    compile: bool | None = None
+    """Compile the layers with torch.compile; None: on a GPU."""
 
     def __post_init__(self):
         if self.json is not None:
@@ -87,7 +92,7 @@ class EvaluateConfig:
             _need(self, "json", not self.json.is_dir(), "a file, not a folder")
         _need(self, "batch_size", self.batch_size >= 1, "at least 1")
         _need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
-        _need(self, "workers", self.workers >= 0, "at least 0")
+        _need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -106,16 +111,31 @@ class BenchmarkConfig:
     image_size: tuple[int, int] = (384, 576)
     """Height and width of the drawn pictures."""
     batch_size: int = 8
+    """Of --throughput: at the most; a way that has no room for it takes the half."""
     batches: int = 4
     """Different batches, used in turn."""
     rounds: int = 20
-    """Timed steps of each variant."""
+    """Timed steps of each variant; of --throughput: timed blocks of each way."""
     precision: Precision = "auto"
+    compile: bool = False
+    """Compile the layers; a gradient heatmap that is trained leaves those plain that it differentiates twice."""
+    throughput: Path | None = None
+    """A data root: measure instead how many of its images a second are trained and answered."""
+    steps: int = 8
+    """Steps of a block of --throughput."""
+    limit: int | None = None
+    """Only so many images of the root."""
+    vision_cache: Literal["auto", "gpu", "host", "disk"] = "auto"
+    validation: bool = True
+    """Time validation as well."""
+    gradient_checkpointing: bool = False
+    lora: int | None = None
+    workers: int | None = None
     json: Path | None = None
     """Write the rows here, and to the same name with .csv."""
 
     def __post_init__(self):
-        for name in ("batch_size", "batches", "rounds"):
+        for name in ("batch_size", "batches", "rounds", "steps"):
             _need(self, name, getattr(self, name) >= 1, "at least 1")
         _need(self, "image_size", min(self.image_size) >= 32, "at least 32 pixels each")
         if self.json is not None:
@@ -153,6 +173,8 @@ class TrainConfig:
     """Of token_gradient: the layer that its tokens enter; higher is cheaper."""
     heatmap_every: int | None = None
     """Apply the attention loss on each K-th step, K times as strong; None for the method's own K."""
+    heatmap_images: int | None = None
+    """Look at so many random images of each batch, and weigh them for all; None for the method's own number."""
     attention_layers: tuple[int, ...] | None = None
     """Layers whose attention is trained; None for four over the second half."""
     attention_heads: tuple[int, ...] | None = None
@@ -168,8 +190,16 @@ class TrainConfig:
     seed: int = 0
     limit: int | None = None
     """Only so many images of each split."""
-    workers: int = 0
-    """Processes that read images; 0 reads in the main one and keeps the images in memory."""
+    batch_by_size: bool = True
+    """Put images of like size into one batch: little padding, in an order that still varies."""
+    compile: bool | None = None
+    """Compile the layers with torch.compile; None: on a GPU."""
+    vision_cache: Literal["auto", "gpu", "host", "disk", "off"] = "auto"
+    """Where a frozen vision encoder's outputs are kept; auto: the first with room, if two epochs or more use it."""
+    lora: int | None = None
+    """Train low-rank adapters of this rank on the language model, instead of its weights."""
+    workers: int | None = None
+    """Processes that read images; None: up to 8 on a GPU, else 0."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     tracking: Literal["offline", "online", "disabled"] = "offline"
@@ -182,7 +212,8 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
             _need(self, name, getattr(self, name) >= 1, "at least 1")
-        _need(self, "heatmap_every", self.heatmap_every is None or self.heatmap_every >= 1, "at least 1")
+        for name in ("heatmap_every", "heatmap_images"):
+            _need(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _need(
             self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "above 0 and finite"
         )
@@ -191,7 +222,19 @@ class TrainConfig:
         _need(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
         _need(self, "attention_weight", 0 <= self.attention_weight < math.inf, "at least 0 and finite")
         _need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
-        _need(self, "workers", self.workers >= 0, "at least 0")
+        _need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
+        _need(self, "lora", self.lora is None or self.lora >= 1, "at least 1")
+        _need(
+            self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving"
+        )
+        _need(
+            self, "vision_cache", self.vision_cache in ("auto", "off") or self.heatmap != "input_gradient",
+            "off with input_gradient, which needs the encoder in each step",
+        )  # fmt: skip
+        _need(
+            self, "vision_cache", self.vision_cache in ("auto", "off") or not self.vision_trains(0),
+            "off when the vision encoder trains from the start",
+        )  # fmt: skip
         _need(self, "unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
         _need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
 
@@ -203,12 +246,24 @@ class TrainConfig:
     def resolved_heatmap_every(self) -> int:
         return self.heatmap_every or HEATMAP_EVERY[self.heatmap]
 
+    @property
+    def resolved_heatmap_images(self) -> int | None:
+        return self.heatmap_images or HEATMAP_IMAGES[self.heatmap]
+
     def vision_trains(self, epoch: int) -> bool:
         """Whether the vision encoder trains in this epoch (from 0)."""
         first = self.unfreeze_vision_at
         if first is None:
             return self.model == "tiny"
         return epoch >= first
+
+    @property
+    def caches_vision(self) -> bool:
+        """Whether the vision encoder's outputs are kept: it must be frozen, and used again."""
+        frozen = self.epochs if self.unfreeze_vision_at is None else min(self.unfreeze_vision_at, self.epochs)
+        if self.vision_trains(0) or self.heatmap == "input_gradient":
+            return False
+        return frozen >= 2 if self.vision_cache == "auto" else self.vision_cache != "off"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, default=str)

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +22,13 @@ from .collate import Batch, Collate, to_device
 from .config import EvaluateConfig
 from .data import Sample, open_split
 from .files import write_text
+from .forward import compile_layers, greedy_tokens
 from .heatmaps import Heatmap
 from .losses import count_loss
 from .metrics import alignment, counting_metrics, metrics_by_bin
-from .model import CountingModel, load_model, make_accelerator
+from .model import CountingModel, default_workers, load_model, make_accelerator
 from .prompt import MAX_DIGITS, parse_count
+from .vision_cache import VisionCache
 
 
 @dataclass
@@ -77,6 +78,7 @@ def evaluate_samples(
     heatmap: Heatmap | None = None,
     accelerator: Accelerator | None = None,
     workers: int = 0,
+    cache: VisionCache | None = None,
 ) -> Evaluation:
     """Evaluate a model that is already in memory.
 
@@ -85,6 +87,8 @@ def evaluate_samples(
         samples: with images.
         heatmap: what is held against the target; None for `Heatmap(model.network)`, the attention.
         accelerator: gives device and precision; None for `make_accelerator("auto")`.
+        workers: processes that read images.
+        cache: holds the samples' image features; None to encode them.
 
     Returns:
         Metrics: mae, rmse, nae, sre (unparsed answers as 0), unparsed (rate, 0..1), count_loss (nats per
@@ -95,35 +99,34 @@ def evaluate_samples(
     was_training = network.training
     network.eval()
     heatmap = heatmap or Heatmap(network)
-    # wide images apart from narrow ones, so that batches hold little padding
-    order = sorted(range(len(samples)), key=lambda i: samples[i].size[1] / samples[i].size[0])
+    collate = Collate(model.tokenizer, model.image_processor, pixels=cache is None)
+    lengths = [collate.lengths(sample) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: (lengths[i][2], lengths[i]))  # little padding
     chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
-    collate = partial(forced_and_free, Collate(model.tokenizer, model.image_processor))
-    loader = DataLoader(chunks, batch_size=None, collate_fn=collate, num_workers=workers)
-    results, loss, tokens = [], 0.0, 0
+    loader = DataLoader(
+        chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available()
+    )
+    found = []  # stays on the device until the end: nothing waits for it
     progress = tqdm(zip(chunks, loader, strict=True), total=len(chunks), desc="evaluate", leave=False)
-    for chunk, (forced, free) in progress:
-        forced, free = (to_device(batch, accelerator.device) for batch in (forced, free))
+    for chunk, batch in progress:
+        batch = {**to_device(batch, accelerator.device), "keys": []}
+        batch = cache.add_to(batch) if cache else batch
         with accelerator.autocast():
-            logits, looked = heatmap.with_logits(forced)
-            answers = generate_answers(model, free)
-        loss += float(count_loss(logits, forced["answer_labels"]))
-        tokens += int((forced["answer_labels"] != -100).sum())
-        maps = alignment(looked, forced["target"])
+            logits, looked = heatmap.with_logits(batch)
+            answers = generate_answers(model, batch, logits)
+        found.append((chunk, answers, count_loss(logits, batch["answer_labels"]), alignment(looked, batch["target"])))
+    results, loss = [], 0.0
+    for chunk, answers, summed, maps in found:
+        loss += float(summed)
         maps = {key: value.tolist() for key, value in maps.items()}
         for i, (sample, text) in enumerate(zip(chunk, answers, strict=True)):
             row = {key: value[i] for key, value in maps.items()}
             results.append(ImageResult(sample.name, sample.category, sample.count, parse_count(text), text, **row))
+    tokens = sum(len(collate.tokens(sample).answer) for sample in samples)
     network.train(was_training)
     place = {name: i for i, name in enumerate(sample.name for sample in samples)}
     results.sort(key=lambda result: place[result.name])
     return _summarise(results, loss / tokens)
-
-
-def forced_and_free(collate: Collate, samples: list[Sample]) -> tuple[Batch, Batch]:
-    """A batch with the right answers and one to be answered, of the same images."""
-    pixels = collate.pixels(samples)
-    return collate.assemble(samples, pixels), collate.assemble(samples, pixels, answers=False)
 
 
 def _summarise(images: list[ImageResult], loss: float) -> Evaluation:
@@ -140,26 +143,20 @@ def _summarise(images: list[ImageResult], loss: float) -> Evaluation:
     return Evaluation(metrics, bins, images)
 
 
-def generate_answers(model: CountingModel, prompts: Batch) -> list[str]:
+def generate_answers(model: CountingModel, batch: Batch, logits: torch.Tensor) -> list[str]:
     """Greedy answers, at most as long as the longest number that parses.
 
     Args:
         model: its network in eval mode.
-        prompts: from `Collate(answers=False)`, on the network's device.
+        batch: with the keys that its forward pass has kept.
+        logits: [B, A, V] of that pass.
 
     Returns:
         One text for each prompt, without special tokens.
     """
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     longest = len(model.tokenizer.encode("COUNT: " + "0" * MAX_DIGITS, add_special_tokens=False)) + 1
-    ids = model.network.generate(
-        **{key: prompts[key] for key in keys},
-        max_new_tokens=longest,
-        do_sample=False,
-        eos_token_id=model.tokenizer.eos_token_id,
-        pad_token_id=model.tokenizer.pad_token_id,
-    )
-    return model.tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokens = greedy_tokens(model.network, batch, logits, longest, model.tokenizer.eos_token_id)
+    return model.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -170,7 +167,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     heatmap = Heatmap(
         model.network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer
     )
-    result = evaluate_samples(model, samples, config.batch_size, heatmap, accelerator, config.workers)
+    compile_layers(model.network, torch.cuda.is_available() if config.compile is None else config.compile)
+    workers = default_workers() if config.workers is None else config.workers
+    result = evaluate_samples(model, samples, config.batch_size, heatmap, accelerator, workers)
     if config.json is not None:
         result.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
     return result

@@ -7,7 +7,7 @@ can keep their graph, so that a loss on them trains the network.
 
 A new method is a function and a line in METHODS.
 
-Left out: the losses, and how attention rows are caught (`model.AttentionProbe`).
+Left out: the losses, and how attention rows are caught (`forward.Probe`).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from .collate import Batch, Collate, to_device
 from .config import ConfigError
 from .data import Sample
-from .model import VISION, AttentionProbe, CountingModel, answer_logits, make_accelerator
+from .forward import VISION, Probe, answer_logits, differentiable, encode_images, normalised_pixels
+from .model import CountingModel, make_accelerator
 
 
 class Heatmap:
@@ -108,7 +109,7 @@ def _on_digits(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
     return (weights.unsqueeze(-1) * rows).sum(dim=-2)
 
 
-def layer_head_maps(probe: AttentionProbe, batch: Batch) -> torch.Tensor:
+def layer_head_maps(probe: Probe, batch: Batch) -> torch.Tensor:
     """What each layer and head looks at while it predicts the digits.
 
     Args:
@@ -129,7 +130,7 @@ def attention(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.T
 
     Only the answer's query rows are computed a second time, so this costs next to nothing.
     """
-    probe = AttentionProbe(batch["answer_positions"], heatmap.layers)
+    probe = Probe(batch["answer_positions"], heatmap.layers)
     logits = answer_logits(heatmap.network, batch, probe)
     return logits, visual_mass(_on_digits(_chosen_rows(probe.rows, heatmap).mean(dim=(0, 2)), batch), batch)
 
@@ -142,38 +143,16 @@ def token_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[to
     layers read a state only after normalising it, so that g . e, the effect of scaling the whole state,
     vanishes towards the last layers.
     """
-    entering, caught = heatmap.entering, {}
-
-    def catch_embeddings(module, args, kwargs):
-        deepstack = list(kwargs["deepstack_visual_embeds"])
-        deepstack[entering:] = [_differentiable(features) for features in deepstack[entering:]]
-        caught["deepstack"] = deepstack[entering:]  # [V, C] each, added after layers entering, entering + 1, ...
-        if entering == 0:
-            caught["hidden"] = kwargs["inputs_embeds"] = _differentiable(kwargs["inputs_embeds"])
-        return args, {**kwargs, "deepstack_visual_embeds": deepstack}
-
-    def catch_hidden(module, args):
-        caught["hidden"] = _differentiable(args[0])  # [B, T, C]
-        return (caught["hidden"], *args[1:])
-
-    language_model = heatmap.network.model.language_model
-    hooks = [language_model.register_forward_pre_hook(catch_embeddings, with_kwargs=True)]
-    if entering > 0:
-        hooks.append(language_model.layers[entering].register_forward_pre_hook(catch_hidden))
-    try:
-        with torch.enable_grad():
-            logits = answer_logits(heatmap.network, batch, twice_from=entering if keep_graph else None)
-            inputs = [caught["hidden"], *caught["deepstack"]]
-            gradients = _gradients(logits, batch, inputs, keep_graph)
-            hidden, *deepstack = (
-                (x * gradient).abs().sum(dim=-1) for x, gradient in zip(inputs, gradients, strict=True)
-            )
-            visual = batch["mm_token_type_ids"].bool()
-            tokens = hidden[visual] + sum(deepstack)  # [V]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, visual_mass(_on_sequence(tokens, visual), batch)
+    first, probe = heatmap.entering, Probe(batch["answer_positions"], entering=heatmap.entering)
+    with torch.enable_grad():
+        images = encode_images(heatmap.network, batch)
+        images.deepstack[first:] = [differentiable(features) for features in images.deepstack[first:]]  # [V, C] each
+        logits = answer_logits(heatmap.network, batch, probe, first if keep_graph else None, images)
+        inputs = [probe.state, *images.deepstack[first:]]
+        gradients = _gradients(logits, batch, inputs, keep_graph)
+        hidden, *deepstack = ((x * gradient).abs().sum(dim=-1) for x, gradient in zip(inputs, gradients, strict=True))
+        tokens = hidden.flatten()[batch["visual_index"]] + sum(deepstack)  # [V]
+    return logits, visual_mass(_on_sequence(tokens, batch), batch)
 
 
 def input_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,7 +160,7 @@ def input_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[to
 
     The first script's heatmap.  To train it the whole network is differentiated twice, frozen or not.
     """
-    pixels = batch["pixel_values"].detach().requires_grad_()  # [P, 3 * 2 * 16 * 16]
+    pixels = normalised_pixels(batch).detach().requires_grad_()  # [P, 3 * 2 * 16 * 16]
     with torch.enable_grad():
         logits = answer_logits(
             heatmap.network, {**batch, "pixel_values": pixels}, twice_from=VISION if keep_graph else None
@@ -189,7 +168,7 @@ def input_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[to
         (gradient,) = _gradients(logits, batch, [pixels], keep_graph)
         merged = heatmap.network.config.vision_config.spatial_merge_size**2
         tokens = gradient.abs().sum(dim=-1).unflatten(0, (-1, merged)).sum(dim=-1)  # [V]: patches come token by token
-    return logits, visual_mass(_on_sequence(tokens, batch["mm_token_type_ids"].bool()), batch)
+    return logits, visual_mass(_on_sequence(tokens, batch), batch)
 
 
 def attention_x_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +181,7 @@ def attention_x_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tu
             "attention_x_gradient is for looking: its sign change has no useful gradient; "
             "train with attention, token_gradient or input_gradient"
         )
-    probe = AttentionProbe(batch["answer_positions"], heatmap.layers, in_path=True)
+    probe = Probe(batch["answer_positions"], heatmap.layers, in_path=True)
     with torch.enable_grad():
         logits = answer_logits(heatmap.network, batch, probe)
         rows = [probe.rows[layer] for layer in heatmap.layers]
@@ -225,11 +204,6 @@ def _chosen_rows(rows: dict[int, torch.Tensor], heatmap: Heatmap) -> torch.Tenso
     return stacked if heatmap.heads is None else stacked[:, :, list(heatmap.heads)]
 
 
-def _differentiable(x: torch.Tensor) -> torch.Tensor:
-    """x itself where a gradient can reach it; else, below frozen weights, a new leaf of the same values."""
-    return x if x.requires_grad else x.detach().requires_grad_()
-
-
 def _gradients(logits: torch.Tensor, batch: Batch, inputs: list[torch.Tensor], keep_graph: bool) -> list[torch.Tensor]:
     """Gradients of the digits' log-probability; samples do not meet, so the sum over the batch serves them all."""
     log_probability = logits.float().log_softmax(dim=-1)
@@ -239,9 +213,10 @@ def _gradients(logits: torch.Tensor, batch: Batch, inputs: list[torch.Tensor], k
     return list(torch.autograd.grad(score, inputs, create_graph=keep_graph, retain_graph=True))
 
 
-def _on_sequence(tokens: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+def _on_sequence(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Values of the visual tokens [V] put in their places [B, T], 0 elsewhere."""
-    return tokens.new_zeros(visual.shape).masked_scatter(visual, tokens)
+    empty = tokens.new_zeros(batch["input_ids"].numel())
+    return empty.index_copy(0, batch["visual_index"], tokens).view(batch["input_ids"].shape)
 
 
 @torch.no_grad()
@@ -265,7 +240,7 @@ def look(
     maps = []
     for start in tqdm(range(0, len(samples), batch_size), desc="look", leave=False):
         batch = to_device(collate(samples[start : start + batch_size]), accelerator.device)
-        probe = AttentionProbe(batch["answer_positions"], layers)
+        probe = Probe(batch["answer_positions"], layers)
         with accelerator.autocast():
             answer_logits(network, batch, probe)
         maps.append(layer_head_maps(probe, batch).float().cpu())

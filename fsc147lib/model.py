@@ -1,49 +1,42 @@
 """Load Qwen3-VL: the real one from a hub id or a folder, or a tiny one of the same classes.
 
-Whatever the name, the same `CountingModel` comes back, and all code after it is the same.  Text
-attention goes through one door, `probed_attention`: the library's fast attention, which also writes
-down a few rows of probabilities when a forward pass brings an `AttentionProbe`.
+Whatever the name, the same `CountingModel` comes back, and all code after it is the same.
 
-Left out: what the rows mean (`heatmaps`), and `Qwen3VLProcessor`, which cannot be built without
-torchvision: ids are made in `prompt` and `collate`, pixels by the library's PIL processor.
+Left out: the forward pass (`forward`), and `Qwen3VLProcessor`, which cannot be built without torchvision:
+ids are made in `prompt` and `collate`, pixels as the library's PIL processor makes them.
 """
 
 import json
+import os
 import re
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
 from huggingface_hub import constants, get_session, try_to_load_from_cache
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
-from .collate import Batch
 from .files import new_draft, replace_folder
+from .forward import use_fast_attention
 from .prompt import ANSWER, QUESTION
 
 TINY = "tiny"
-ATTENTION = "sdpa_with_probe"
-VISION = -1
-"""The vision encoder's place among the layers: below the language model's layer 0."""
 
 
 class ModelError(ValueError):
@@ -70,7 +63,8 @@ class CountingModel:
 
     def write_into(self, folder: Path) -> None:
         """Write the parts into a folder that nobody reads yet (`checkpoint` puts more beside them)."""
-        for part in (self.network, self.tokenizer, self.image_processor):
+        self.network.save_pretrained(folder, state_dict=merged_weights(self.network))
+        for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
 
 
@@ -98,7 +92,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.chat_template = tokenizer.chat_template or _processor_chat_template(name)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        network = Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=_attention())
+        network = Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
@@ -107,6 +101,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
             "If it is a hub id: is it spelled right, and is the hub reachable? With no network, copy the model's "
             "folder to this machine and give its path, or use 'tiny', which needs no download."
         ) from error
+    use_fast_attention(network)
     _embed_patches_fast(network)
     return CountingModel(network, tokenizer, image_processor)
 
@@ -153,7 +148,15 @@ def make_accelerator(precision: str) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     AcceleratorState._reset_state()  # it is shared, and would refuse a second run of another precision in one notebook
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+    )
+
+
+def default_workers() -> int:
+    """Processes that read images: one less than there are cores, up to 8, beside a GPU; else none."""
+    return min(8, max(1, (os.cpu_count() or 1) - 1)) if torch.cuda.is_available() else 0
 
 
 def _embed_patches_fast(network: Qwen3VLForConditionalGeneration) -> None:
@@ -175,90 +178,40 @@ def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> Non
     network.model.visual.requires_grad_(not frozen)
 
 
-# --- Attention: one door
-
-
-@dataclass
-class AttentionProbe:
-    """Asks a forward pass for a few rows of attention probabilities: `network(..., attention_probe=probe)`.
-
-    Attributes:
-        queries: [B, R] positions of the rows in each sequence.
-        layers: which layers of the language model to look at.
-        rows: filled by the pass: layer -> [B, heads, R, T] float32, each row summing to 1 over the T
-            keys up to its own position; part of the autograd graph where the pass has one.
-        in_path: let the pass go on from these rows, so that its outputs have gradients with respect to
-            them.  The numbers stay the same.
-    """
-
-    queries: torch.Tensor
-    layers: tuple[int, ...]
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
-    in_path: bool = False
-
-
-def probed_attention(module, query, key, value, attention_mask, attention_probe=None, twice_from=None, **kwargs):
-    """The library's scaled-dot-product attention; for layers in the probe it also notes some rows.
-
-    The output is the library's own.  The rows cost R queries instead of T, so neither eager attention
-    nor a [T, T] matrix is needed to see, or to train, where the model looks.
+def add_lora(network: Qwen3VLForConditionalGeneration, rank: int, narrow: bool) -> None:
+    """Put low-rank adapters (Hu et al., "LoRA", 2021) beside the language model's linear layers; all else is frozen.
 
     Args:
-        attention_probe: see `AttentionProbe`.
-        twice_from: first layer that must have a second derivative (VISION: the vision encoder too).  The
-            fast backends have none, the math backend has; layers below stay on the fast ones.
+        rank: of the adapters; they start as no change.
+        narrow: keep the frozen weights in bfloat16.
     """
-    layer = getattr(module, "layer_idx", VISION)
-    twice = twice_from is not None and layer >= twice_from
-    with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if attention_probe is not None and layer in attention_probe.layers:
-        rows = _attention_rows(module, query, key, attention_probe.queries)
-        attention_probe.rows[layer] = rows
-        if attention_probe.in_path:
-            values = repeat_kv(value, module.num_key_value_groups).to(rows)
-            index = attention_probe.queries[:, :, None, None].expand(-1, -1, output.shape[2], output.shape[3])
-            output = output.scatter(1, index, (rows @ values).transpose(1, 2).to(output))
-    return output, None
+    if narrow:
+        network.to(torch.bfloat16)
+    names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=rf".*language_model\.layers\..*\.({names})")
+    inject_adapter_in_model(config, network)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
-def _attention_rows(module, query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """Softmax rows of the queries asked for; query [B, H, T, D], key [B, Hk, T, D] -> [B, H, R, T]."""
-    index = queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, R, D]
-    with torch.autocast(query.device.type, enabled=False):  # a softmax over hundreds of keys wants float32
-        wide = torch.promote_types(query.dtype, torch.float32)
-        chosen = query.gather(2, index).to(wide)
-        keys = repeat_kv(key, module.num_key_value_groups).to(wide)
-        scores = chosen @ keys.transpose(2, 3) * module.scaling  # [B, H, R, T]
-        future = torch.arange(key.shape[2], device=key.device) > queries[:, None, :, None]
-        return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-
-
-def answer_logits(
-    network, batch: Batch, probe: AttentionProbe | None = None, twice_from: int | None = None
-) -> torch.Tensor:
-    """One forward pass; the wide output head is applied at the answer's positions alone.
-
-    Args:
-        network: from `load_model`.
-        batch: from `collate.Collate`, on the network's device.
-        probe: filled with attention rows on the way.
-        twice_from: first layer that needs a second derivative, see `probed_attention`.
-
-    Returns:
-        [B, A, V] logits of the tokens in `batch["answer_labels"]`.
-    """
-    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "pixel_values", "image_grid_thw")}
-    kept = batch["answer_positions"]
-    return network(**inputs, logits_to_keep=kept, attention_probe=probe, twice_from=twice_from, use_cache=False).logits
-
-
-AttentionInterface.register(ATTENTION, probed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def _attention() -> dict[str, str]:
-    return {"text_config": ATTENTION, "vision_config": ATTENTION}
+def merged_weights(network: Qwen3VLForConditionalGeneration) -> dict[str, torch.Tensor] | None:
+    """The weights with adapters added in, under their plain names; None if there are no adapters."""
+    adapted = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    if not adapted:
+        return None
+    weights = {}
+    for name, value in network.state_dict().items():
+        if ".lora_" in name:
+            continue
+        layer, _, kind = name.rpartition(".base_layer.")
+        if layer:
+            delta = adapted[layer].get_delta_weight("default")
+            value = (value.to(delta) + delta).to(value)
+            name = f"{layer}.{kind}"
+        weights[name] = value
+    return weights
 
 
 # --- The tiny model
@@ -328,7 +281,8 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
 
 def random_network(config: Qwen3VLConfig, dtype: torch.dtype = torch.float32) -> Qwen3VLForConditionalGeneration:
     """A network of random weights with this library's attention."""
-    network = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=_attention(), dtype=dtype)
+    network = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+    use_fast_attention(network)
     _embed_patches_fast(network)
     return network
 

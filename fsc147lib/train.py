@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import wandb
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
@@ -31,12 +31,17 @@ from .config import ConfigError, TrainConfig
 from .data import Sample, open_split
 from .evaluate import evaluate_samples
 from .files import recover_folder, set_aside, write_text
+from .forward import compile_layers
 from .heatmaps import Heatmap
-from .losses import DualLoss, LossParts, NonFiniteLoss
+from .losses import DualLoss, LossParts, check_finite
 from .metrics import constant_baselines
-from .model import CountingModel, freeze_vision, load_model, make_accelerator
+from .model import CountingModel, add_lora, default_workers, freeze_vision, load_model, make_accelerator
+from .pixels import PixelStore
+from .vision_cache import VisionCache
 
-MAY_CHANGE = {"data", "out", "workers", "log_every", "tracking", "resume", "overwrite"}
+MAY_CHANGE = {
+    "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite",
+}  # fmt: skip
 """Fields that a resumed run may give anew; with any other it would not be the same run."""
 
 
@@ -64,36 +69,88 @@ class TrainResult:
         return {"before": rows[0], "best": best, "last": rows[-1], "baselines": self.baselines}
 
 
-class TrainingOrder(Dataset):
-    """The training samples in an order, and with mirror images, that depend on seed and epoch alone."""
+class TrainingImages(Dataset):
+    """Samples by number and whether mirrored, as `SizeBatches` asks for them."""
 
-    def __init__(self, samples: list[Sample], seed: int, flip: bool):
-        self.samples, self.seed, self.flip = samples, seed, flip
+    def __init__(self, samples: list[Sample]):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: tuple[int, bool]) -> Sample:
+        sample = self.samples[place[0]]
+        return sample.flipped() if place[1] else sample
+
+
+class SizeBatches(Sampler):
+    """Batches of images of like size, in an order that depends on seed and epoch alone.
+
+    Each epoch shows each sample once.  Which samples of like length meet in a batch, which are mirrored, and
+    the order of the batches change from epoch to epoch; a batch that is not full comes last.
+
+    Args:
+        lengths: of each sample (rows, columns, tokens), see `Collate.lengths`.
+        by_size: False takes the samples as they come.
+    """
+
+    drop_last = False  # accelerate asks
+
+    def __init__(self, lengths: list[tuple[int, int, int]], batch_size: int, seed: int, flip: bool, by_size: bool):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.flip, self.by_size = flip, by_size
         self.shuffle(0)
 
     def shuffle(self, epoch: int) -> None:
-        """Put the samples in the order of an epoch.
+        """Choose the batches of an epoch.
 
         Not called `set_epoch`: accelerate calls a method of that name with its own count of epochs, which
         starts anew when a run is resumed.
         """
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-        self.order = torch.randperm(len(self.samples), generator=generator).tolist()
-        self.mirrored = (torch.rand(len(self.samples), generator=generator) < 0.5 * self.flip).tolist()
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        mirrored = (torch.rand(len(order), generator=generator) < 0.5 * self.flip).tolist()
+        if self.by_size:  # within a few tokens, so that an image does not always meet the same others
+            jitter = (4 * torch.rand(len(order), generator=generator)).tolist()
+            order.sort(key=lambda i: self.lengths[i][2] + jitter[i])
+        full = len(order) // self.batch_size
+        rest = len(order) - full * self.batch_size
+        hole = int(torch.randint(full + 1, (), generator=generator)) * self.batch_size  # where the rest is taken from
+        last, order = order[hole : hole + rest], order[:hole] + order[hole + rest :]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        batches = [batches[i] for i in torch.randperm(full, generator=generator).tolist()] + [last] * (rest > 0)
+        # images of one size side by side, for the vision encoder
+        self.batches = [[(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)] for batch in batches]
+
+    def padding(self) -> float:
+        """Part of this epoch's batches that is padding, 0..1."""
+        longest = [max(self.lengths[i][2] for i, _ in batch) * len(batch) for batch in self.batches]
+        return 1 - sum(length[2] for length in self.lengths) / sum(longest)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.batches)
 
-    def __getitem__(self, i: int) -> Sample:
-        sample = self.samples[self.order[i]]
-        return sample.flipped() if self.mirrored[i] else sample
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        return iter(self.batches)
 
 
-def training_loader(config: TrainConfig, samples: list[Sample], model: CountingModel) -> DataLoader:
-    """Batches of a run; `loader.dataset.shuffle(epoch)` chooses the epoch."""
-    order = TrainingOrder(samples, config.seed, config.flip)
-    collate = Collate(model.tokenizer, model.image_processor, keep=config.workers == 0)
-    return DataLoader(order, config.batch_size, collate_fn=collate, num_workers=config.workers)
+def training_loader(
+    config: TrainConfig, samples: list[Sample], model: CountingModel, store: PixelStore | None, workers: int = 0
+) -> DataLoader:
+    """Batches of a run; `loader.batch_sampler.shuffle(epoch)` chooses the epoch.
+
+    Args:
+        store: of the images' bytes; None leaves pixels out, where image features come from a cache.
+        workers: processes that read images.
+    """
+    collate = Collate(model.tokenizer, model.image_processor, store, pixels=store is not None)
+    lengths = [collate.lengths(sample) for sample in samples]
+    batches = SizeBatches(lengths, config.batch_size, config.seed, config.flip, config.batch_by_size)
+    ahead = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+    return DataLoader(
+        TrainingImages(samples), batch_sampler=batches, collate_fn=collate, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), **ahead,
+    )  # fmt: skip
 
 
 def make_optimizer(config: TrainConfig, network: torch.nn.Module) -> torch.optim.AdamW:
@@ -130,29 +187,43 @@ def windows(batches, size: int) -> Iterator[list[Batch]]:
 class Run:
     """One training run: what the loop holds on to.  `train` makes it and drives it."""
 
-    def __init__(self, config: TrainConfig, on_log: Callable[[dict], None] | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        on_log: Callable[[dict], None] | None = None,
+        model: CountingModel | None = None,  # in place of config.model
+    ):
         self.config, self.on_log = config, on_log
         self._check_folder()
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
         self.samples = {split: open_split(config.data, split, config.limit) for split in ("train", "val")}
-        self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
+        self.model = model or load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         network = self.model.network
+        if config.lora:
+            add_lora(network, config.lora, narrow=self.accelerator.mixed_precision == "bf16")
+        compile_layers(network, torch.cuda.is_available() if config.compile is None else config.compile)
         if config.gradient_checkpointing:
             network.activation_checkpointing_enable({"use_reentrant": False})
+        self.workers = default_workers() if config.workers is None else config.workers
+        self.cache: VisionCache | None = None
         optimizer = make_optimizer(config, network)
-        loader = training_loader(config, self.samples["train"], self.model)
+        store = None if config.caches_vision else self.pixel_store()
+        loader = training_loader(config, self.samples["train"], self.model, store, self.workers)
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer
         )
-        loss = DualLoss(network, config.attention_weight, config.attention_loss, self.heatmap)
+        loss = DualLoss(
+            network, config.attention_weight, config.attention_loss, self.heatmap, config.resolved_heatmap_images
+        )
+        self.batches = loader.batch_sampler
         self.loss, self.optimizer, self.loader = self.accelerator.prepare(loss, optimizer, loader)
-        self.order = loader.dataset
         self.steps_per_epoch = math.ceil(len(self.loader) / config.accumulation)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.step, self.epoch, self.best = 0, 0, math.inf
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
         self.result = TrainResult(config.out, [], [], constant_baselines(counts["train"], counts["val"]))
+        self.unchecked: list[tuple[list[str], dict[str, torch.Tensor]]] = []  # steps whose numbers lie on the device
         self.tracker = None
 
     def open(self) -> None:
@@ -164,6 +235,13 @@ class Run:
         write_text(self.config.out / "config.json", self.config.to_json())
         (self.config.out / "metrics.jsonl").touch()
         self.tracker = self._start_tracker()
+        if self.config.caches_vision and not self.config.vision_trains(self.epoch):
+            train = self.samples["train"]
+            mirrored = [sample.flipped() for sample in train] if self.config.flip else []
+            self.cache = VisionCache(
+                self.model, [*train, *mirrored, *self.samples["val"]], self.accelerator,
+                self.config.vision_cache, self.config.out.parent / "vision-cache", self.workers,
+            )  # fmt: skip
 
     def close(self) -> None:
         """End tracking; a run that came to nothing gives the folder back to the one that it was to replace."""
@@ -173,6 +251,10 @@ class Run:
         if not (out / "last").is_dir() and out.with_name(out.name + ".old").exists():
             shutil.rmtree(out, ignore_errors=True)
             recover_folder(out)
+
+    def pixel_store(self) -> PixelStore:
+        """Room for the training images, shared with the workers."""
+        return PixelStore(self.samples["train"], self.model.image_processor, shared=self.workers > 0)
 
     def _check_folder(self) -> None:
         out, config = self.config.out, self.config
@@ -230,15 +312,24 @@ class Run:
         """Evaluate the validation split and log it; returns the metrics."""
         config = self.config
         evaluation = evaluate_samples(
-            self.model, self.samples["val"], config.batch_size, self.heatmap, self.accelerator, config.workers
+            self.model, self.samples["val"], config.batch_size, self.heatmap, self.accelerator, self.workers, self.cache
         )
         self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
         return evaluation.metrics
 
+    def _unfreeze_vision(self) -> None:
+        """Drop the kept image features, which are about to be wrong, and load pixels instead."""
+        self.cache = None
+        loader = training_loader(self.config, self.samples["train"], self.model, self.pixel_store(), self.workers)
+        self.batches, self.loader = loader.batch_sampler, self.accelerator.prepare(loader)
+
     def train_epoch(self, progress: tqdm) -> None:
         config = self.config
-        freeze_vision(self.model.network, not config.vision_trains(self.epoch))
-        self.order.shuffle(self.epoch)
+        trains = config.vision_trains(self.epoch)
+        freeze_vision(self.model.network, not trains)
+        if trains and config.caches_vision:
+            self._unfreeze_vision()
+        self.batches.shuffle(self.epoch)
         self.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
         for window in windows(self.loader, config.accumulation):
@@ -247,9 +338,10 @@ class Run:
                 group["lr"] = config.resolved_learning_rate * factor
             parts, norm = self.train_step(window)
             self.step += 1
-            images += sum(len(batch["count"]) for batch in window)
+            images += sum(len(batch["names"]) for batch in window)
             progress.update()
             if self.step % config.log_every == 0 or self.step == 1 or parts.attention is not None and every > 1:
+                self.check()
                 line = {name: None if value is None else float(value) for name, value in asdict(parts).items()}
                 speed = images / (time.perf_counter() - started)
                 images, started = 0, time.perf_counter()
@@ -260,30 +352,43 @@ class Run:
                     "images_per_second": speed,
                 })  # fmt: skip
                 progress.set_postfix({name: f"{value:.3f}" for name, value in line.items() if value is not None})
+        self.check()
         self.epoch += 1
+
+    def check(self) -> None:
+        """Look at the losses and gradient norms of the steps since the last time: one wait for many steps."""
+        steps, self.unchecked = self.unchecked, []
+        check_finite(steps)
 
     def train_step(self, window: list[Batch]) -> tuple[LossParts, torch.Tensor]:
         """One optimizer step on a window of batches; returns the window's losses and the gradient's norm."""
         accelerator = self.accelerator
-        sizes = torch.tensor([[int((b["answer_labels"] != -100).sum()), len(b["count"])] for b in window]).sum(dim=0)
-        tokens, images = accelerator.reduce(sizes.to(accelerator.device)).tolist()  # over all processes
+        tokens, images = self.window_sizes(window)
         summed = LossParts(*torch.zeros(3, device=accelerator.device))
         weight = self.attention_weight()
         for i, batch in enumerate(window):
+            batch = self.cache.add_to(batch) if self.cache else batch
             with accelerator.no_sync(self.loss) if i + 1 < len(window) else nullcontext():
                 parts = self.loss(batch, tokens, images, weight)
                 accelerator.backward(parts.total * accelerator.num_processes)  # whose gradients are averaged
             for name in ("total", "count", "attention"):
                 setattr(summed, name, getattr(summed, name) + getattr(parts, name).detach())
+        norm = accelerator.clip_grad_norm_(self.loss.parameters(), self.config.clip)
+        numbers = {"count loss": summed.count, "attention loss": summed.attention, "gradient's norm": norm}
+        self.unchecked.append(([name for batch in window for name in batch["names"]], numbers))
         if not weight:
             summed.attention = None  # not looked at, which is not 0
-        norm = accelerator.clip_grad_norm_(self.loss.parameters(), self.config.clip)
-        if not norm.isfinite():
-            names = ", ".join(name for batch in window for name in batch["names"])
-            raise NonFiniteLoss(f"the gradient's norm is {norm.item()} on {names}: lower the learning rate")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return summed, norm
+
+    def window_sizes(self, window: list[Batch]) -> tuple[int | torch.Tensor, int | torch.Tensor]:
+        """Answer tokens and images of a window, over all processes."""
+        sizes = [sum(batch["answer_tokens"] for batch in window), sum(len(batch["names"]) for batch in window)]
+        if self.accelerator.num_processes == 1:
+            return sizes[0], sizes[1]
+        tokens, images = self.accelerator.reduce(torch.tensor(sizes, device=self.accelerator.device))
+        return tokens, images
 
     def attention_weight(self) -> float:
         """This step's weight of the attention loss: K times as strong on each K-th step, none between.

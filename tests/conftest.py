@@ -14,6 +14,7 @@ from PIL import Image
 
 from fsc147lib.collate import Collate
 from fsc147lib.data import FSC147
+from fsc147lib.forward import normalised_pixels
 from fsc147lib.model import load_model
 from fsc147lib.synthetic import make_dataset
 
@@ -46,7 +47,9 @@ def mixed_samples(root, tmp_path_factory):
 
 @pytest.fixture
 def batch(tiny, mixed_samples):
-    return Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
+    """As transformers' own forward takes it: with pixels as numbers, not bytes."""
+    made = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
+    return {**made, "pixel_values": normalised_pixels(made)}
 
 
 @pytest.fixture

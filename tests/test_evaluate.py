@@ -8,7 +8,8 @@ from fsc147lib import evaluate as evaluation
 from fsc147lib.collate import Collate
 from fsc147lib.config import EvaluateConfig
 from fsc147lib.data import FSC147
-from fsc147lib.evaluate import evaluate, evaluate_samples, forced_and_free, generate_answers
+from fsc147lib.evaluate import evaluate, evaluate_samples, generate_answers
+from fsc147lib.forward import answer_logits, normalised_pixels
 from fsc147lib.losses import DualLoss
 from fsc147lib.metrics import counting_metrics
 from fsc147lib.prompt import answer
@@ -43,11 +44,14 @@ def test_batched_answers_are_greedy_ones(tiny, mixed_samples):
 def check_greedy(tiny, mixed_samples):
     collate = Collate(tiny.tokenizer, tiny.image_processor)
     network = tiny.network.eval()
-    batched = generate_answers(tiny, forced_and_free(collate, mixed_samples)[1])
+    together = {**collate(mixed_samples), "keys": []}
+    batched = generate_answers(tiny, together, answer_logits(network, together))
     keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     for sample, got in zip(mixed_samples, batched, strict=True):
-        _, prompt = forced_and_free(collate, [sample])
-        inputs, start = {key: prompt[key] for key in keys}, prompt["input_ids"].shape[1]
+        alone = collate([sample])
+        start = int(alone["answer_positions"][0, 0]) + 1
+        inputs = {key: alone[key] for key in keys} | {"pixel_values": normalised_pixels(alone)}
+        inputs |= {key: inputs[key][:, :start] for key in keys[:3]}
         for _ in range(10):
             token = network(**inputs).logits[:, -1:].argmax(dim=-1)
             inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
@@ -64,8 +68,8 @@ def test_unparsed_answers_count_as_zero(tiny, root, monkeypatch):
     samples = list(FSC147(root, "val"))
     said = [answer(sample.count) for sample in samples]
     said[2], said[5] = "a lot", "COUNT: 3.7"
-    order = iter([samples.index(s) for s in sorted(samples, key=lambda s: s.size[1] / s.size[0])])
-    answers = lambda model, prompts: [said[next(order)] for _ in prompts["names"]]  # noqa: E731
+    by_name = dict(zip([sample.name for sample in samples], said, strict=True))
+    answers = lambda model, batch, logits: [by_name[name] for name in batch["names"]]  # noqa: E731
     monkeypatch.setattr(evaluation, "generate_answers", answers)
     result = evaluate_samples(tiny, samples, batch_size=3)
     expected = [0 if i in (2, 5) else sample.count for i, sample in enumerate(samples)]

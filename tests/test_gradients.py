@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from fsc147lib import model as model_module
+from fsc147lib import forward
 from fsc147lib.collate import Collate
 from fsc147lib.config import ConfigError, TrainConfig
+from fsc147lib.forward import answer_logits, normalised_pixels
 from fsc147lib.heatmaps import METHODS, Heatmap
 from fsc147lib.losses import DualLoss
-from fsc147lib.model import answer_logits, freeze_vision, load_model
+from fsc147lib.model import freeze_vision, load_model
 from fsc147lib.targets import resample_map
 from fsc147lib.train import Run, train
 
@@ -47,7 +48,7 @@ def on_grid(tokens, batch):
 
 
 @pytest.mark.parametrize("entering", [0, 1, 3])
-def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering):
+def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering, monkeypatch):
     """A dozen channels of random tokens, hidden and deepstack, by differences; the map is their |g * e| summed."""
     network, batch = exact
     visual = batch["mm_token_type_ids"].bool()
@@ -60,15 +61,20 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering):
             value.retain_grad()
         return value
 
-    def on_features(module, args, kwargs):
-        features = [watch(f"deepstack {i}", part) if i >= entering else part
-                    for i, part in enumerate(kwargs["deepstack_visual_embeds"])]  # fmt: skip
-        return args, {**kwargs, "deepstack_visual_embeds": features}
+    def watched_layer(layer, hidden, *args, **kwargs):
+        if layer is network.model.language_model.layers[entering]:
+            hidden = watch("hidden", hidden)
+        return plain_layer(layer, hidden, *args, **kwargs)
 
-    language_model = network.model.language_model
-    layer = language_model.layers[entering]
-    language_model.register_forward_pre_hook(on_features, with_kwargs=True)
-    layer.register_forward_pre_hook(lambda module, args: (watch("hidden", args[0]), *args[1:]))
+    def watched_images(*args, **kwargs):
+        images = plain_images(*args, **kwargs)
+        for i in range(entering, len(images.deepstack)):
+            images.deepstack[i] = watch(f"deepstack {i}", images.deepstack[i])
+        return images
+
+    plain_layer, plain_images = forward.text_layer, forward.encode_images
+    monkeypatch.setattr(forward, "text_layer", watched_layer)
+    monkeypatch.setattr(forward, "encode_images", watched_images)
     logits = answer_logits(network, batch).log_softmax(dim=-1)
     picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
     (picked * (batch["digit_weights"] > 0)).sum().backward()
@@ -85,8 +91,8 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering):
                 sides.append(score(network, batch).sum().item())
             added.clear()
             assert gradient[place].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4, abs=1e-8), name
-    language_model._forward_pre_hooks.clear()
-    layer._forward_pre_hooks.clear()
+    monkeypatch.setattr(forward, "text_layer", plain_layer)
+    monkeypatch.setattr(forward, "encode_images", plain_images)
     parts = {name: (value * gradient).abs().sum(dim=-1) for name, (value, gradient) in states.items()}
     tokens = parts.pop("hidden")[visual] + sum(parts.values())
     got = Heatmap(network, "token_gradient", entering=entering)(batch)
@@ -97,7 +103,7 @@ def test_input_gradient_is_the_pixels_finite_difference(exact):
     """Each pixel of two visual tokens of one image; the rest of that image follows from a ratio of the map."""
     network, batch = exact
     heatmap = Heatmap(network, "input_gradient")
-    pixels = batch["pixel_values"]
+    pixels = normalised_pixels(batch)
     with torch.enable_grad():
         leaf = pixels.clone().requires_grad_()
         logits = answer_logits(network, {**batch, "pixel_values": leaf}).log_softmax(dim=-1)
@@ -230,12 +236,12 @@ def test_bf16_autocast_trains(tiny, batch, method, entering):
 
 @pytest.mark.parametrize(
     ("method", "entering", "layers"),
-    [("attention", 0, 0), ("token_gradient", 0, 4), ("token_gradient", 3, 1), ("input_gradient", 0, 4 + 3 * 4)],
+    [("attention", 0, 0), ("token_gradient", 0, 4), ("token_gradient", 3, 1), ("input_gradient", 0, 4 + 3)],
 )
 def test_only_what_is_differentiated_twice_leaves_the_fast_backend(tiny, batch, monkeypatch, method, entering, layers):
-    """The language model has 4 layers; the vision encoder 3, which go through 4 images one by one."""
-    slow, real = [], model_module.sdpa_kernel
-    monkeypatch.setattr(model_module, "sdpa_kernel", lambda backend: slow.append(backend) or real(backend))
+    """The language model has 4 layers, the vision encoder 3."""
+    slow, real = [], forward.sdpa_kernel
+    monkeypatch.setattr(forward, "sdpa_kernel", lambda backend: slow.append(backend) or real(backend))
     heatmap = Heatmap(tiny.network, method, entering=entering)
     heatmap(batch, keep_graph=True)
     assert len(slow) == layers
@@ -291,8 +297,10 @@ def test_accumulation_is_one_large_batch(root, tmp_path, method):
     """Eight images at once, and as a window of 2 x 4."""
     results = []
     for batch_size, accumulation in ((8, 1), (4, 2)):
-        config = TrainConfig(data=root, out=tmp_path / str(accumulation), heatmap=method, heatmap_every=1, limit=8,
-                             batch_size=batch_size, accumulation=accumulation, tracking="disabled")  # fmt: skip
+        config = TrainConfig(
+            data=root, out=tmp_path / str(accumulation), heatmap=method, heatmap_every=1, heatmap_images=8, limit=8,
+            batch_size=batch_size, accumulation=accumulation, tracking="disabled",
+        )  # fmt: skip
         results.append(train(config).steps[0])
     for key in ("count_loss", "attention_loss", "total", "gradient_norm"):
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fsc147lib.collate import Collate
+from fsc147lib.forward import Probe, answer_logits
 from fsc147lib.heatmaps import (
     Heatmap,
     corner_share,
@@ -13,7 +14,6 @@ from fsc147lib.heatmaps import (
     mean_map,
     visual_mass,
 )
-from fsc147lib.model import AttentionProbe, answer_logits
 from fsc147lib.targets import resample_map
 
 
@@ -29,7 +29,7 @@ def eager_attentions(network, batch):
 def test_probed_rows_are_eager_attention(tiny, batch):
     """For every layer and head, on a padded batch of mixed sizes."""
     layers = tuple(range(tiny.network.config.text_config.num_hidden_layers))
-    probe = AttentionProbe(batch["answer_positions"], layers)
+    probe = Probe(batch["answer_positions"], layers)
     answer_logits(tiny.network, batch, probe)
     eager = eager_attentions(tiny.network, batch)
     for layer in layers:
@@ -65,7 +65,7 @@ def test_heatmap_is_a_distribution(tiny, batch):
 @torch.no_grad()
 def test_layer_and_head_maps_add_up_to_the_heatmap(tiny, batch):
     layers = (0, 2, 3)
-    probe = AttentionProbe(batch["answer_positions"], layers)
+    probe = Probe(batch["answer_positions"], layers)
     answer_logits(tiny.network, batch, probe)
     maps = layer_head_maps(probe, batch)
     assert maps.shape == (4, 3, 4, 14, 14)
@@ -94,13 +94,13 @@ def test_a_plain_dict_batch_works(tiny, mixed_samples):
 
 @torch.no_grad()
 def test_the_probe_changes_no_logits(tiny, batch):
-    probe = AttentionProbe(batch["answer_positions"], (0, 1, 2, 3))
+    probe = Probe(batch["answer_positions"], (0, 1, 2, 3))
     assert torch.equal(answer_logits(tiny.network, batch, probe), answer_logits(tiny.network, batch))
 
 
 @torch.no_grad()
 def test_autocast_does_not_touch_the_map(tiny, batch):
-    probe = AttentionProbe(batch["answer_positions"], (2, 3))
+    probe = Probe(batch["answer_positions"], (2, 3))
     answer_logits(tiny.network, batch, probe)
     plain = layer_head_maps(probe, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,12 +1,16 @@
 """The losses are the ones on paper, and their gradients are theirs."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 
-from fsc147lib.collate import Collate
-from fsc147lib.losses import DualLoss, NonFiniteLoss, count_loss, kl_divergence, squared_error
-from fsc147lib.model import answer_logits, load_model
+from fsc147lib.collate import Collate, take
+from fsc147lib.forward import answer_logits, encode_images, normalised_pixels
+from fsc147lib.heatmaps import Heatmap
+from fsc147lib.losses import DualLoss, NonFiniteLoss, check_finite, count_loss, kl_divergence, squared_error
+from fsc147lib.model import load_model
 
 
 def test_count_loss_is_cross_entropy_of_the_answer(tiny, batch):
@@ -79,8 +83,58 @@ def test_a_part_that_is_not_finite_is_named(tiny, batch, part):
         batch["target"][0, 0, 0] = float("nan")
     else:
         torch.nn.init.constant_(tiny.network.model.language_model.norm.weight, float("nan"))
+    parts = DualLoss(tiny.network)(batch)
+    fine = (["fine.jpg"], {"count loss": torch.ones(()), "attention loss": torch.ones(())})
+    bad = (batch["names"], {"count loss": parts.count, "attention loss": parts.attention})
+    check_finite([fine])
     with pytest.raises(NonFiniteLoss, match=f"the {part} loss is nan on {batch['names'][0]}"):
-        DualLoss(tiny.network)(batch)
+        check_finite([fine, bad, fine])
+
+
+@torch.no_grad()
+def test_a_part_of_a_batch_is_a_batch(tiny, mixed_samples):
+    """Rows 3 and 1 of bytes, of numbers and of kept features give the losses that they give in the whole."""
+    batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
+    encoded = encode_images(tiny.network, batch)
+    features = torch.stack([encoded.embeddings, *encoded.deepstack], dim=1)
+    whole, rows = answer_logits(tiny.network, batch), [3, 1]
+    for form in (batch, {**batch, "pixel_values": normalised_pixels(batch)}, {**batch, "image_features": features}):
+        part = take(form, rows)
+        assert part["names"] == [batch["names"][row] for row in rows]
+        torch.testing.assert_close(answer_logits(tiny.network, part), whole[rows], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            Heatmap(tiny.network)(part), Heatmap(tiny.network)(batch)[rows], atol=1e-6, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("method", ["attention", "token_gradient"])
+def test_a_loss_on_some_images_is_on_average_that_of_all(tiny, batch, monkeypatch, method):
+    """Every choice of 2 of 4 images once: the mean of losses and gradients is that of the whole batch."""
+    heatmap = Heatmap(tiny.network, method)
+    whole = DualLoss(tiny.network, heatmap=heatmap)(batch)
+    whole.total.backward()
+    expected = [p.grad.clone() for p in tiny.network.parameters()]
+    tiny.network.zero_grad()
+    loss, choices = DualLoss(tiny.network, heatmap=heatmap, heatmap_images=2), list(combinations(range(4), 2))
+    attention = 0.0
+    for rows in choices:
+        monkeypatch.setattr(loss, "chosen", lambda names, rows=rows: list(rows))
+        parts = loss(batch)
+        attention += parts.attention.item() / len(choices)
+        (parts.total / len(choices)).backward()
+    assert attention == pytest.approx(whole.attention.item(), rel=1e-5)
+    for wanted, parameter in zip(expected, tiny.network.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, atol=1e-6, rtol=1e-3)
+
+
+def test_all_images_have_their_turn():
+    """Among many batches each row is chosen about as often, and the same batch has the same choice."""
+    loss, seen = DualLoss(None, heatmap=object(), heatmap_images=2), np.zeros(8)
+    for i in range(400):
+        names = [f"{i}-{j}.jpg" for j in range(8)]
+        assert loss.chosen(names) == loss.chosen(list(names))
+        seen[loss.chosen(names)] += 1
+    assert seen.sum() == 800 and abs(seen - 100).max() < 40
 
 
 WEIGHTS = (

@@ -14,8 +14,9 @@ from fsc147lib.config import ConfigError, TrainConfig
 from fsc147lib.data import FSC147
 from fsc147lib.losses import DualLoss, NonFiniteLoss
 from fsc147lib.model import ModelError, load_model
+from fsc147lib.pixels import PixelStore
 from fsc147lib.synthetic import make_dataset
-from fsc147lib.train import TrainingOrder, learning_rate_factor, train, training_loader, windows
+from fsc147lib.train import SizeBatches, learning_rate_factor, train, training_loader, windows
 
 
 @pytest.fixture
@@ -40,7 +41,8 @@ def test_logged_losses_are_those_of_the_batch(config):
     settings = config(epochs=1, learning_rate=1e-3)
     train(settings)
     model = load_model("tiny", seed=settings.seed)
-    loader = training_loader(settings, list(FSC147(settings.data, "train")), model)
+    samples = list(FSC147(settings.data, "train"))
+    loader = training_loader(settings, samples, model, PixelStore(samples, model.image_processor))
     parts = DualLoss(model.network)(next(iter(loader)))
     first = lines(settings.out)[1]
     assert first["step"] == 1
@@ -340,16 +342,33 @@ def test_heads_that_the_model_has_not(config):
         train(config(attention_heads=(7,)))
 
 
-def test_order_is_fair(root):
-    samples = list(FSC147(root, "train"))
-    order = TrainingOrder(samples, seed=0, flip=True)
+LENGTHS = [
+    (24, columns, 24 * columns // 4 + text) for columns in (16, 20, 32, 36, 36, 36, 40, 98) for text in range(30)
+]
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_order_is_fair(by_size):
+    """Each epoch shows each image once; order, company and mirroring change, and come back with the seed."""
+    batches = SizeBatches(LENGTHS, 32, seed=0, flip=True, by_size=by_size)
     epochs = []
     for epoch in (0, 1, 0):
-        order.shuffle(epoch)
-        epochs.append([(sample.name, sample.mirror_of is not None) for sample in (order[i] for i in range(len(order)))])
+        batches.shuffle(epoch)
+        epochs.append(list(batches))
+        assert [len(batch) for batch in batches] == [32] * 7 + [16] and len(batches) == 8
     assert epochs[0] == epochs[2] != epochs[1]
-    assert sorted(name for name, _ in epochs[0]) == sorted(sample.name for sample in samples)
-    assert 0 < sum(mirrored for _, mirrored in epochs[0]) < len(samples)
+    for batches_of_epoch in epochs:
+        assert sorted(i for batch in batches_of_epoch for i, _ in batch) == list(range(len(LENGTHS)))
+    companies = [{frozenset(i for i, _ in batch) for batch in epoch} for epoch in epochs[:2]]
+    assert len(companies[0] & companies[1]) <= 1  # the widest images are few and may meet again
+    assert 60 < sum(mirrored for batch in epochs[0] for _, mirrored in batch) < 180
+
+
+def test_batches_by_size_hold_little_padding():
+    by_size, mixed = (SizeBatches(LENGTHS, 16, seed=0, flip=True, by_size=way) for way in (True, False))
+    longest = [max(LENGTHS[i][2] for i, _ in batch) * len(batch) for batch in by_size]
+    assert by_size.padding() == pytest.approx(1 - sum(length[2] for length in LENGTHS) / sum(longest))
+    assert by_size.padding() < mixed.padding() / 3
 
 
 def test_schedule():

@@ -1,0 +1,375 @@
+"""One forward pass, as training and evaluation need it: the library's layers, called without detours.
+
+The sums are those of `network(...)` in transformers, against which the tests hold them.  What differs is
+what stands between the layers: visual tokens are put in their places by an index that `collate` computed,
+images of one size share one attention call, the wide output head sees the answer's positions alone, and
+nothing on the way waits for the GPU.  All attention goes through two doors, `probed_attention` (text) and
+`attention_by_size` (vision).
+
+Left out: loading (`model`), what probed rows mean (`heatmaps`), keeping image features (`vision_cache`).
+"""
+
+import inspect
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, groupby
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLVisionBlock
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from .collate import Batch
+
+TEXT_ATTENTION = "sdpa_with_probe"
+VISION_ATTENTION = "flash_by_size"
+"""The library hands all images to one call only where "flash" is in the name."""
+
+VISION = -1
+"""The vision encoder's place among the layers: below the language model's layer 0."""
+
+
+@dataclass
+class Probe:
+    """Asks a forward pass for what it would not keep: attention rows, and the state that enters a layer.
+
+    Attributes:
+        queries: [B, R] positions of the rows in each sequence.
+        layers: which layers of the language model to look at.
+        rows: filled by the pass: layer -> [B, heads, R, T] float32, each row summing to 1 over the T
+            keys up to its own position; part of the autograd graph where the pass has one.
+        in_path: let the pass go on from these rows, so that its outputs have gradients with respect to
+            them.  The numbers stay the same.
+        entering: a layer whose incoming state is wanted, made differentiable; None for none.
+        state: filled by the pass: that state, [B, T, C].
+    """
+
+    queries: torch.Tensor
+    layers: tuple[int, ...] = ()
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    in_path: bool = False
+    entering: int | None = None
+    state: torch.Tensor | None = None
+
+
+@dataclass
+class ImageFeatures:
+    """What the vision encoder says about a batch's V visual tokens, image after image.
+
+    `embeddings` [V, C] stand in the sequence; `deepstack` [V, C] each are added after the language
+    model's first layers.
+    """
+
+    embeddings: torch.Tensor
+    deepstack: list[torch.Tensor]
+
+
+# --- Attention
+
+
+def probed_attention(module, query, key, value, attention_mask, note=None, **kwargs):
+    """The library's scaled-dot-product attention, which follows and fills a layer's note (see `text_layer`).
+
+    The output is the library's own.  Probed rows cost R queries instead of T, so neither eager attention
+    nor a [T, T] matrix is needed to see, or to train, where the model looks.
+    """
+    note = {} if note is None else note
+    if note.get("past") is not None:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(note["past"], (key, value), strict=True))
+    if note.get("keep"):
+        note["kept"] = (key, value)
+    # the fast backends have no second derivative, the math backend has
+    with sdpa_kernel(SDPBackend.MATH) if note.get("twice") else nullcontext():
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # [B, T, H, D]
+    if note.get("queries") is not None:
+        rows = note["rows"] = _attention_rows(module, query, key, note["queries"])
+        if note.get("in_path"):
+            values = value.repeat_interleave(module.num_key_value_groups, dim=1).to(rows)
+            index = note["queries"][:, :, None, None].expand(-1, -1, output.shape[2], output.shape[3])
+            output = output.scatter(1, index, (rows @ values).transpose(1, 2).to(output))
+    return output, None
+
+
+def _attention_rows(module, query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Softmax rows of the queries asked for; query [B, H, T, D], key [B, Hk, T, D] -> [B, H, R, T]."""
+    index = queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, R, D]
+    with torch.autocast(query.device.type, enabled=False):  # a softmax over hundreds of keys wants float32
+        wide = torch.promote_types(query.dtype, torch.float32)
+        chosen = query.gather(2, index).to(wide).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hk, H/Hk * R, D]
+        scores = chosen @ key.to(wide).transpose(2, 3) * module.scaling
+        scores = scores.unflatten(2, (-1, queries.shape[1])).flatten(1, 2)  # [B, H, R, T]
+        future = torch.arange(key.shape[2], device=key.device) > queries[:, None, :, None]
+        return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+
+
+def attention_by_size(module, query, key, value, attention_mask, cu_seq_lens_q=None, twice=False, **kwargs):
+    """Attention within each image: one call for each run of images of one size, none for each image.
+
+    Args:
+        query, key, value: [1, heads, P, D], the patches of all images one after the other.
+        cu_seq_lens_q: [images + 1] where each image begins and the last ends; best on the CPU.
+        twice: use the backend that has a second derivative.
+
+    Returns:
+        [1, P, heads, D].
+    """
+    if torch.compiler.is_compiling():  # sizes are data to a compiled block, or each mix would be compiled anew
+        return _by_size_op(query, key, value, cu_seq_lens_q, module.scaling), None
+    with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+        return _by_size(query, key, value, cu_seq_lens_q, module.scaling), None
+
+
+def _by_size(query, key, value, bounds, scaling: float):
+    outputs, start = [], 0
+    for length, run in groupby(bounds.diff().tolist()):
+        end = start + length * len(list(run))
+        parts = (x[0, :, start:end].unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))
+        output = F.scaled_dot_product_attention(*parts, scale=scaling)  # [images, heads, length, D]
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        start = end
+    return torch.cat(outputs)[None]
+
+
+@torch.library.custom_op("fsc147lib::attention_by_size", mutates_args=())
+def _by_size_op(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    return _by_size(query, key, value, bounds, scaling)
+
+
+@_by_size_op.register_fake
+def _(query, key, value, bounds, scaling):
+    return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+
+
+AttentionInterface.register(TEXT_ATTENTION, probed_attention)
+AttentionMaskInterface.register(TEXT_ATTENTION, sdpa_mask)
+AttentionInterface.register(VISION_ATTENTION, attention_by_size)
+
+
+def use_fast_attention(network) -> None:
+    """Send a network's attention through the two doors (at loading, transformers would look for a flash package)."""
+    network.model.language_model.config._attn_implementation = TEXT_ATTENTION
+    network.model.visual.config._attn_implementation = VISION_ATTENTION
+
+
+# --- Layers, plain and compiled
+
+# without the library's checkpointing around them, which would forget the note
+_plain_text_layer = inspect.unwrap(Qwen3VLTextDecoderLayer.forward)
+_plain_vision_block = inspect.unwrap(Qwen3VLVisionBlock.forward)
+
+
+def text_layer(layer, hidden, cos, sin, mask=None, queries=None, in_path=False, twice=False, past=None, keep=False):
+    """A layer of the language model.
+
+    Args:
+        layer: its module; hidden: [B, T, C]; cos, sin: [B, T, D] of the positions.
+        mask: [B, 1, T, keys] True where attended; None for causal.
+        queries: [B, R] positions whose attention rows are wanted.
+        in_path, twice: see `Probe` and `answer_logits`.
+        past: keys and values [B, Hk, K, D] that come before those of `hidden`.
+        keep: return all keys and values.
+
+    Returns:
+        hidden [B, T, C]; rows [B, H, R, K + T] or None; (keys, values) or None.
+    """
+    note = {"queries": queries, "in_path": in_path, "twice": twice, "past": past, "keep": keep}
+    hidden = _plain_text_layer(layer, hidden, position_embeddings=(cos, sin), attention_mask=mask, note=note)
+    return hidden, note.get("rows"), note.get("kept")
+
+
+def vision_block(block, hidden, cos, sin, bounds):
+    """A block of the vision encoder: hidden [P, C] of all images, bounds [images + 1] on the CPU -> [P, C]."""
+    return _plain_vision_block(block, hidden, cu_seqlens=bounds, max_seqlen=0, position_embeddings=(cos, sin))
+
+
+@lru_cache
+def _compiled(function):
+    """Compiled once for all layers and sizes: a layer's weights are inputs, and no layer reads its own index."""
+    return torch.compile(function, dynamic=True)
+
+
+def compile_layers(network, on: bool = True) -> None:
+    """Let this module's passes through `network` compile its layers, at the first pass of each kind."""
+    network.compiled_layers = on
+
+
+def _is_compiled(network) -> bool:
+    return getattr(network, "compiled_layers", False)
+
+
+# --- The pass
+
+
+def normalised_pixels(batch: Batch) -> torch.Tensor:
+    """`pixel_values` as the network takes them, [P, 3 * 2 * 16 * 16] float; bytes are scaled where they lie."""
+    pixels = batch["pixel_values"]
+    if pixels.is_floating_point():
+        return pixels
+    mean, std = batch["pixel_scale"]  # [3] each
+    colours = pixels.unflatten(1, (3, 1, -1)).to(mean.dtype) / 255  # [P, 3, 1, 16 * 16]
+    return ((colours - mean[:, None, None]) / std[:, None, None]).expand(-1, -1, 2, -1).flatten(1)
+
+
+def encode_images(network, batch: Batch, twice: bool = False) -> ImageFeatures:
+    """The vision encoder's word on a batch's images, or what the batch brings along (`vision_cache`).
+
+    Args:
+        network: from `load_model`.
+        batch: from `collate.Collate`, on the network's device.
+        twice: make it differentiable twice.
+    """
+    if "image_features" in batch:  # [V, 1 + D, C]
+        embeddings, *deepstack = batch["image_features"].unbind(1)
+        return ImageFeatures(embeddings, deepstack)
+    tower = network.model.visual
+    hidden = _narrow(_embed_patches(tower, batch))  # [P, hidden]
+    indices, weights, positions = _patch_tables(batch["image_sizes"], tower.num_grid_per_side, hidden.device)
+    hidden = hidden + (tower.pos_embed(indices) * weights[:, :, None]).sum(dim=1).to(hidden)
+    cos, sin = tower.rotary_pos_emb(hidden, positions)
+    bounds = torch.tensor([0, *accumulate(h * w for h, w in batch["image_sizes"])])
+    compiled = _is_compiled(network) and not hidden.requires_grad
+    deepstack = []
+    for i, block in enumerate(tower.blocks):
+        if compiled:
+            hidden = _compiled(vision_block)(block, hidden, cos, sin, bounds)
+        else:
+            hidden = block(hidden, cu_seqlens=bounds, max_seqlen=0, position_embeddings=(cos, sin), twice=twice)
+        if i in tower.deepstack_visual_indexes:
+            deepstack.append(tower.deepstack_merger_list[len(deepstack)](hidden))
+    return ImageFeatures(tower.merger(hidden), deepstack)
+
+
+def _embed_patches(tower, batch: Batch) -> torch.Tensor:
+    """Patches as vectors [P, hidden].  Bytes need no scaling and no second frame: both go into the weights."""
+    pixels = batch["pixel_values"]
+    if pixels.is_floating_point():
+        return tower.patch_embed(pixels.to(tower.dtype))
+    mean, std = (255 * batch["pixel_scale"]).repeat_interleave(pixels.shape[1] // 3, dim=1)  # [3 * 16 * 16] each
+    projection = tower.patch_embed.proj
+    weight = projection.weight.sum(dim=2).flatten(1) / std  # [hidden, 3 * 16 * 16]: the two frames are the same
+    centred = pixels.to(weight.dtype) - mean  # a mean of 127.5 leaves numbers that bfloat16 holds exactly
+    return F.linear(centred, weight.to(centred), projection.bias)
+
+
+def _patch_tables(sizes: list[tuple[int, int]], side: int, device) -> list[torch.Tensor]:
+    """Of all patches: corners in the learned position grid [P, 4], their weights [P, 4], rows and columns [P, 2]."""
+    tables = [_tables_of_one(*size, side, device) for size in sizes]
+    return [torch.cat(parts) for parts in zip(*tables, strict=True)]
+
+
+@lru_cache(maxsize=512)
+def _tables_of_one(height: int, width: int, side: int, device) -> tuple[torch.Tensor, ...]:
+    grid = torch.tensor([[1, height, width]])
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid, side, "bilinear", align_corners=True, spatial_merge_size=2
+    )
+    return tuple(table.to(device) for table in (indices, weights, get_vision_position_ids(grid, 2)))
+
+
+def _narrow(hidden: torch.Tensor) -> torch.Tensor:
+    """In autocast's type, so that the sum which runs through all layers is as narrow as their products."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+
+
+def answer_logits(
+    network,
+    batch: Batch,
+    probe: Probe | None = None,
+    twice_from: int | None = None,
+    images: ImageFeatures | None = None,
+) -> torch.Tensor:
+    """One forward pass; the wide output head is applied at the answer's positions alone.
+
+    Args:
+        network: from `load_model`.
+        batch: from `collate.Collate`, on the network's device.
+        probe: filled on the way.
+        twice_from: first layer that must have a second derivative (VISION: the vision encoder too).
+            Layers below stay on the fast attention, and only they may be compiled.
+        images: None for `encode_images`.
+
+    Returns:
+        [B, A, V] logits of the tokens in `batch["answer_labels"]`.
+    """
+    model, index = network.model.language_model, batch["visual_index"]
+    images = images or encode_images(network, batch, twice_from == VISION)
+    hidden = _narrow(model.embed_tokens(batch["input_ids"]))  # [B, T, C]
+    hidden = hidden.flatten(0, 1).index_copy(0, index, images.embeddings.to(hidden)).view_as(hidden)
+    cos, sin = model.rotary_emb(hidden, batch["position_ids"])
+    for i, layer in enumerate(model.layers):
+        if probe and probe.entering == i:
+            hidden = probe.state = differentiable(hidden)
+        queries = probe.queries if probe and i in probe.layers else None
+        asked = {"queries": queries, "keep": "keys" in batch}
+        if queries is not None and probe.in_path:
+            asked["in_path"] = True
+        if twice_from is not None and i >= twice_from:
+            asked["twice"] = True
+        hidden, rows, kept = _run_text_layer(network, layer, hidden, cos, sin, asked)
+        if rows is not None:
+            probe.rows[i] = rows
+        if kept is not None:
+            batch["keys"].append(kept)
+        if i < len(images.deepstack):
+            features = images.deepstack[i].to(hidden)
+            hidden = hidden.flatten(0, 1).index_add(0, index, features).view_as(hidden)
+    positions = batch["answer_positions"][:, :, None].expand(-1, -1, hidden.shape[-1])
+    return network.lm_head(model.norm(hidden.gather(1, positions)))
+
+
+def _run_text_layer(network, layer, hidden, cos, sin, asked: dict):
+    """Compiled where it can be: a compiled layer has no second derivative."""
+    once = not asked.get("twice") and not asked.get("in_path")
+    run = _compiled(text_layer) if _is_compiled(network) and once else text_layer
+    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+        return checkpoint(run, layer, hidden, cos, sin, use_reentrant=False, **asked)
+    return run(layer, hidden, cos, sin, **asked)
+
+
+def differentiable(x: torch.Tensor) -> torch.Tensor:
+    """x itself where a gradient can reach it; else, below frozen weights, a new leaf of the same values."""
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+@torch.no_grad()
+def greedy_tokens(network, batch: Batch, logits: torch.Tensor, longest: int, end: int) -> torch.Tensor:
+    """Go on greedily from the prompts of a batch whose pass kept its keys: what the model says by itself.
+
+    The keys of the right answer, which stand behind each prompt, are masked out.
+
+    Args:
+        batch: whose "keys" an `answer_logits` pass has filled.
+        logits: [B, A, V] of that pass.
+        longest: tokens at the most.
+        end: token that ends an answer.
+
+    Returns:
+        [B, up to longest] tokens; after an end only ends.
+    """
+    model, last = (
+        network.model.language_model,
+        batch["answer_positions"][:, :1],
+    )  # where the answer's first is predicted
+    length = batch["input_ids"].shape[1]
+    position = batch["position_ids"].gather(2, last.expand(3, -1, -1))  # [3, B, 1]
+    mask = (torch.arange(length, device=last.device) <= last)[:, None, None]  # [B, 1, 1, T]
+    tokens = [logits[:, 0].argmax(dim=-1)]
+    past = batch["keys"]
+    while len(tokens) < longest and not (tokens[-1] == end).all():
+        hidden = _narrow(model.embed_tokens(tokens[-1][:, None]))
+        cos, sin = model.rotary_emb(hidden, position + len(tokens))
+        mask = F.pad(mask, (0, 1), value=True)
+        for i, layer in enumerate(model.layers):
+            hidden, _, past[i] = text_layer(layer, hidden, cos, sin, mask, past=past[i], keep=True)
+        token = network.lm_head(model.norm(hidden[:, 0])).argmax(dim=-1)
+        tokens.append(torch.where(tokens[-1] == end, end, token))
+    return torch.stack(tokens, dim=1)
