@@ -300,6 +300,14 @@ def machine() -> dict:
     }
 
 
+def read_report(path: str | Path) -> tuple[dict, str]:
+    """A file of `write_rows`, and a line that says on what, when and how it was measured."""
+    report = json.loads(Path(path).read_text())
+    processor = report["gpu"] or f"{report['threads']} cores of {report['processor']}"
+    versions = f"torch {report['torch']}, transformers {report['transformers']}"
+    return report, f"{processor}, {versions}, {report['date']}: {report['command']}"
+
+
 def write_report(path: Path, config: BenchmarkConfig, report: dict) -> None:
     """Write a benchmark's rows with the machine, the command and its settings; the rows also as .csv."""
     about = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}

@@ -193,6 +193,7 @@ def vision_block(block, hidden, cos, sin, bounds):
 @lru_cache
 def _compiled(function):
     """Compiled once for all layers and sizes: a layer's weights are inputs, and no layer reads its own index."""
+    torch._dynamo.config.recompile_limit = 32  # a dozen kinds of pass: with gradients or without, probed or not ...
     return torch.compile(function, dynamic=True)
 
 
@@ -255,7 +256,7 @@ def _embed_patches(tower, batch: Batch) -> torch.Tensor:
     mean, std = (255 * batch["pixel_scale"]).repeat_interleave(pixels.shape[1] // 3, dim=1)  # [3 * 16 * 16] each
     projection = tower.patch_embed.proj
     weight = projection.weight.sum(dim=2).flatten(1) / std  # [hidden, 3 * 16 * 16]: the two frames are the same
-    centred = pixels.to(weight.dtype) - mean  # a mean of 127.5 leaves numbers that bfloat16 holds exactly
+    centred = pixels.to(weight.dtype).sub_(mean)  # a mean of 127.5 leaves numbers that bfloat16 holds exactly
     return F.linear(centred, weight.to(centred), projection.bias)
 
 
@@ -284,7 +285,8 @@ def answer_logits(
     network,
     batch: Batch,
     probe: Probe | None = None,
-    twice_from: int | None = None,
+    plain_from: int | None = None,
+    twice: bool = False,
     images: ImageFeatures | None = None,
 ) -> torch.Tensor:
     """One forward pass; the wide output head is applied at the answer's positions alone.
@@ -293,15 +295,16 @@ def answer_logits(
         network: from `load_model`.
         batch: from `collate.Collate`, on the network's device.
         probe: filled on the way.
-        twice_from: first layer that must have a second derivative (VISION: the vision encoder too).
-            Layers below stay on the fast attention, and only they may be compiled.
+        plain_from: first layer (VISION: the vision encoder) that is left as it is where the others are
+            compiled, because somebody asks for its gradient before the backward pass.
+        twice: let these layers have a second derivative; those below stay on the fast attention.
         images: None for `encode_images`.
 
     Returns:
         [B, A, V] logits of the tokens in `batch["answer_labels"]`.
     """
     model, index = network.model.language_model, batch["visual_index"]
-    images = images or encode_images(network, batch, twice_from == VISION)
+    images = images or encode_images(network, batch, twice and plain_from == VISION)
     hidden = _narrow(model.embed_tokens(batch["input_ids"]))  # [B, T, C]
     hidden = hidden.flatten(0, 1).index_copy(0, index, images.embeddings.to(hidden)).view_as(hidden)
     cos, sin = model.rotary_emb(hidden, batch["position_ids"])
@@ -312,9 +315,14 @@ def answer_logits(
         asked = {"queries": queries, "keep": "keys" in batch}
         if queries is not None and probe.in_path:
             asked["in_path"] = True
-        if twice_from is not None and i >= twice_from:
+        plain = plain_from is not None and i >= plain_from
+        if plain and twice:
             asked["twice"] = True
-        hidden, rows, kept = _run_text_layer(network, layer, hidden, cos, sin, asked)
+        run = _compiled(text_layer) if _is_compiled(network) and not plain else text_layer
+        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+            hidden, rows, kept = checkpoint(run, layer, hidden, cos, sin, use_reentrant=False, **asked)
+        else:
+            hidden, rows, kept = run(layer, hidden, cos, sin, **asked)
         if rows is not None:
             probe.rows[i] = rows
         if kept is not None:
@@ -324,15 +332,6 @@ def answer_logits(
             hidden = hidden.flatten(0, 1).index_add(0, index, features).view_as(hidden)
     positions = batch["answer_positions"][:, :, None].expand(-1, -1, hidden.shape[-1])
     return network.lm_head(model.norm(hidden.gather(1, positions)))
-
-
-def _run_text_layer(network, layer, hidden, cos, sin, asked: dict):
-    """Compiled where it can be: a compiled layer has no second derivative."""
-    once = not asked.get("twice") and not asked.get("in_path")
-    run = _compiled(text_layer) if _is_compiled(network) and once else text_layer
-    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
-        return checkpoint(run, layer, hidden, cos, sin, use_reentrant=False, **asked)
-    return run(layer, hidden, cos, sin, **asked)
 
 
 def differentiable(x: torch.Tensor) -> torch.Tensor:
@@ -364,12 +363,13 @@ def greedy_tokens(network, batch: Batch, logits: torch.Tensor, longest: int, end
     mask = (torch.arange(length, device=last.device) <= last)[:, None, None]  # [B, 1, 1, T]
     tokens = [logits[:, 0].argmax(dim=-1)]
     past = batch["keys"]
+    run = _compiled(text_layer) if _is_compiled(network) else text_layer
     while len(tokens) < longest and not (tokens[-1] == end).all():
         hidden = _narrow(model.embed_tokens(tokens[-1][:, None]))
         cos, sin = model.rotary_emb(hidden, position + len(tokens))
         mask = F.pad(mask, (0, 1), value=True)
         for i, layer in enumerate(model.layers):
-            hidden, _, past[i] = text_layer(layer, hidden, cos, sin, mask, past=past[i], keep=True)
+            hidden, _, past[i] = run(layer, hidden, cos, sin, mask, past=past[i], keep=True)
         token = network.lm_head(model.norm(hidden[:, 0])).argmax(dim=-1)
         tokens.append(torch.where(tokens[-1] == end, end, token))
     return torch.stack(tokens, dim=1)

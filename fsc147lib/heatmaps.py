@@ -147,7 +147,7 @@ def token_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[to
     with torch.enable_grad():
         images = encode_images(heatmap.network, batch)
         images.deepstack[first:] = [differentiable(features) for features in images.deepstack[first:]]  # [V, C] each
-        logits = answer_logits(heatmap.network, batch, probe, first if keep_graph else None, images)
+        logits = answer_logits(heatmap.network, batch, probe, first, keep_graph, images)
         inputs = [probe.state, *images.deepstack[first:]]
         gradients = _gradients(logits, batch, inputs, keep_graph)
         hidden, *deepstack = ((x * gradient).abs().sum(dim=-1) for x, gradient in zip(inputs, gradients, strict=True))
@@ -162,9 +162,7 @@ def input_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[to
     """
     pixels = normalised_pixels(batch).detach().requires_grad_()  # [P, 3 * 2 * 16 * 16]
     with torch.enable_grad():
-        logits = answer_logits(
-            heatmap.network, {**batch, "pixel_values": pixels}, twice_from=VISION if keep_graph else None
-        )
+        logits = answer_logits(heatmap.network, {**batch, "pixel_values": pixels}, None, VISION, keep_graph)
         (gradient,) = _gradients(logits, batch, [pixels], keep_graph)
         merged = heatmap.network.config.vision_config.spatial_merge_size**2
         tokens = gradient.abs().sum(dim=-1).unflatten(0, (-1, merged)).sum(dim=-1)  # [V]: patches come token by token
@@ -183,7 +181,7 @@ def attention_x_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tu
         )
     probe = Probe(batch["answer_positions"], heatmap.layers, in_path=True)
     with torch.enable_grad():
-        logits = answer_logits(heatmap.network, batch, probe)
+        logits = answer_logits(heatmap.network, batch, probe, min(heatmap.layers))
         rows = [probe.rows[layer] for layer in heatmap.layers]
         helpful = [(row * g).relu() for row, g in zip(rows, _gradients(logits, batch, rows, False), strict=True)]
     mean = _chosen_rows(dict(zip(heatmap.layers, helpful, strict=True)), heatmap).mean(dim=(0, 2))

@@ -7,6 +7,7 @@ steps, so that a machine whose speed drifts slows all of them alike.  Steps are 
 Left out: the cost of each heatmap (`benchmark`).
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -276,12 +277,36 @@ def measure_validation(run: Run, cache: VisionCache | None, config: BenchmarkCon
         if name.endswith("cache") and kept is None:
             continue
         speeds = []
-        for _ in range(1 + min(3, config.rounds)):
+        for _ in range(1 + min(2, config.rounds)):
             started = time.perf_counter()
             evaluate_samples(run.model, samples, config.batch_size, run.heatmap, run.accelerator, run.workers, kept)
             speeds.append(len(samples) / (time.perf_counter() - started))
         rows.append({"name": name, "images_per_second": float(np.median(speeds[1:])), "rates": speeds[1:]})
     return rows
+
+
+def measure_masters(run: Run, cache: VisionCache | None, config: BenchmarkConfig) -> dict:
+    """What float32 weights and optimizer cost: the last way's steps against the same with all of it in bfloat16.
+
+    The network is left in bfloat16.
+    """
+    on_gpu = run.accelerator.device.type == "cuda"
+    lane = open_lane(ways(on_gpu, bool(cache))[-1], run, cache, run.pixel_store(), config.batch_size)
+    batches = [to_device(next(lane.batches), run.accelerator.device) for _ in range(config.steps)]
+    seconds = {}
+    for name in ("float32", "bfloat16"):
+        if name == "bfloat16":
+            lane.release()
+            run.model.network.to(torch.bfloat16)
+            run.optimizer.optimizer.state.clear()
+        for repeat in range(3):  # the first warms up
+            started = time.perf_counter()
+            for batch in batches:
+                lane.step(batch)
+            run.check()
+            seconds[name] = min(seconds.get(name, math.inf), time.perf_counter() - started) if repeat else math.inf
+    lane.close()
+    return {**seconds, "share": 1 - seconds["bfloat16"] / seconds["float32"]}
 
 
 def throughput(config: BenchmarkConfig) -> dict:
@@ -308,8 +333,11 @@ def throughput(config: BenchmarkConfig) -> dict:
                         "bytes": cache.features.nbytes}  # fmt: skip
         rows = measure(run, cache, config)
         validation = measure_validation(run, cache, config) if config.validation else []
+        masters = measure_masters(run, cache, config) if run.accelerator.mixed_precision == "bf16" else None
     print(table(rows, validation))
-    report = {"rows": rows, "validation": validation, "cache": encoding}
+    if masters:
+        print(f"float32 weights and optimizer take {masters['share']:.1%} of the last way's step")
+    report = {"rows": rows, "validation": validation, "cache": encoding, "masters": masters}
     if config.json is not None:
         write_report(config.json, config, report)
     return report

@@ -87,7 +87,8 @@ class SizeBatches(Sampler):
     """Batches of images of like size, in an order that depends on seed and epoch alone.
 
     Each epoch shows each sample once.  Which samples of like length meet in a batch, which are mirrored, and
-    the order of the batches change from epoch to epoch; a batch that is not full comes last.
+    the order of the batches change from epoch to epoch; a batch that is not full comes last, and holds
+    the longest: they are few, and would pad a full one.
 
     Args:
         lengths: of each sample (rows, columns, tokens), see `Collate.lengths`.
@@ -111,14 +112,11 @@ class SizeBatches(Sampler):
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         mirrored = (torch.rand(len(order), generator=generator) < 0.5 * self.flip).tolist()
         if self.by_size:  # within a few tokens, so that an image does not always meet the same others
-            jitter = (4 * torch.rand(len(order), generator=generator)).tolist()
+            jitter = (3 * torch.rand(len(order), generator=generator)).tolist()
             order.sort(key=lambda i: self.lengths[i][2] + jitter[i])
-        full = len(order) // self.batch_size
-        rest = len(order) - full * self.batch_size
-        hole = int(torch.randint(full + 1, (), generator=generator)) * self.batch_size  # where the rest is taken from
-        last, order = order[hole : hole + rest], order[:hole] + order[hole + rest :]
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        batches = [batches[i] for i in torch.randperm(full, generator=generator).tolist()] + [last] * (rest > 0)
+        full = len(order) // self.batch_size  # a rest keeps its place at the end
+        batches[:full] = [batches[i] for i in torch.randperm(full, generator=generator).tolist()]
         # images of one size side by side, for the vision encoder
         self.batches = [[(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)] for batch in batches]
 

@@ -6,6 +6,7 @@ Left out: reading data and running models; notebooks hand in what they got from 
 """
 
 import io
+import re
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
@@ -227,9 +228,10 @@ def overhead_bars(rows: Sequence[dict]) -> Figure:
     Args:
         rows: of `benchmark.time_losses`.  Grey is a heatmap that is only computed, red one that is trained.
     """
+    missing = [row["name"] for row in rows if row["out_of_memory"]]
     rows = [row for row in rows if not row["out_of_memory"]]
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.4), layout="constrained")
-    names = [row["name"].replace(", ", "\n") for row in rows]
+    names = [re.sub(", | (?=on )", "\n", row["name"]) for row in rows]
     colours = {"none": COUNT_COLOUR, True: ATTENTION_COLOUR, False: GREY}
     colours = [colours["none" if row["method"] == "none" else row["trained"]] for row in rows]
     middle = np.array([row["overhead_median"] for row in rows])
@@ -240,31 +242,68 @@ def overhead_bars(rows: Sequence[dict]) -> Figure:
     axes[0].margins(y=0.12)  # room for the labels
     axes[0].set(ylabel="% of a step", title="overhead (median, 95 % interval)")
     axes[1].bar(names, [row["peak_memory"] or 0 for row in rows], color=colours)
-    axes[1].set(ylabel="MiB", title="peak memory")
+    axes[1].set(ylabel="MiB", title="peak memory" + "".join(f"; {name}: out of memory" for name in missing))
     for place in axes:
         place.tick_params(axis="x", labelsize=7)
     return figure
 
 
-def overhead_against_every(rows: Sequence[dict], defaults: dict[str, int]) -> Figure:
+def overhead_against_every(rows: Sequence[dict]) -> Figure:
     """What is left of each trained heatmap's overhead when it is applied on each K-th step only.
 
     Args:
-        rows: of `benchmark.time_losses`.
-        defaults: each method's own K, drawn as a dot.
+        rows: of `benchmark.time_losses`.  A dot is the method's default K.
     """
     figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
     every = 2 ** np.arange(8)
     for row in rows:
         if row["trained"] and not row["out_of_memory"]:
-            (line,) = axes.plot(every, 100 * row["overhead_median"] / every, label=row["method"])
-            k = defaults[row["method"]]
-            axes.plot(k, 100 * row["overhead_median"] / k, "o", color=line.get_color())
+            (line,) = axes.plot(every, 100 * row["overhead_median"] / every, label=row["name"])
+            axes.plot(row["every"], 100 * row["overhead_median"] / row["every"], "o", color=line.get_color())
     _claimed_band(axes)
     axes.set(xscale="log", yscale="log", xlabel="K: steps from one heatmap to the next", ylabel="% of a step")
     _plain_numbers(axes)
     axes.set_xticks(every, labels=[str(k) for k in every])
     axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def lazy_curves(runs: dict[str, list[dict]], overhead: float) -> Figure:
+    """Alignment and error of runs that trained a heatmap on each K-th step, after equal steps and after equal time.
+
+    Args:
+        runs: K -> its validations, with "step", "kl" and "mae".
+        overhead: of a step that trains the heatmap, 0.76 for 76 %; time is counted in steps without it.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    for every, lines in runs.items():
+        steps = np.array([line["step"] for line in lines])
+        times = steps * (1 + overhead / int(every))
+        for place, x, key in ((axes[0], steps, "kl"), (axes[1], times, "kl"), (axes[2], times, "mae")):
+            place.plot(x, [line[key] for line in lines], ".-", label=f"K = {every}")
+    axes[0].set(xlabel="steps", ylabel="KL(P || A), nats", title="alignment after equal steps")
+    axes[1].set(xlabel="time (steps of the count loss)", ylabel="KL(P || A), nats", title="alignment after equal time")
+    axes[2].set(xlabel="time (steps of the count loss)", ylabel="MAE, objects", title="error after equal time")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def throughput_bars(rows: Sequence[dict]) -> Figure:
+    """Images a second of each way of training, from a plain loop to all that `train` does.
+
+    Args:
+        rows: of `throughput.measure`; whiskers span the timed blocks.
+    """
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.5 * len(rows)), layout="constrained")
+    names = [f"{row['name']} (batch {row['batch_size']})" for row in rows]
+    middle = np.array([row["images_per_second"] for row in rows])
+    spread = np.abs(np.array([[min(row["rates"]), max(row["rates"])] for row in rows]).T - middle)
+    colours = [GREY] + [ATTENTION_COLOUR] * (len(rows) - 1)
+    places = axes.barh(names, middle, xerr=spread, color=colours, capsize=3)
+    axes.bar_label(places, [f" {row['images_per_second']:.0f}   {row['speedup']:.1f}x" for row in rows], fontsize=8)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set(xlabel="images a second, training")
     return figure
 
 

@@ -116,9 +116,10 @@ def test_layer_head_grid_tells_the_mass(samples):
 
 
 def timings():
-    base = {"name": "count only", "method": "none", "trained": False, "out_of_memory": False, "peak_memory": None,
+    base = {"name": "count only", "method": "none", "trained": False, "every": 1, "out_of_memory": False,
+            "peak_memory": None,
             "overhead_low": 0.0, "overhead_median": 0.0, "overhead_high": 0.0}  # fmt: skip
-    trained = {**base, "name": "a, trained", "method": "a", "trained": True, "peak_memory": 300.0,
+    trained = {**base, "name": "a, trained", "method": "a", "trained": True, "every": 16, "peak_memory": 300.0,
                "overhead_low": 0.7, "overhead_median": 0.8, "overhead_high": 1.0}  # fmt: skip
     return [base, trained, {**trained, "name": "b, trained", "method": "b", "out_of_memory": True}]
 
@@ -127,12 +128,29 @@ def test_bars_are_medians_and_leave_out_what_did_not_fit():
     axes = viz.overhead_bars(timings()).axes
     assert [patch.get_height() for patch in axes[0].patches[:1]] == [80]
     assert [patch.get_height() for patch in axes[1].patches] == [0, 300]
+    assert "b, trained: out of memory" in axes[1].get_title()
 
 
 def test_overhead_falls_with_k():
-    axes = viz.overhead_against_every(timings(), {"a": 16, "b": 16}).axes[0]
+    axes = viz.overhead_against_every(timings()).axes[0]
     np.testing.assert_allclose(axes.lines[0].get_ydata()[:3], [80, 40, 20])
     assert axes.lines[1].get_xydata().tolist() == [[16, 5]]
+
+
+def test_lazy_curves_count_time_in_plain_steps():
+    lines = [{"step": 0, "kl": 1.0, "mae": 9}, {"step": 100, "kl": 0.5, "mae": 3}]
+    axes = viz.lazy_curves({"1": lines, "4": lines}, overhead=0.8).axes
+    assert [line.get_xdata()[-1] for line in axes[0].lines] == [100, 100]
+    np.testing.assert_allclose([line.get_xdata()[-1] for line in axes[1].lines], [180, 120])
+    assert axes[2].lines[0].get_ydata()[-1] == 3
+
+
+def test_throughput_bars_name_the_batch():
+    rows = [{"name": name, "batch_size": 8, "images_per_second": speed, "rates": [speed - 1, speed + 1],
+             "speedup": speed / 10} for name, speed in (("plain", 10), ("fast", 50))]  # fmt: skip
+    axes = viz.throughput_bars(rows).axes[0]
+    assert [patch.get_width() for patch in axes.patches] == [10, 50]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["plain (batch 8)", "fast (batch 8)"]
 
 
 def test_browser_redraws_what_is_chosen(samples):
