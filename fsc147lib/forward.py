@@ -2,34 +2,30 @@
 
 The sums are those of `network(...)` in transformers, against which the tests hold them.  What differs is
 what stands between the layers: visual tokens are put in their places by an index that `collate` computed,
-images of one size share one attention call, the wide output head sees the answer's positions alone, and
-nothing on the way waits for the GPU.  All attention goes through two doors, `probed_attention` (text) and
-`attention_by_size` (vision).
+images of one size share one attention call, the last layer and the wide output head see the answer's
+positions alone, and nothing on the way waits for the GPU.
 
-Left out: loading (`model`), what probed rows mean (`heatmaps`), keeping image features (`vision_cache`).
+Left out: attention itself (`attention`), loading (`model`), what probed rows mean (`heatmaps`), keeping
+image features (`vision_cache`).
 """
 
 import inspect
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLVisionBlock
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLTextDecoderLayer,
+    Qwen3VLVisionBlock,
+    apply_rotary_pos_emb,
+)
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from .attention import attention_rows, probed_attention
 from .collate import Batch
-
-TEXT_ATTENTION = "sdpa_with_probe"
-VISION_ATTENTION = "flash_by_size"
-"""The library hands all images to one call only where "flash" is in the name."""
 
 VISION = -1
 """The vision encoder's place among the layers: below the language model's layer 0."""
@@ -70,95 +66,6 @@ class ImageFeatures:
     deepstack: list[torch.Tensor]
 
 
-# --- Attention
-
-
-def probed_attention(module, query, key, value, attention_mask, note=None, **kwargs):
-    """The library's scaled-dot-product attention, which follows and fills a layer's note (see `text_layer`).
-
-    The output is the library's own.  Probed rows cost R queries instead of T, so neither eager attention
-    nor a [T, T] matrix is needed to see, or to train, where the model looks.
-    """
-    note = {} if note is None else note
-    if note.get("past") is not None:
-        key, value = (torch.cat(pair, dim=2) for pair in zip(note["past"], (key, value), strict=True))
-    if note.get("keep"):
-        note["kept"] = (key, value)
-    # the fast backends have no second derivative, the math backend has
-    with sdpa_kernel(SDPBackend.MATH) if note.get("twice") else nullcontext():
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # [B, T, H, D]
-    if note.get("queries") is not None:
-        rows = note["rows"] = _attention_rows(module, query, key, note["queries"])
-        if note.get("in_path"):
-            values = value.repeat_interleave(module.num_key_value_groups, dim=1).to(rows)
-            index = note["queries"][:, :, None, None].expand(-1, -1, output.shape[2], output.shape[3])
-            output = output.scatter(1, index, (rows @ values).transpose(1, 2).to(output))
-    return output, None
-
-
-def _attention_rows(module, query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """Softmax rows of the queries asked for; query [B, H, T, D], key [B, Hk, T, D] -> [B, H, R, T]."""
-    index = queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, R, D]
-    with torch.autocast(query.device.type, enabled=False):  # a softmax over hundreds of keys wants float32
-        wide = torch.promote_types(query.dtype, torch.float32)
-        chosen = query.gather(2, index).to(wide).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hk, H/Hk * R, D]
-        scores = chosen @ key.to(wide).transpose(2, 3) * module.scaling
-        scores = scores.unflatten(2, (-1, queries.shape[1])).flatten(1, 2)  # [B, H, R, T]
-        future = torch.arange(key.shape[2], device=key.device) > queries[:, None, :, None]
-        return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-
-
-def attention_by_size(module, query, key, value, attention_mask, cu_seq_lens_q=None, twice=False, **kwargs):
-    """Attention within each image: one call for each run of images of one size, none for each image.
-
-    Args:
-        query, key, value: [1, heads, P, D], the patches of all images one after the other.
-        cu_seq_lens_q: [images + 1] where each image begins and the last ends; best on the CPU.
-        twice: use the backend that has a second derivative.
-
-    Returns:
-        [1, P, heads, D].
-    """
-    if torch.compiler.is_compiling():  # sizes are data to a compiled block, or each mix would be compiled anew
-        return _by_size_op(query, key, value, cu_seq_lens_q, module.scaling), None
-    with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-        return _by_size(query, key, value, cu_seq_lens_q, module.scaling), None
-
-
-def _by_size(query, key, value, bounds, scaling: float):
-    outputs, start = [], 0
-    for length, run in groupby(bounds.diff().tolist()):
-        end = start + length * len(list(run))
-        parts = (x[0, :, start:end].unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))
-        output = F.scaled_dot_product_attention(*parts, scale=scaling)  # [images, heads, length, D]
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-        start = end
-    return torch.cat(outputs)[None]
-
-
-@torch.library.custom_op("fsc147lib::attention_by_size", mutates_args=())
-def _by_size_op(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    return _by_size(query, key, value, bounds, scaling)
-
-
-@_by_size_op.register_fake
-def _(query, key, value, bounds, scaling):
-    return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-
-
-AttentionInterface.register(TEXT_ATTENTION, probed_attention)
-AttentionMaskInterface.register(TEXT_ATTENTION, sdpa_mask)
-AttentionInterface.register(VISION_ATTENTION, attention_by_size)
-
-
-def use_fast_attention(network) -> None:
-    """Send a network's attention through the two doors (at loading, transformers would look for a flash package)."""
-    network.model.language_model.config._attn_implementation = TEXT_ATTENTION
-    network.model.visual.config._attn_implementation = VISION_ATTENTION
-
-
 # --- Layers, plain and compiled
 
 # without the library's checkpointing around them, which would forget the note
@@ -183,6 +90,35 @@ def text_layer(layer, hidden, cos, sin, mask=None, queries=None, in_path=False, 
     note = {"queries": queries, "in_path": in_path, "twice": twice, "past": past, "keep": keep}
     hidden = _plain_text_layer(layer, hidden, position_embeddings=(cos, sin), attention_mask=mask, note=note)
     return hidden, note.get("rows"), note.get("kept")
+
+
+def last_text_layer(layer, hidden, cos, sin, positions, probed=False, twice=False, keep=False):
+    """The language model's last layer at the answer's positions [B, A] alone: nobody asks for the others.
+
+    Keys and values are those of all positions; queries, and all that comes after the attention, are few.
+
+    Returns:
+        hidden [B, A, C]; rows [B, H, A, T] if `probed`; (keys, values) if `keep`.
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    key = attention.k_norm(attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
+    value = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    query = attention.q_proj(_rows_at(normed, positions)).unflatten(-1, (-1, attention.head_dim))
+    query = attention.q_norm(query).transpose(1, 2)  # [B, H, A, D]
+    query, _ = apply_rotary_pos_emb(query, query, _rows_at(cos, positions), _rows_at(sin, positions))
+    _, key = apply_rotary_pos_emb(key[:, :1], key, cos, sin)
+    seen = torch.arange(hidden.shape[1], device=hidden.device) <= positions[:, None, :, None]  # [B, 1, A, T]
+    note = {"twice": twice, "keep": keep}
+    output, _ = probed_attention(attention, query, key, value, seen, note, scaling=attention.scaling)
+    rows = attention_rows(attention, query, key, positions) if probed else None
+    hidden = _rows_at(hidden, positions) + attention.o_proj(output.flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), rows, note.get("kept")
+
+
+def _rows_at(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[B, T, C] -> [B, A, C]."""
+    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 def vision_block(block, hidden, cos, sin, bounds):
@@ -308,17 +244,22 @@ def answer_logits(
     hidden = _narrow(model.embed_tokens(batch["input_ids"]))  # [B, T, C]
     hidden = hidden.flatten(0, 1).index_copy(0, index, images.embeddings.to(hidden)).view_as(hidden)
     cos, sin = model.rotary_emb(hidden, batch["position_ids"])
+    answer = batch["answer_positions"]
     for i, layer in enumerate(model.layers):
         if probe and probe.entering == i:
             hidden = probe.state = differentiable(hidden)
         queries = probe.queries if probe and i in probe.layers else None
-        asked = {"queries": queries, "keep": "keys" in batch}
-        if queries is not None and probe.in_path:
-            asked["in_path"] = True
         plain = plain_from is not None and i >= plain_from
-        if plain and twice:
-            asked["twice"] = True
-        run = _compiled(text_layer) if _is_compiled(network) and not plain else text_layer
+        asked = {"keep": "keys" in batch, "twice": plain and twice}
+        last = i + 1 == len(model.layers) and i >= len(images.deepstack)
+        if last and (queries is None or queries is answer and not probe.in_path):
+            run = last_text_layer
+            asked |= {"positions": answer, "probed": queries is not None}
+        else:
+            run = text_layer
+            asked |= {"queries": queries, "in_path": queries is not None and probe.in_path}
+        whole = run is text_layer
+        run = _compiled(run) if _is_compiled(network) and not plain else run
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
             hidden, rows, kept = checkpoint(run, layer, hidden, cos, sin, use_reentrant=False, **asked)
         else:
@@ -330,8 +271,7 @@ def answer_logits(
         if i < len(images.deepstack):
             features = images.deepstack[i].to(hidden)
             hidden = hidden.flatten(0, 1).index_add(0, index, features).view_as(hidden)
-    positions = batch["answer_positions"][:, :, None].expand(-1, -1, hidden.shape[-1])
-    return network.lm_head(model.norm(hidden.gather(1, positions)))
+    return network.lm_head(model.norm(_rows_at(hidden, answer) if whole else hidden))
 
 
 def differentiable(x: torch.Tensor) -> torch.Tensor:

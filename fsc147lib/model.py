@@ -32,8 +32,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
+from .attention import use_fast_attention
 from .files import new_draft, replace_folder
-from .forward import use_fast_attention
 from .prompt import ANSWER, QUESTION
 
 TINY = "tiny"

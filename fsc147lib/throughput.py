@@ -20,15 +20,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from .attention import use_fast_attention
+from .batches import training_loader
 from .benchmark import load_or_shape, peak_memory, write_report
 from .collate import Batch, Collate, to_device
 from .config import BenchmarkConfig, TrainConfig
 from .data import Sample
 from .evaluate import evaluate_samples
-from .forward import compile_layers, use_fast_attention
+from .forward import compile_layers
 from .model import CountingModel, freeze_vision
 from .pixels import PixelStore
-from .train import Run, training_loader
+from .train import Run
 from .vision_cache import VisionCache
 
 

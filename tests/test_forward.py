@@ -8,11 +8,11 @@ import torch._dynamo
 import torch.nn.functional as F
 from test_evaluate import taught
 
+from fsc147lib.attention import attention_by_size
 from fsc147lib.collate import Collate
 from fsc147lib.forward import (
     Probe,
     answer_logits,
-    attention_by_size,
     compile_layers,
     encode_images,
     greedy_tokens,

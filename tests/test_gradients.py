@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fsc147lib import forward
+from fsc147lib import attention, forward
 from fsc147lib.collate import Collate
 from fsc147lib.config import ConfigError, TrainConfig
 from fsc147lib.forward import answer_logits, normalised_pixels
@@ -61,10 +61,13 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering, 
             value.retain_grad()
         return value
 
-    def watched_layer(layer, hidden, *args, **kwargs):
-        if layer is network.model.language_model.layers[entering]:
-            hidden = watch("hidden", hidden)
-        return plain_layer(layer, hidden, *args, **kwargs)
+    def watched(plain):
+        def run(layer, hidden, *args, **kwargs):
+            if layer is network.model.language_model.layers[entering]:
+                hidden = watch("hidden", hidden)
+            return plain(layer, hidden, *args, **kwargs)
+
+        return run
 
     def watched_images(*args, **kwargs):
         images = plain_images(*args, **kwargs)
@@ -72,9 +75,10 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering, 
             images.deepstack[i] = watch(f"deepstack {i}", images.deepstack[i])
         return images
 
-    plain_layer, plain_images = forward.text_layer, forward.encode_images
-    monkeypatch.setattr(forward, "text_layer", watched_layer)
+    plain_images, plain_layers = forward.encode_images, (forward.text_layer, forward.last_text_layer)
     monkeypatch.setattr(forward, "encode_images", watched_images)
+    for layer in plain_layers:
+        monkeypatch.setattr(forward, layer.__name__, watched(layer))
     logits = answer_logits(network, batch).log_softmax(dim=-1)
     picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
     (picked * (batch["digit_weights"] > 0)).sum().backward()
@@ -91,8 +95,9 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering, 
                 sides.append(score(network, batch).sum().item())
             added.clear()
             assert gradient[place].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4, abs=1e-8), name
-    monkeypatch.setattr(forward, "text_layer", plain_layer)
     monkeypatch.setattr(forward, "encode_images", plain_images)
+    for layer in plain_layers:
+        monkeypatch.setattr(forward, layer.__name__, layer)
     parts = {name: (value * gradient).abs().sum(dim=-1) for name, (value, gradient) in states.items()}
     tokens = parts.pop("hidden")[visual] + sum(parts.values())
     got = Heatmap(network, "token_gradient", entering=entering)(batch)
@@ -240,8 +245,8 @@ def test_bf16_autocast_trains(tiny, batch, method, entering):
 )
 def test_only_what_is_differentiated_twice_leaves_the_fast_backend(tiny, batch, monkeypatch, method, entering, layers):
     """The language model has 4 layers, the vision encoder 3."""
-    slow, real = [], forward.sdpa_kernel
-    monkeypatch.setattr(forward, "sdpa_kernel", lambda backend: slow.append(backend) or real(backend))
+    slow, real = [], attention.sdpa_kernel
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: slow.append(backend) or real(backend))
     heatmap = Heatmap(tiny.network, method, entering=entering)
     heatmap(batch, keep_graph=True)
     assert len(slow) == layers

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fsc147lib import train as training
+from fsc147lib.batches import SizeBatches, training_loader
 from fsc147lib.collate import Collate
 from fsc147lib.config import ConfigError, TrainConfig
 from fsc147lib.data import FSC147
@@ -16,7 +17,7 @@ from fsc147lib.losses import DualLoss, NonFiniteLoss
 from fsc147lib.model import ModelError, load_model
 from fsc147lib.pixels import PixelStore
 from fsc147lib.synthetic import make_dataset
-from fsc147lib.train import SizeBatches, learning_rate_factor, train, training_loader, windows
+from fsc147lib.train import learning_rate_factor, train, windows
 
 
 @pytest.fixture
