@@ -19,6 +19,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from .data import Sample
 from .faults import DataError
 
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps memory that processes share; a container may have little of it."""
+
 
 def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
     """(height, width) in pixels that the processor's rule gives an image: multiples of 32, within its limits.
@@ -67,7 +70,9 @@ class PixelStore:
         self.image_processor = image_processor
         sizes = {sample.image_path: resized_size(sample, image_processor) for sample in samples}
         starts = [0, *accumulate(3 * height * width for height, width in sizes.values())]
-        free = min(free_memory(), shutil.disk_usage("/dev/shm").free) if shared else free_memory()
+        free = free_memory()
+        if shared and SHARED_MEMORY.is_dir():
+            free = min(free, shutil.disk_usage(SHARED_MEMORY).free)
         self.places: dict[Path, tuple[int, int, tuple[int, int]]] = {}  # number, first byte, size
         if 2 * starts[-1] <= free:
             self.places = {path: (i, starts[i], size) for i, (path, size) in enumerate(sizes.items())}

@@ -144,12 +144,14 @@ class Run:
 
     def open(self) -> None:
         """Take the folder: an earlier run in it is set aside until this one's first checkpoint."""
+        self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if self.config.resume:
             self._restore()
-        else:
-            set_aside(self.config.out)
-        write_text(self.config.out / "config.json", self.config.to_json())
-        (self.config.out / "metrics.jsonl").touch()
+        if self.accelerator.is_main_process:
+            if not self.config.resume:
+                set_aside(self.config.out)
+            write_text(self.config.out / "config.json", self.config.to_json())
+            (self.config.out / "metrics.jsonl").touch()
         self.tracker = self._start_tracker()
         if self.config.caches_vision and not self.config.vision_trains(self.epoch):
             train = self.samples["train"]
@@ -164,6 +166,8 @@ class Run:
         if self.tracker is not None:
             self.tracker.finish()
         out = self.config.out
+        if not self.accelerator.is_main_process:
+            return
         if not (out / "last").is_dir() and out.with_name(out.name + ".old").exists():
             shutil.rmtree(out, ignore_errors=True)
             recover_folder(out)
@@ -194,9 +198,11 @@ class Run:
                 f"{self.config.out} was started with: give its --data, or start a new run with another --out"
             )
         self.step, self.epoch, self.best = state["step"], state["epoch"], state["best"]
+        self.result.steps, self.result.epochs = state["steps"], state["epochs"]
+        if not self.accelerator.is_main_process:
+            return
         if self.best == state["epochs"][-1]["val"]["mae"]:  # a crash may have come between last/ and best/
             link_checkpoint(self.config.out / "last", self.config.out / "best")
-        self.result.steps, self.result.epochs = state["steps"], state["epochs"]
         lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
         write_text(self.config.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -231,7 +231,7 @@ def overhead_bars(rows: Sequence[dict]) -> Figure:
     missing = [row["name"] for row in rows if row["out_of_memory"]]
     rows = [row for row in rows if not row["out_of_memory"]]
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.4), layout="constrained")
-    names = [re.sub(", | (?=on )", "\n", row["name"]) for row in rows]
+    names = [re.sub(", |_| (?=on )", "\n", row["name"]) for row in rows]
     colours = {"none": COUNT_COLOUR, True: ATTENTION_COLOUR, False: GREY}
     colours = [colours["none" if row["method"] == "none" else row["trained"]] for row in rows]
     middle = np.array([row["overhead_median"] for row in rows])
