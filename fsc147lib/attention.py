@@ -21,38 +21,59 @@ VISION_ATTENTION = "flash_by_size"
 
 
 def probed_attention(module, query, key, value, attention_mask, note=None, **kwargs):
-    """The library's scaled-dot-product attention, which follows and fills a layer's note (see `text_layer`).
+    """The library's scaled-dot-product attention, which follows and fills a layer's note (see `forward.text_layer`).
 
-    The output is the library's own.  Probed rows cost R queries instead of T, so neither eager attention
-    nor a [T, T] matrix is needed to see, or to train, where the model looks.
+    Probed rows cost R queries instead of T, so neither eager attention nor a [T, T] matrix is needed to see,
+    or to train, where the model looks.  Without a past the output is the library's own.
     """
     note = {} if note is None else note
     if note.get("past") is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(note["past"], (key, value), strict=True))
     if note.get("keep"):
         note["kept"] = (key, value)
+    if note.get("past") is not None:  # one query after many keys
+        return weigh_values(attention_rows(module, query, key, attention_mask), value).to(query), None
     # the fast backends have no second derivative, the math backend has
     with sdpa_kernel(SDPBackend.MATH) if note.get("twice") else nullcontext():
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # [B, T, H, D]
     if note.get("queries") is not None:
         index = note["queries"][:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, R, D]
-        rows = note["rows"] = attention_rows(module, query.gather(2, index), key, note["queries"])
+        rows = attention_rows(module, query.gather(2, index), key, up_to(note["queries"], key.shape[2]))
+        note["rows"] = rows
         if note.get("in_path"):
-            values = value.repeat_interleave(module.num_key_value_groups, dim=1).to(rows)
-            index = note["queries"][:, :, None, None].expand(-1, -1, output.shape[2], output.shape[3])
-            output = output.scatter(1, index, (rows @ values).transpose(1, 2).to(output))
+            output = output.scatter(1, index.transpose(1, 2), weigh_values(rows, value).to(output))
     return output, None
 
 
-def attention_rows(module, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Softmax rows of queries [B, H, R, D] that stand at positions [B, R]; key [B, Hk, T, D] -> [B, H, R, T]."""
+def up_to(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """What queries at positions [B, R] see of a sequence: [B, 1, R, T] True up to their own place."""
+    return torch.arange(length, device=positions.device) <= positions[:, None, :, None]
+
+
+def attention_rows(module, query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Probabilities of few queries, by plain products that can be differentiated as often as one likes.
+
+    Args:
+        module: the attention layer, for its scale.
+        query: [B, H, R, D]; key: [B, Hk, T, D], each for H / Hk heads.
+        seen: [B, 1, R, T] True where attended.
+
+    Returns:
+        [B, H, R, T] float32, each row summing to 1.
+    """
     with torch.autocast(query.device.type, enabled=False):  # a softmax over hundreds of keys wants float32
         wide = torch.promote_types(query.dtype, torch.float32)
         query = query.to(wide).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hk, H/Hk * R, D]
         scores = query @ key.to(wide).transpose(2, 3) * module.scaling
-        scores = scores.unflatten(2, (-1, positions.shape[1])).flatten(1, 2)  # [B, H, R, T]
-        future = torch.arange(key.shape[2], device=key.device) > positions[:, None, :, None]
-        return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+        scores = scores.unflatten(2, (-1, seen.shape[2])).flatten(1, 2)  # [B, H, R, T]
+        return scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+
+
+def weigh_values(rows: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What the queries of rows [B, H, R, T] read: value [B, Hk, T, D] -> [B, R, H, D] float32."""
+    with torch.autocast(rows.device.type, enabled=False):
+        read = rows.unflatten(1, (value.shape[1], -1)).flatten(2, 3) @ value.to(rows)  # [B, Hk, H/Hk * R, D]
+        return read.unflatten(2, (-1, rows.shape[2])).flatten(1, 2).transpose(1, 2)
 
 
 def attention_by_size(module, query, key, value, attention_mask, cu_seq_lens_q=None, twice=False, **kwargs):

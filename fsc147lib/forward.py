@@ -24,7 +24,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from .attention import attention_rows, probed_attention
+from .attention import attention_rows, up_to, weigh_values
 from .collate import Batch
 
 VISION = -1
@@ -92,13 +92,13 @@ def text_layer(layer, hidden, cos, sin, mask=None, queries=None, in_path=False, 
     return hidden, note.get("rows"), note.get("kept")
 
 
-def last_text_layer(layer, hidden, cos, sin, positions, probed=False, twice=False, keep=False):
+def last_text_layer(layer, hidden, cos, sin, positions, keep=False):
     """The language model's last layer at the answer's positions [B, A] alone: nobody asks for the others.
 
     Keys and values are those of all positions; queries, and all that comes after the attention, are few.
 
     Returns:
-        hidden [B, A, C]; rows [B, H, A, T] if `probed`; (keys, values) if `keep`.
+        hidden [B, A, C]; rows [B, H, A, T]; (keys, values) if `keep`, else None.
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
@@ -108,12 +108,11 @@ def last_text_layer(layer, hidden, cos, sin, positions, probed=False, twice=Fals
     query = attention.q_norm(query).transpose(1, 2)  # [B, H, A, D]
     query, _ = apply_rotary_pos_emb(query, query, _rows_at(cos, positions), _rows_at(sin, positions))
     _, key = apply_rotary_pos_emb(key[:, :1], key, cos, sin)
-    seen = torch.arange(hidden.shape[1], device=hidden.device) <= positions[:, None, :, None]  # [B, 1, A, T]
-    note = {"twice": twice, "keep": keep}
-    output, _ = probed_attention(attention, query, key, value, seen, note, scaling=attention.scaling)
-    rows = attention_rows(attention, query, key, positions) if probed else None
-    hidden = _rows_at(hidden, positions) + attention.o_proj(output.flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), rows, note.get("kept")
+    rows = attention_rows(attention, query, key, up_to(positions, hidden.shape[1]))
+    read = weigh_values(rows, value).to(hidden).flatten(2)
+    hidden = _rows_at(hidden, positions) + attention.o_proj(read)
+    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden, rows, (key, value) if keep else None
 
 
 def _rows_at(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -250,21 +249,21 @@ def answer_logits(
             hidden = probe.state = differentiable(hidden)
         queries = probe.queries if probe and i in probe.layers else None
         plain = plain_from is not None and i >= plain_from
-        asked = {"keep": "keys" in batch, "twice": plain and twice}
+        asked = {"keep": "keys" in batch}
         last = i + 1 == len(model.layers) and i >= len(images.deepstack)
-        if last and (queries is None or queries is answer and not probe.in_path):
+        if last and (queries is None or queries is answer):
             run = last_text_layer
-            asked |= {"positions": answer, "probed": queries is not None}
+            asked["positions"] = answer
         else:
             run = text_layer
-            asked |= {"queries": queries, "in_path": queries is not None and probe.in_path}
+            asked |= {"queries": queries, "in_path": queries is not None and probe.in_path, "twice": plain and twice}
         whole = run is text_layer
         run = _compiled(run) if _is_compiled(network) and not plain else run
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
             hidden, rows, kept = checkpoint(run, layer, hidden, cos, sin, use_reentrant=False, **asked)
         else:
             hidden, rows, kept = run(layer, hidden, cos, sin, **asked)
-        if rows is not None:
+        if queries is not None:
             probe.rows[i] = rows
         if kept is not None:
             batch["keys"].append(kept)

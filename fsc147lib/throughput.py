@@ -193,16 +193,17 @@ def open_lane(way: Way, run: Run, cache: VisionCache | None, store: PixelStore, 
 def step_flops(config, images: int, tokens: int, patches: int, encoder: bool) -> float:
     """Multiplications and additions that a training step needs, padding left out; the language model trains.
 
-    Linear layers: 2 a weight and position forward, 4 backward; causal attention: half of all pairs; the
-    output head at 7 positions an image; the vision encoder (a frozen one) forward only.
+    Linear layers: 2 a weight and position forward, 4 backward; causal attention: half of all pairs; of the
+    last layer the keys and values at all positions, the rest and the output head at 7 an image; the vision
+    encoder (a frozen one) forward only.
     """
     text, vision = config.text_config, config.vision_config
     width, inner = text.hidden_size, text.num_attention_heads * text.head_dim
     grouped = text.num_key_value_heads * text.head_dim
     layer = width * (2 * inner + 2 * grouped + 3 * text.intermediate_size)
     length = tokens / images
-    flops = 6 * text.num_hidden_layers * tokens * (layer + inner * length)
-    flops += 6 * 7 * images * text.vocab_size * width
+    flops = 6 * tokens * ((text.num_hidden_layers - 1) * (layer + inner * length) + 2 * grouped * width)
+    flops += 6 * 7 * images * (layer + text.vocab_size * width)
     if encoder:
         block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
         flops += 2 * vision.depth * patches * (block + 2 * vision.hidden_size * patches / images)

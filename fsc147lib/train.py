@@ -249,7 +249,7 @@ class Run:
         config = self.config
         trains = config.vision_trains(self.epoch)
         freeze_vision(self.model.network, not trains)
-        if trains and config.caches_vision:
+        if trains and not self.loader.collate_fn.pixels:
             self._unfreeze_vision()
         self.batches.shuffle(self.epoch)
         self.loss.train()

@@ -372,6 +372,25 @@ def test_batches_by_size_hold_little_padding():
     assert by_size.padding() < mixed.padding() / 3
 
 
+def test_a_step_asks_for_no_number(config, monkeypatch):
+    """On a GPU each would be a wait; they are fetched together, every few steps."""
+    run = training.Run(config(epochs=1))
+    batches = list(run.loader)
+    run.loss.train()
+    run.train_step([batches[0]])  # the first step makes the optimizer's state
+
+    def refuse(*_):
+        raise AssertionError("a step waits for a number")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "__bool__", "__float__", "__int__", "numpy"):
+            patch.setattr(torch.Tensor, name, refuse)
+        run.train_step([batches[1]])
+    assert len(run.unchecked) == 2
+    run.check()
+    assert not run.unchecked
+
+
 def test_schedule():
     factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1)
