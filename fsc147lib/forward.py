@@ -293,10 +293,8 @@ def greedy_tokens(network, batch: Batch, logits: torch.Tensor, longest: int, end
     Returns:
         [B, up to longest] tokens; after an end only ends.
     """
-    model, last = (
-        network.model.language_model,
-        batch["answer_positions"][:, :1],
-    )  # where the answer's first is predicted
+    model = network.model.language_model
+    last = batch["answer_positions"][:, :1]  # where the answer's first token is predicted
     length = batch["input_ids"].shape[1]
     position = batch["position_ids"].gather(2, last.expand(3, -1, -1))  # [3, B, 1]
     mask = (torch.arange(length, device=last.device) <= last)[:, None, None]  # [B, 1, 1, T]
