@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .data import Sample
-from .pixels import PixelStore, resized_size, to_patches
+from .pixels import PixelStore, resized_size
 from .prompt import IMAGE_TOKEN, Tokens, tokenize
 from .targets import GRID, area_weights
 
@@ -114,10 +114,8 @@ class Collate:
         return batch
 
     def _pixels(self, samples: Sequence[Sample]) -> Batch:
-        processor = self.image_processor
-        patches = [to_patches(self.store.image(s), processor.patch_size, processor.merge_size) for s in samples]
-        scale = torch.tensor([processor.image_mean, processor.image_std])
-        return Batch(pixel_values=torch.cat(patches), pixel_scale=scale)
+        scale = torch.tensor([self.image_processor.image_mean, self.image_processor.image_std])
+        return Batch(pixel_values=torch.cat([self.store.patches(s) for s in samples]), pixel_scale=scale)
 
     def _write_row(self, batch: Batch, i: int, parts: Tokens, height: int, width: int, length: int) -> None:
         """Fill row i: head, height x width visual tokens, tail and answer."""

@@ -50,13 +50,19 @@ def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
     return blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
 
 
+def mirrored(patches: torch.Tensor, width: int, patch: int, merge: int) -> torch.Tensor:
+    """The patches [P, 3 * patch * patch] of the mirror image; width in pixels."""
+    blocks = patches.view(-1, width // (merge * patch), merge, merge, 3, patch, patch)
+    return blocks.flip(1, 3, 6).view_as(patches)
+
+
 def free_memory() -> int:
     """Bytes of this machine's memory that are free for use."""
     return psutil.virtual_memory().available
 
 
 class PixelStore:
-    """Resized images, kept as bytes from the first time they are asked for.
+    """Patches of resized images, kept as bytes from the first time they are asked for.
 
     Args:
         samples: all that will be asked for, mirror images aside.
@@ -73,24 +79,27 @@ class PixelStore:
         free = free_memory()
         if shared and SHARED_MEMORY.is_dir():
             free = min(free, shutil.disk_usage(SHARED_MEMORY).free)
-        self.places: dict[Path, tuple[int, int, tuple[int, int]]] = {}  # number, first byte, size
+        self.places: dict[Path, tuple[int, int, int]] = {}  # number, first byte, end
         if 2 * starts[-1] <= free:
-            self.places = {path: (i, starts[i], size) for i, (path, size) in enumerate(sizes.items())}
+            self.places = {path: (i, *starts[i : i + 2]) for i, path in enumerate(sizes)}
         self.bytes = torch.empty(starts[-1] if self.places else 0, dtype=torch.uint8)
         self.filled = torch.zeros(len(self.places), dtype=torch.bool)
         if shared:
             self.bytes.share_memory_()
             self.filled.share_memory_()
 
-    def image(self, sample: Sample) -> torch.Tensor:
-        """[H, W, 3] uint8; a mirror image is mirrored after the resizing, within a grey level of before."""
+    def patches(self, sample: Sample) -> torch.Tensor:
+        """[P, 3 * patch * patch] uint8; mirrored after the resizing if at all: within a grey level of before."""
+        processor = self.image_processor
+        patch, merge = processor.patch_size, processor.merge_size
         if sample.mirror_of is not None:
-            return self.image(sample.mirror_of).flip(1)
+            _, width = resized_size(sample.mirror_of, processor)
+            return mirrored(self.patches(sample.mirror_of), width, patch, merge)
         if sample.image_path not in self.places:
-            return torch.from_numpy(resized(sample, self.image_processor).copy())
-        number, start, (height, width) = self.places[sample.image_path]
-        kept = self.bytes[start : start + 3 * height * width].view(height, width, 3)
+            return to_patches(torch.from_numpy(resized(sample, processor).copy()), patch, merge)
+        number, start, end = self.places[sample.image_path]
+        kept = self.bytes[start:end].view(-1, 3 * patch * patch)
         if not self.filled[number]:
-            kept.copy_(torch.from_numpy(resized(sample, self.image_processor).copy()))
+            kept.copy_(to_patches(torch.from_numpy(resized(sample, processor).copy()), patch, merge))
             self.filled[number] = True  # last: another worker may be looking
         return kept

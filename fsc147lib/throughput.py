@@ -237,7 +237,7 @@ def measure(run: Run, cache: VisionCache | None, config: BenchmarkConfig) -> lis
     store = run.pixel_store()
     if not run.workers:  # as from the second epoch on
         for sample in run.samples["train"]:
-            store.image(sample)
+            store.patches(sample)
     lanes = [open_lane(way, run, cache, store, config.batch_size) for way in ways(device.type == "cuda", bool(cache))]
     for lane in lanes:
         lane.block(2)  # compiles, starts the workers
@@ -301,7 +301,7 @@ def measure_masters(run: Run, cache: VisionCache | None, config: BenchmarkConfig
         if name == "bfloat16":
             lane.release()
             run.model.network.to(torch.bfloat16)
-            run.optimizer.optimizer.state.clear()
+            run.optimizer.state.clear()
         for repeat in range(3):  # the first warms up
             started = time.perf_counter()
             for batch in batches:
