@@ -94,13 +94,12 @@ def attention_by_size(module, query, key, value, attention_mask, cu_seq_lens_q=N
 
 
 def _by_size(query, key, value, bounds, scaling: float):
-    outputs, start = [], 0
-    for length, run in groupby(bounds.diff().tolist()):
-        end = start + length * len(list(run))
-        parts = (x[0, :, start:end].unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))
-        output = F.scaled_dot_product_attention(*parts, scale=scaling)  # [images, heads, length, D]
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-        start = end
+    runs = [(length, len(list(run))) for length, run in groupby(bounds.diff().tolist())]
+    lengths = [length * number for length, number in runs]
+    outputs = []
+    for (length, _), *parts in zip(runs, *(x[0].split(lengths, dim=1) for x in (query, key, value)), strict=True):
+        parts = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in parts)  # [images, heads, length, D]
+        outputs.append(F.scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None]
 
 

@@ -167,9 +167,8 @@ def encode_images(network, batch: Batch, twice: bool = False) -> ImageFeatures:
         return ImageFeatures(embeddings, deepstack)
     tower = network.model.visual
     hidden = _narrow(_embed_patches(tower, batch))  # [P, hidden]
-    indices, weights, positions = _patch_tables(batch["image_sizes"], tower.num_grid_per_side, hidden.device)
-    hidden = hidden + (tower.pos_embed(indices) * weights[:, :, None]).sum(dim=1).to(hidden)
-    cos, sin = tower.rotary_pos_emb(hidden, positions)
+    learned, (cos, sin) = _patch_positions(tower, batch["image_sizes"], hidden)
+    hidden = hidden + learned
     bounds = torch.tensor([0, *accumulate(h * w for h, w in batch["image_sizes"])])
     compiled = _is_compiled(network) and not hidden.requires_grad
     deepstack = []
@@ -195,14 +194,27 @@ def _embed_patches(tower, batch: Batch) -> torch.Tensor:
     return F.linear(centred, weight.to(centred), projection.bias)
 
 
-def _patch_tables(sizes: list[tuple[int, int]], side: int, device) -> list[torch.Tensor]:
-    """Of all patches: corners in the learned position grid [P, 4], their weights [P, 4], rows and columns [P, 2]."""
-    tables = [_tables_of_one(*size, side, device) for size in sizes]
-    return [torch.cat(parts) for parts in zip(*tables, strict=True)]
+def _patch_positions(tower, sizes: list[tuple[int, int]], hidden: torch.Tensor):
+    """What all patches' places say, as `hidden` [P, hidden] is: learned [P, hidden], rotary cos and sin [P, D].
+
+    Worked out once for all images of one size.
+    """
+    distinct = list(dict.fromkeys(sizes))
+    tables = [_tables_of_one(*size, tower.num_grid_per_side, hidden.device) for size in distinct]
+    indices, weights, places = (torch.cat(parts) for parts in zip(*tables, strict=True))
+    learned = (tower.pos_embed(indices) * weights[:, :, None]).sum(dim=1).to(hidden)  # [places, hidden]
+    lengths = [height * width for height, width in distinct]
+
+    def to_all(x: torch.Tensor) -> torch.Tensor:  # [places, C] -> [P, C]
+        parts = dict(zip(distinct, x.split(lengths), strict=True))
+        return torch.cat([parts[size] for size in sizes])
+
+    return to_all(learned), [to_all(x) for x in tower.rotary_pos_emb(hidden, places)]
 
 
 @lru_cache(maxsize=512)
 def _tables_of_one(height: int, width: int, side: int, device) -> tuple[torch.Tensor, ...]:
+    """Of an image's patches: corners in the learned grid [P, 4], their weights [P, 4], rows and columns [P, 2]."""
     grid = torch.tensor([[1, height, width]])
     indices, weights = get_vision_interpolation_indices_and_weights(
         grid, side, "bilinear", align_corners=True, spatial_merge_size=2
