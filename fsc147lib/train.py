@@ -123,7 +123,7 @@ class Run:
             network.activation_checkpointing_enable({"use_reentrant": False})
         self.workers = default_workers() if config.workers is None else config.workers
         self.cache: VisionCache | None = None
-        optimizer = make_optimizer(config, network)
+        self.optimizer = make_optimizer(config, network)
         store = None if config.caches_vision else self.pixel_store()
         loader = training_loader(config, self.samples["train"], self.model, store, self.workers)
         self.heatmap = Heatmap(
@@ -133,7 +133,8 @@ class Run:
             network, config.attention_weight, config.attention_loss, self.heatmap, config.resolved_heatmap_images
         )
         self.batches = loader.batch_sampler
-        self.loss, self.optimizer, self.loader = self.accelerator.prepare(loss, optimizer, loader)
+        self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        self.loss, self.loader = self.accelerator.prepare(loss, loader)
         self.steps_per_epoch = math.ceil(len(self.loader) / config.accumulation)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.step, self.epoch, self.best = 0, 0, math.inf
@@ -191,7 +192,7 @@ class Run:
             raise ConfigError(f"{out} holds something that is no run: name another --out (it is left alone)")
 
     def _restore(self) -> None:
-        state = load_training_state(self.config.out / "last", self.optimizer.optimizer)
+        state = load_training_state(self.config.out / "last", self.optimizer)
         if state["data"] != self.fingerprint():
             raise ConfigError(
                 f"the training or validation images in {self.config.data} are not those that the run in "
@@ -295,7 +296,7 @@ class Run:
                 accelerator.backward(parts.total * accelerator.num_processes)  # whose gradients are averaged
             for name in ("total", "count", "attention"):
                 setattr(summed, name, getattr(summed, name) + getattr(parts, name).detach())
-        norm = accelerator.clip_grad_norm_(self.loss.parameters(), self.config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.clip)
         numbers = {"count loss": summed.count, "attention loss": summed.attention, "gradient's norm": norm}
         self.unchecked.append(([name for batch in window for name in batch["names"]], numbers))
         if not weight:
@@ -330,7 +331,7 @@ class Run:
         state = {"step": self.step, "epoch": self.epoch, "best": self.best, "data": self.fingerprint(),
                  "steps": self.result.steps, "epochs": self.result.epochs}  # fmt: skip
         last, best = self.config.out / "last", self.config.out / "best"
-        save_checkpoint(last, self.model, self.optimizer.optimizer, state)
+        save_checkpoint(last, self.model, self.optimizer, state)
         if better:
             link_checkpoint(last, best)
         shutil.rmtree(self.config.out.with_name(self.config.out.name + ".old"), ignore_errors=True)
