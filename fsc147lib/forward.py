@@ -294,7 +294,8 @@ def differentiable(x: torch.Tensor) -> torch.Tensor:
 def greedy_tokens(network, batch: Batch, logits: torch.Tensor, longest: int, end: int) -> torch.Tensor:
     """Go on greedily from the prompts of a batch whose pass kept its keys: what the model says by itself.
 
-    The keys of the right answer, which stand behind each prompt, are masked out.
+    That pass has shown already what the model says as long as this is what it was told; "COUNT: " at
+    least, once it is trained.  The keys of all that it was told after that are masked out.
 
     Args:
         batch: whose "keys" an `answer_logits` pass has filled.
@@ -306,11 +307,13 @@ def greedy_tokens(network, batch: Batch, logits: torch.Tensor, longest: int, end
         [B, up to longest] tokens; after an end only ends.
     """
     model = network.model.language_model
+    said, told = logits.argmax(dim=-1), batch["answer_labels"]  # [B, A]
+    known = int(((said == told) & (told != end)).cumprod(dim=1).sum(dim=1).min())  # tokens told and said, in all rows
+    tokens = list(said[:, : known + 1].unbind(1))
     last = batch["answer_positions"][:, :1]  # where the answer's first token is predicted
     length = batch["input_ids"].shape[1]
     position = batch["position_ids"].gather(2, last.expand(3, -1, -1))  # [3, B, 1]
-    mask = (torch.arange(length, device=last.device) <= last)[:, None, None]  # [B, 1, 1, T]
-    tokens = [logits[:, 0].argmax(dim=-1)]
+    mask = (torch.arange(length, device=last.device) <= last + known)[:, None, None]  # [B, 1, 1, T]
     past = batch["keys"]
     run = _compiled(text_layer) if _is_compiled(network) else text_layer
     while len(tokens) < longest and not (tokens[-1] == end).all():

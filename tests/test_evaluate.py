@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fsc147lib import evaluate as evaluation
+from fsc147lib import forward
 from fsc147lib.collate import Collate
 from fsc147lib.config import EvaluateConfig
 from fsc147lib.data import FSC147
@@ -38,6 +39,22 @@ def test_a_model_that_knows_the_answers_is_seen_to(tiny, root):
 def test_batched_answers_are_greedy_ones(tiny, mixed_samples):
     """Token by token, image by image, without a cache: the arg max of a full forward pass."""
     check_greedy(taught(tiny, mixed_samples, 12), mixed_samples)  # half taught: answers differ between images
+
+
+def test_what_the_forced_pass_has_shown_is_not_decoded_again(tiny, mixed_samples, monkeypatch):
+    """A taught model says "COUNT: " as it was told to: only what follows is decoded token by token."""
+    taught(tiny, mixed_samples, 40)
+    decoded, layer = [], forward.text_layer
+
+    def counted(module, hidden, *args, **kwargs):
+        decoded.append(hidden.shape[1] == 1)
+        return layer(module, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(forward, "text_layer", counted)
+    check_greedy(tiny, mixed_samples)
+    width = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)["answer_labels"].shape[1]
+    prefix = len(tiny.tokenizer.encode("COUNT: ", add_special_tokens=False))
+    assert sum(decoded) <= (width - 1 - prefix) * len(tiny.network.model.language_model.layers)
 
 
 @torch.no_grad()
