@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import transformers
 from transformers import Qwen3VLConfig
 
 from .collate import Batch, Collate, to_device
-from .config import HEATMAP_EVERY, HEATMAP_IMAGES, BenchmarkConfig
+from .config import HEATMAP_EVERY, HEATMAP_IMAGES, BenchmarkConfig, TrainableHeatmap
 from .data import Sample
 from .evaluate import to_csv
 from .files import write_text
@@ -81,8 +82,6 @@ def peak_memory(run: Callable[[], None], device: str = "cpu") -> float | None:
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
-
-METHODS = ("attention", "token_gradient", "input_gradient")
 
 SHAPES = {  # name: (text, vision), as in the models' own config.json
     "qwen3-vl-2b": (
@@ -158,7 +157,7 @@ def variants_of(methods: tuple[str, ...], batch_size: int) -> list[Variant]:
     variants = [Variant()]
     for method in methods:
         variants += [Variant(method), Variant(method, True)]
-        if (HEATMAP_IMAGES[method] or batch_size) < batch_size:
+        if HEATMAP_IMAGES.get(method, batch_size) < batch_size:
             variants.append(Variant(method, True, HEATMAP_IMAGES[method]))
     return variants
 
@@ -184,7 +183,7 @@ def training_step(loss: DualLoss, variant: Variant, batches: list[Batch], optimi
 def time_losses(
     model: CountingModel,
     samples: list[Sample],
-    methods: tuple[str, ...] = METHODS,
+    methods: tuple[str, ...] = get_args(TrainableHeatmap),
     batch_size: int = 8,
     rounds: int = 20,
     heatmap_layer: int = 0,
@@ -196,7 +195,7 @@ def time_losses(
     Args:
         model: from `load_or_shape`; its weights move by steps of 1e-6.
         samples: cut into batches; a last incomplete one is left out.
-        methods: of `heatmaps.METHODS`, all but attention_x_gradient.
+        methods: of `heatmaps.METHODS`, such as can be trained.
         rounds: timed steps of each variant.
         heatmap_layer: of token_gradient.
         train_vision: whether the vision encoder trains as well.

@@ -8,17 +8,18 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from tyro.conf import Positional
 
-HEATMAP_EVERY = {"attention": 1, "token_gradient": 32, "input_gradient": 64}
-"""Default K of each method: what it adds to a step, spread over K steps, is within 6.5 % (notebook 02)."""
+HEATMAP_EVERY = {"token_gradient": 32, "input_gradient": 64}
+"""Default K of methods that cannot be paid on each step: spread over K steps they are within 6.5 % (notebook 02)."""
 
-HEATMAP_IMAGES = {"attention": None, "token_gradient": 8, "input_gradient": 4}
-"""Images of a batch that each method looks at by default; None for all.  More would not fit beside a large batch."""
+HEATMAP_IMAGES = {"token_gradient": 8, "input_gradient": 4}
+"""How many images of a batch they look at by default; more would not fit beside a large batch."""
 
 Precision = Literal["auto", "fp32", "bf16"]
+TrainableHeatmap = Literal["attention", "token_gradient", "input_gradient"]
 
 
 class ConfigError(ValueError):
@@ -73,7 +74,7 @@ class EvaluateConfig:
     limit: int | None = None
     """Only so many images."""
     precision: Precision = "auto"
-    heatmap: Literal["attention", "token_gradient", "input_gradient", "attention_x_gradient"] = "attention"
+    heatmap: Literal[TrainableHeatmap, "attention_x_gradient"] = "attention"
     """What is held against the target."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
@@ -101,11 +102,7 @@ class BenchmarkConfig:
 
     model: str = "tiny"
     """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
-    methods: tuple[Literal["attention", "token_gradient", "input_gradient"], ...] = (
-        "attention",
-        "token_gradient",
-        "input_gradient",
-    )
+    methods: tuple[TrainableHeatmap, ...] = get_args(TrainableHeatmap)
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
     image_size: tuple[int, int] = (384, 576)
@@ -167,7 +164,7 @@ class TrainConfig:
     attention_weight: float = 0.1
     """Weight w of the attention loss; 0 trains on counts alone."""
     attention_loss: Literal["kl", "mse"] = "kl"
-    heatmap: Literal["attention", "token_gradient", "input_gradient"] = "attention"
+    heatmap: TrainableHeatmap = "attention"
     """What is held against the target: where the attention goes, or what the answer's gradient depends on."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter; higher is cheaper."""
@@ -244,11 +241,11 @@ class TrainConfig:
 
     @property
     def resolved_heatmap_every(self) -> int:
-        return self.heatmap_every or HEATMAP_EVERY[self.heatmap]
+        return self.heatmap_every or HEATMAP_EVERY.get(self.heatmap, 1)
 
     @property
     def resolved_heatmap_images(self) -> int | None:
-        return self.heatmap_images or HEATMAP_IMAGES[self.heatmap]
+        return self.heatmap_images or HEATMAP_IMAGES.get(self.heatmap)
 
     def vision_trains(self, epoch: int) -> bool:
         """Whether the vision encoder trains in this epoch (from 0)."""

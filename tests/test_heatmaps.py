@@ -1,8 +1,13 @@
 """The heatmap is the eager attention's, on the right tokens, and it trains."""
 
+import re
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 
+from fsc147lib import heatmaps
 from fsc147lib.collate import Collate
 from fsc147lib.forward import Probe, answer_logits
 from fsc147lib.heatmaps import (
@@ -132,3 +137,17 @@ def test_corner_share():
 @pytest.mark.parametrize(("depth", "layers"), [(4, (2, 3)), (28, (14, 18, 22, 26)), (36, (18, 23, 28, 33)), (2, (1,))])
 def test_default_layers(depth, layers):
     assert default_layers(depth) == layers
+
+
+@torch.no_grad()
+def test_the_readme_s_example_is_a_method(tiny, batch, monkeypatch):
+    """It looks at the first digit: as `attention` where there is one digit, and else not."""
+    monkeypatch.setattr(heatmaps, "METHODS", dict(heatmaps.METHODS))
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(textwrap.dedent(code), dict(vars(heatmaps), torch=torch))
+    got, attention = Heatmap(tiny.network, "first_digit")(batch), Heatmap(tiny.network)(batch)
+    single = batch["count"] < 10
+    assert single.any() and not single.all()
+    torch.testing.assert_close(got[single], attention[single])
+    assert (got - attention)[~single].abs().amax(dim=(1, 2)).min() > 1e-6
