@@ -10,7 +10,7 @@ Left out: the cost of each heatmap (`benchmark`).
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -302,6 +302,7 @@ def measure_masters(run: Run, cache: VisionCache | None, config: BenchmarkConfig
             lane.release()
             run.model.network.to(torch.bfloat16)
             run.optimizer.state.clear()
+            torch._dynamo.reset()  # torch before 2.12 goes on with kernels compiled for float32 (pytorch #177525)
         for repeat in range(3):  # the first warms up
             started = time.perf_counter()
             for batch in batches:
@@ -334,19 +335,26 @@ def throughput(config: BenchmarkConfig) -> dict:
             )  # fmt: skip
             encoding = {"place": cache.place, "images": len(cache.places), "seconds": time.perf_counter() - started,
                         "bytes": cache.features.nbytes}  # fmt: skip
-        rows = measure(run, cache, config)
-        validation = measure_validation(run, cache, config) if config.validation else []
-        masters = measure_masters(run, cache, config) if run.accelerator.mixed_precision == "bf16" else None
-    print(table(rows, validation))
-    if masters:
-        print(f"float32 weights and optimizer take {masters['share']:.1%} of the last way's step")
-    report = {"rows": rows, "validation": validation, "cache": encoding, "masters": masters}
-    if config.json is not None:
-        write_report(config.json, config, report)
+        report = {"rows": measure(run, cache, config), "validation": [], "cache": encoding, "masters": None}
+        _tell(config, report, table(report["rows"]))
+        if config.validation:
+            report["validation"] = measure_validation(run, cache, config)
+            _tell(config, report, "\n".join(validation_lines(report["validation"])))
+        if run.accelerator.mixed_precision == "bf16" and not config.lora:
+            report["masters"] = measure_masters(run, cache, config)
+            share = report["masters"]["share"]
+            _tell(config, report, f"float32 weights and optimizer take {share:.1%} of the last way's step")
     return report
 
 
-def table(rows: list[dict], validation: list[dict]) -> str:
+def _tell(config: BenchmarkConfig, report: dict, text: str) -> None:
+    """Print what a part of the benchmark found, and write all that is known so far."""
+    print(text, flush=True)
+    if config.json is not None:
+        write_report(config.json, config, report)
+
+
+def table(rows: list[dict], validation: Sequence[dict] = ()) -> str:
     """The rows of `measure` and `measure_validation` as text."""
     head = ("batch", "images/s", "speedup", "tokens/s", "of peak", "peak MiB", "padding", "waiting")
     lines = [f"{'way':<32}" + "".join(f"{name:>10}" for name in head)]
@@ -356,5 +364,8 @@ def table(rows: list[dict], validation: list[dict]) -> str:
             f"{row['name']:<32}{row['batch_size']:>10}{row['images_per_second']:>10.1f}{row['speedup']:>9.2f}x{row['tokens_per_second']:>10.0f}"
             f"{row['peak_share']:>10.1%}{memory:>10}{row['padding']:>10.1%}{row['waiting']:>10.1%}"
         )
-    lines += [f"{row['name']:<42}{row['images_per_second']:>10.1f}" for row in validation]
-    return "\n".join(lines)
+    return "\n".join([*lines, *validation_lines(validation)])
+
+
+def validation_lines(validation: Sequence[dict]) -> list[str]:
+    return [f"{row['name']:<42}{row['images_per_second']:>10.1f}" for row in validation]

@@ -54,6 +54,18 @@ def test_a_report_holds_every_way(tiny, root, tmp_path):
         assert [row["name"] for row in csv.DictReader(file)] == names
 
 
+def test_float32_weights_are_weighed_against_bfloat16(root, tmp_path, capsys):
+    """Where training is in bfloat16; and each part of the report is written as soon as it is known."""
+    config = BenchmarkConfig(
+        throughput=root, precision="bf16", batch_size=4, rounds=1, steps=1, limit=8, validation=False,
+        json=tmp_path / "t.json",
+    )  # fmt: skip
+    masters = throughput(config)["masters"]
+    assert masters["share"] == pytest.approx(1 - masters["bfloat16"] / masters["float32"])
+    assert f"float32 weights and optimizer take {masters['share']:.1%}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "t.json").read_text())["masters"] == masters
+
+
 def test_the_plain_network_is_given_back(tiny, batch):
     fast = tiny.network.model.visual.patch_embed.forward
     with pytest.raises(RuntimeError, match="in between"), plain_network(tiny.network):
