@@ -96,3 +96,12 @@ def test_the_table_shows_the_files_numbers(tmp_path):
     text = workbook.table(workbook.summarise(where, {"01_inspect_data": 12.0}))
     for number in ("20.00", "5.25", "12.50", "2.3%", "01_inspect_data"):
         assert number in text
+
+
+def test_the_readme_s_speeds_are_the_recorded_ones():
+    root = Path(__file__).resolve().parents[1]
+    rows = json.loads((root / "notebooks/recorded/throughput-h200-2b.json").read_text())["rows"]
+    lines = [line.strip("| ").split(" | ") for line in (root / "README.md").read_text().splitlines()]
+    told = [line[1:] for line in lines if line[-1].endswith(" %") and len(line) == 5]
+    measured = [(row["batch_size"], row["images_per_second"], row["speedup"], 100 * row["peak_share"]) for row in rows]
+    assert told == [[f"{b}", f"{rate:.0f}", f"{times:.1f}", f"{share:.0f} %"] for b, rate, times, share in measured]
