@@ -9,7 +9,9 @@ Left out: drawing, and what to do with the numbers.
 import csv
 import io
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from .collate import Batch, Collate, to_device
 from .config import EvaluateConfig
 from .data import Sample, open_split
 from .files import write_text
-from .forward import compile_layers, greedy_tokens
+from .forward import Later, agreement, compile_layers, greedy_tokens
 from .heatmaps import Heatmap
 from .losses import count_loss
 from .metrics import alignment, counting_metrics, metrics_by_bin
@@ -87,7 +89,7 @@ def evaluate_samples(
         samples: with images.
         heatmap: what is held against the target; None for `Heatmap(model.network)`, the attention.
         accelerator: gives device and precision; None for `make_accelerator("auto")`.
-        workers: processes that read images.
+        workers: processes that read images; with a cache there are none to read.
         cache: holds the samples' image features; None to encode them.
 
     Returns:
@@ -103,23 +105,22 @@ def evaluate_samples(
     lengths = [collate.lengths(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: (lengths[i][2], lengths[i]))  # little padding
     chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+    workers = 0 if cache else workers  # the rest takes less time than handing it over
     loader = DataLoader(
         chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available()
     )
+    passes = forced_passes(model, tqdm(loader, desc="evaluate", leave=False), heatmap, accelerator, cache)
     found = []  # stays on the device until the end: nothing waits for it
-    progress = tqdm(zip(chunks, loader, strict=True), total=len(chunks), desc="evaluate", leave=False)
-    for chunk, batch in progress:
-        batch = {**to_device(batch, accelerator.device), "keys": []}
-        batch = cache.add_to(batch) if cache else batch
+    for (batch, logits, looked, agreed), _ in pairwise(chain(passes, [None])):  # the GPU has the next pass to do
         with accelerator.autocast():
-            logits, looked = heatmap.with_logits(batch)
-            answers = generate_answers(model, batch, logits)
-        found.append((chunk, answers, count_loss(logits, batch["answer_labels"]), alignment(looked, batch["target"])))
+            answers = generate_answers(model, batch, logits, agreed)
+        found.append((answers, count_loss(logits, batch["answer_labels"]), alignment(looked, batch["target"])))
     results, loss = [], 0.0
-    for chunk, answers, summed, maps in found:
+    for chunk, (answers, summed, maps) in zip(chunks, found, strict=True):
         loss += float(summed)
         maps = {key: value.tolist() for key, value in maps.items()}
-        for i, (sample, text) in enumerate(zip(chunk, answers, strict=True)):
+        texts = model.tokenizer.batch_decode(answers.tolist(), skip_special_tokens=True)
+        for i, (sample, text) in enumerate(zip(chunk, texts, strict=True)):
             row = {key: value[i] for key, value in maps.items()}
             results.append(ImageResult(sample.name, sample.category, sample.count, parse_count(text), text, **row))
     tokens = sum(len(collate.tokens(sample).answer) for sample in samples)
@@ -127,6 +128,15 @@ def evaluate_samples(
     place = {name: i for i, name in enumerate(sample.name for sample in samples)}
     results.sort(key=lambda result: place[result.name])
     return _summarise(results, loss / tokens)
+
+
+def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
+    """How many images to answer at once where `batch_size` of them are trained on.
+
+    Twice as many have room, unless the heatmap needs a backward pass itself; and each token that is said
+    costs the CPU the same for many images as for few.
+    """
+    return 2 * batch_size if heatmap.method == "attention" else batch_size
 
 
 def _summarise(images: list[ImageResult], loss: float) -> Evaluation:
@@ -143,20 +153,36 @@ def _summarise(images: list[ImageResult], loss: float) -> Evaluation:
     return Evaluation(metrics, bins, images)
 
 
-def generate_answers(model: CountingModel, batch: Batch, logits: torch.Tensor) -> list[str]:
+def forced_passes(
+    model: CountingModel,
+    batches: Iterable[Batch],
+    heatmap: Heatmap,
+    accelerator: Accelerator,
+    cache: VisionCache | None,
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, Later]]:
+    """Passes with the right answers: the batch with its keys, logits [B, A, V], heatmaps and `agreement`."""
+    for batch in batches:
+        batch = {**to_device(batch, accelerator.device), "keys": []}
+        batch = cache.add_to(batch) if cache else batch
+        with accelerator.autocast():
+            logits, looked = heatmap.with_logits(batch)
+        yield batch, logits, looked, agreement(batch, logits, model.tokenizer.eos_token_id)
+
+
+def generate_answers(model: CountingModel, batch: Batch, logits: torch.Tensor, agreed: Later) -> torch.Tensor:
     """Greedy answers, at most as long as the longest number that parses.
 
     Args:
         model: its network in eval mode.
         batch: with the keys that its forward pass has kept.
         logits: [B, A, V] of that pass.
+        agreed: its `agreement`.
 
     Returns:
-        One text for each prompt, without special tokens.
+        [B, tokens] on the device; after an end-of-turn token only those.
     """
     longest = len(model.tokenizer.encode("COUNT: " + "0" * MAX_DIGITS, add_special_tokens=False)) + 1
-    tokens = greedy_tokens(model.network, batch, logits, longest, model.tokenizer.eos_token_id)
-    return model.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
+    return greedy_tokens(model.network, batch, logits, agreed, longest, model.tokenizer.eos_token_id)
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:

@@ -290,16 +290,47 @@ def differentiable(x: torch.Tensor) -> torch.Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
+class Later:
+    """A small tensor on its way to the CPU; `value` waits for it alone, not for what the device is told meanwhile."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.copy = tensor.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    @property
+    def value(self) -> torch.Tensor:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copy
+
+
+def agreement(batch: Batch, logits: torch.Tensor, end: int) -> Later:
+    """How many of the answer's tokens the model says as it was told, before the first that differs or ends it.
+
+    Args:
+        logits: [B, A, V] of a forward pass.
+        end: token that ends an answer.
+
+    Returns:
+        The least number of all rows, [].
+    """
+    said, told = logits.argmax(dim=-1), batch["answer_labels"]  # [B, A]
+    return Later(((said == told) & (told != end)).cumprod(dim=1).sum(dim=1).min())
+
+
 @torch.no_grad()
-def greedy_tokens(network, batch: Batch, logits: torch.Tensor, longest: int, end: int) -> torch.Tensor:
+def greedy_tokens(network, batch: Batch, logits: torch.Tensor, agreed: Later, longest: int, end: int) -> torch.Tensor:
     """Go on greedily from the prompts of a batch whose pass kept its keys: what the model says by itself.
 
     That pass has shown already what the model says as long as this is what it was told; "COUNT: " at
     least, once it is trained.  The keys of all that it was told after that are masked out.
 
     Args:
-        batch: whose "keys" an `answer_logits` pass has filled.
+        batch: whose "keys" an `answer_logits` pass has filled; they are used up.
         logits: [B, A, V] of that pass.
+        agreed: its `agreement`; nothing else is waited for on a GPU.
         longest: tokens at the most.
         end: token that ends an answer.
 
@@ -307,16 +338,17 @@ def greedy_tokens(network, batch: Batch, logits: torch.Tensor, longest: int, end
         [B, up to longest] tokens; after an end only ends.
     """
     model = network.model.language_model
-    said, told = logits.argmax(dim=-1), batch["answer_labels"]  # [B, A]
-    known = int(((said == told) & (told != end)).cumprod(dim=1).sum(dim=1).min())  # tokens told and said, in all rows
-    tokens = list(said[:, : known + 1].unbind(1))
+    known = int(agreed.value)
+    tokens = list(logits[:, : known + 1].argmax(dim=-1).unbind(1))
     last = batch["answer_positions"][:, :1]  # where the answer's first token is predicted
     length = batch["input_ids"].shape[1]
     position = batch["position_ids"].gather(2, last.expand(3, -1, -1))  # [3, B, 1]
     mask = (torch.arange(length, device=last.device) <= last + known)[:, None, None]  # [B, 1, 1, T]
     past = batch["keys"]
     run = _compiled(text_layer) if _is_compiled(network) else text_layer
-    while len(tokens) < longest and not (tokens[-1] == end).all():
+    while len(tokens) < longest:
+        if not last.is_cuda and (tokens[-1] == end).all():  # a GPU would be waited for
+            break
         hidden = _narrow(model.embed_tokens(tokens[-1][:, None]))
         cos, sin = model.rotary_emb(hidden, position + len(tokens))
         mask = F.pad(mask, (0, 1), value=True)
@@ -324,4 +356,5 @@ def greedy_tokens(network, batch: Batch, logits: torch.Tensor, longest: int, end
             hidden, _, past[i] = run(layer, hidden, cos, sin, mask, past=past[i], keep=True)
         token = network.lm_head(model.norm(hidden[:, 0])).argmax(dim=-1)
         tokens.append(torch.where(tokens[-1] == end, end, token))
+    past.clear()
     return torch.stack(tokens, dim=1)

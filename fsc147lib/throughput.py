@@ -26,7 +26,7 @@ from .benchmark import load_or_shape, peak_memory, write_report
 from .collate import Batch, Collate, to_device
 from .config import BenchmarkConfig, TrainConfig
 from .data import Sample
-from .evaluate import evaluate_samples
+from .evaluate import answering_batch_size, evaluate_samples
 from .forward import compile_layers
 from .model import CountingModel, freeze_vision
 from .pixels import PixelStore
@@ -275,6 +275,7 @@ def measure(run: Run, cache: VisionCache | None, config: BenchmarkConfig) -> lis
 def measure_validation(run: Run, cache: VisionCache | None, config: BenchmarkConfig) -> list[dict]:
     """Images a second of validation: losses, maps and greedy answers; the first pass, which compiles, left out."""
     rows, samples = [], run.samples["val"]
+    batch_size = answering_batch_size(config.batch_size, run.heatmap)
     compile_layers(run.model.network, run.accelerator.device.type == "cuda")
     for name, kept in (("validation, encoder in the loop", None), ("validation, vision cache", cache)):
         if name.endswith("cache") and kept is None:
@@ -282,7 +283,7 @@ def measure_validation(run: Run, cache: VisionCache | None, config: BenchmarkCon
         speeds = []
         for _ in range(1 + min(2, config.rounds)):
             started = time.perf_counter()
-            evaluate_samples(run.model, samples, config.batch_size, run.heatmap, run.accelerator, run.workers, kept)
+            evaluate_samples(run.model, samples, batch_size, run.heatmap, run.accelerator, run.workers, kept)
             speeds.append(len(samples) / (time.perf_counter() - started))
         rows.append({"name": name, "images_per_second": float(np.median(speeds[1:])), "rates": speeds[1:]})
     return rows

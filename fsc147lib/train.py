@@ -29,7 +29,7 @@ from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
 from .collate import Batch
 from .config import ConfigError, TrainConfig
 from .data import open_split
-from .evaluate import evaluate_samples
+from .evaluate import answering_batch_size, evaluate_samples
 from .files import recover_folder, set_aside, write_text
 from .forward import compile_layers
 from .heatmaps import Heatmap
@@ -233,9 +233,9 @@ class Run:
 
     def validate(self) -> dict[str, float]:
         """Evaluate the validation split and log it; returns the metrics."""
-        config = self.config
+        batch_size = answering_batch_size(self.config.batch_size, self.heatmap)
         evaluation = evaluate_samples(
-            self.model, self.samples["val"], config.batch_size, self.heatmap, self.accelerator, self.workers, self.cache
+            self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers, self.cache
         )
         self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
         return evaluation.metrics

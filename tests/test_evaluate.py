@@ -10,7 +10,7 @@ from fsc147lib.collate import Collate
 from fsc147lib.config import EvaluateConfig
 from fsc147lib.data import FSC147
 from fsc147lib.evaluate import evaluate, evaluate_samples, generate_answers
-from fsc147lib.forward import answer_logits, normalised_pixels
+from fsc147lib.forward import agreement, answer_logits, normalised_pixels
 from fsc147lib.losses import DualLoss
 from fsc147lib.metrics import counting_metrics
 from fsc147lib.prompt import answer
@@ -62,7 +62,9 @@ def check_greedy(tiny, mixed_samples):
     collate = Collate(tiny.tokenizer, tiny.image_processor)
     network = tiny.network.eval()
     together = {**collate(mixed_samples), "keys": []}
-    batched = generate_answers(tiny, together, answer_logits(network, together))
+    logits = answer_logits(network, together)
+    tokens = generate_answers(tiny, together, logits, agreement(together, logits, tiny.tokenizer.eos_token_id))
+    batched = tiny.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
     keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     for sample, got in zip(mixed_samples, batched, strict=True):
         alone = collate([sample])
@@ -85,8 +87,9 @@ def test_unparsed_answers_count_as_zero(tiny, root, monkeypatch):
     samples = list(FSC147(root, "val"))
     said = [answer(sample.count) for sample in samples]
     said[2], said[5] = "a lot", "COUNT: 3.7"
-    by_name = dict(zip([sample.name for sample in samples], said, strict=True))
-    answers = lambda model, batch, logits: [by_name[name] for name in batch["names"]]  # noqa: E731
+    ids = tiny.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
+    by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
+    answers = lambda model, batch, *_: torch.stack([by_name[name] for name in batch["names"]])  # noqa: E731
     monkeypatch.setattr(evaluation, "generate_answers", answers)
     result = evaluate_samples(tiny, samples, batch_size=3)
     expected = [0 if i in (2, 5) else sample.count for i, sample in enumerate(samples)]

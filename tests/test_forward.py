@@ -12,6 +12,7 @@ from fsc147lib.attention import attention_by_size
 from fsc147lib.collate import Collate
 from fsc147lib.forward import (
     Probe,
+    agreement,
     answer_logits,
     compile_layers,
     encode_images,
@@ -86,7 +87,8 @@ def test_the_right_answer_is_hidden_from_free_answers(tiny, mixed_samples):
         batch["input_ids"] = batch["input_ids"].scatter(1, forced, other)
         batch["answer_labels"] = batch["answer_labels"].where(batch["answer_labels"] < 0, other)
         logits = answer_logits(tiny.network, batch)
-        spoken.append(greedy_tokens(tiny.network, batch, logits, 9, tiny.tokenizer.eos_token_id))
+        end = tiny.tokenizer.eos_token_id
+        spoken.append(greedy_tokens(tiny.network, batch, logits, agreement(batch, logits, end), 9, end))
     assert torch.equal(*spoken)
 
 
