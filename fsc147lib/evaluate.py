@@ -29,6 +29,7 @@ from .heatmaps import Heatmap
 from .losses import count_loss
 from .metrics import alignment, counting_metrics, metrics_by_bin
 from .model import CountingModel, default_workers, load_model, make_accelerator
+from .pixels import PixelStore
 from .prompt import MAX_DIGITS, parse_count
 from .vision_cache import VisionCache
 
@@ -81,6 +82,7 @@ def evaluate_samples(
     accelerator: Accelerator | None = None,
     workers: int = 0,
     cache: VisionCache | None = None,
+    store: PixelStore | None = None,
 ) -> Evaluation:
     """Evaluate a model that is already in memory.
 
@@ -91,6 +93,7 @@ def evaluate_samples(
         accelerator: gives device and precision; None for `make_accelerator("auto")`.
         workers: processes that read images; with a cache there are none to read.
         cache: holds the samples' image features; None to encode them.
+        store: keeps the images, for another evaluation; None to keep none.
 
     Returns:
         Metrics: mae, rmse, nae, sre (unparsed answers as 0), unparsed (rate, 0..1), count_loss (nats per
@@ -101,7 +104,7 @@ def evaluate_samples(
     was_training = network.training
     network.eval()
     heatmap = heatmap or Heatmap(network)
-    collate = Collate(model.tokenizer, model.image_processor, pixels=cache is None)
+    collate = Collate(model.tokenizer, model.image_processor, store, pixels=cache is None)
     lengths = [collate.lengths(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: (lengths[i][2], lengths[i]))  # little padding
     chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]

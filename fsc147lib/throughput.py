@@ -273,8 +273,8 @@ def measure(run: Run, cache: VisionCache | None, config: BenchmarkConfig) -> lis
 
 
 def measure_validation(run: Run, cache: VisionCache | None, config: BenchmarkConfig) -> list[dict]:
-    """Images a second of validation: losses, maps and greedy answers; the first pass, which compiles, left out."""
-    rows, samples = [], run.samples["val"]
+    """Images a second of validation: losses, maps, greedy answers; without the first pass: it compiles and decodes."""
+    rows, samples, store = [], run.samples["val"], run.pixel_store()
     batch_size = answering_batch_size(config.batch_size, run.heatmap)
     compile_layers(run.model.network, run.accelerator.device.type == "cuda")
     for name, kept in (("validation, encoder in the loop", None), ("validation, vision cache", cache)):
@@ -283,7 +283,7 @@ def measure_validation(run: Run, cache: VisionCache | None, config: BenchmarkCon
         speeds = []
         for _ in range(1 + min(2, config.rounds)):
             started = time.perf_counter()
-            evaluate_samples(run.model, samples, batch_size, run.heatmap, run.accelerator, run.workers, kept)
+            evaluate_samples(run.model, samples, batch_size, run.heatmap, run.accelerator, run.workers, kept, store)
             speeds.append(len(samples) / (time.perf_counter() - started))
         rows.append({"name": name, "images_per_second": float(np.median(speeds[1:])), "rates": speeds[1:]})
     return rows

@@ -124,8 +124,8 @@ class Run:
         self.workers = default_workers() if config.workers is None else config.workers
         self.cache: VisionCache | None = None
         self.optimizer = make_optimizer(config, network)
-        store = None if config.caches_vision else self.pixel_store()
-        loader = training_loader(config, self.samples["train"], self.model, store, self.workers)
+        self.store = None if config.caches_vision else self.pixel_store()
+        loader = training_loader(config, self.samples["train"], self.model, self.store, self.workers)
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer
         )
@@ -174,8 +174,9 @@ class Run:
             recover_folder(out)
 
     def pixel_store(self) -> PixelStore:
-        """Room for the training images, shared with the workers."""
-        return PixelStore(self.samples["train"], self.model.image_processor, shared=self.workers > 0)
+        """Room for all images, shared with the workers."""
+        samples = [*self.samples["train"], *self.samples["val"]]
+        return PixelStore(samples, self.model.image_processor, shared=self.workers > 0)
 
     def _check_folder(self) -> None:
         out, config = self.config.out, self.config
@@ -235,15 +236,16 @@ class Run:
         """Evaluate the validation split and log it; returns the metrics."""
         batch_size = answering_batch_size(self.config.batch_size, self.heatmap)
         evaluation = evaluate_samples(
-            self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers, self.cache
-        )
+            self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
+            self.cache, self.store,
+        )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
         return evaluation.metrics
 
     def _unfreeze_vision(self) -> None:
         """Drop the kept image features, which are about to be wrong, and load pixels instead."""
-        self.cache = None
-        loader = training_loader(self.config, self.samples["train"], self.model, self.pixel_store(), self.workers)
+        self.cache, self.store = None, self.pixel_store()
+        loader = training_loader(self.config, self.samples["train"], self.model, self.store, self.workers)
         self.batches, self.loader = loader.batch_sampler, self.accelerator.prepare(loader)
 
     def train_epoch(self, progress: tqdm) -> None:

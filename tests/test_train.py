@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fsc147lib import pixels
 from fsc147lib import train as training
 from fsc147lib.batches import SizeBatches, training_loader
 from fsc147lib.collate import Collate
@@ -62,6 +63,17 @@ def test_logged_validation_is_that_of_the_checkpoint(config):
     logged = lines(settings.out)[-1]["val"]
     assert logged["count_loss"] == pytest.approx(parts.count.item(), rel=1e-4)
     assert logged["kl"] == pytest.approx(parts.attention.item(), rel=1e-4)
+
+
+def test_a_run_decodes_each_image_once(config, monkeypatch):
+    read, decode = [], pixels.resized
+    monkeypatch.setattr(
+        pixels, "resized", lambda sample, processor: read.append(sample.name) or decode(sample, processor)
+    )
+    settings = config(epochs=2)
+    train(settings)
+    names = [sample.name for split in ("train", "val") for sample in FSC147(settings.data, split)]
+    assert sorted(read) == sorted(names)
 
 
 def test_both_losses_fall(config):
