@@ -330,7 +330,7 @@ def greedy_tokens(network, batch: Batch, logits: torch.Tensor, agreed: Later, lo
     Args:
         batch: whose "keys" an `answer_logits` pass has filled; they are used up.
         logits: [B, A, V] of that pass.
-        agreed: its `agreement`; nothing else is waited for on a GPU.
+        agreed: its `agreement`.
         longest: tokens at the most.
         end: token that ends an answer.
 
@@ -346,9 +346,8 @@ def greedy_tokens(network, batch: Batch, logits: torch.Tensor, agreed: Later, lo
     mask = (torch.arange(length, device=last.device) <= last + known)[:, None, None]  # [B, 1, 1, T]
     past = batch["keys"]
     run = _compiled(text_layer) if _is_compiled(network) else text_layer
-    while len(tokens) < longest:
-        if not last.is_cuda and (tokens[-1] == end).all():  # a GPU would be waited for
-            break
+    unasked = 3 if last.is_cuda else 0  # steps before a GPU, which may have another pass to do first, is waited for
+    while len(tokens) < longest and not (len(tokens) > known + unasked and (tokens[-1] == end).all()):
         hidden = _narrow(model.embed_tokens(tokens[-1][:, None]))
         cos, sin = model.rotary_emb(hidden, position + len(tokens))
         mask = F.pad(mask, (0, 1), value=True)
