@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: run test lab setup outputs lock clean
 
 run: setup
-	$(BIN)/python -m fsc147lib.workbook
+	$(BIN)/python -m fsc147lib.report.workbook
 
 test: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -9,12 +9,16 @@ from typing import Annotated, Union
 
 import tyro
 
-from .config import BenchmarkConfig, CheckConfig, EvaluateConfig, SynthConfig, TrainConfig
+from .data.fsc147 import CheckConfig
+from .data.scenes import SynthConfig
+from .evaluation.answering import EvaluateConfig
 from .files import write_text
+from .report.overhead import BenchmarkConfig
+from .training.loop import TrainConfig
 
 
 def run_check(config: CheckConfig) -> int:
-    from .data import check
+    from .data.fsc147 import check
 
     report = check(config.root)
     print(report)
@@ -24,7 +28,7 @@ def run_check(config: CheckConfig) -> int:
 
 
 def run_synth(config: SynthConfig) -> int:
-    from .synthetic import make_dataset
+    from .data.scenes import make_dataset
 
     out = make_dataset(config.out, config.train, config.val, config.test, config.seed)
     print(f"drew {config.train} train, {config.val} val and {config.test} test pictures in {out}")
@@ -32,7 +36,7 @@ def run_synth(config: SynthConfig) -> int:
 
 
 def run_train(config: TrainConfig) -> int:
-    from .train import train
+    from .training.loop import train
 
     result = train(config)
     print_metrics(result.epochs[-1]["val"])
@@ -41,15 +45,15 @@ def run_train(config: TrainConfig) -> int:
 
 
 def run_evaluate(config: EvaluateConfig) -> int:
-    from .evaluate import evaluate
+    from .evaluation.answering import evaluate
 
     print_metrics(evaluate(config).metrics)
     return 0
 
 
 def run_benchmark(config: BenchmarkConfig) -> int:
-    from .benchmark import benchmark
-    from .throughput import throughput
+    from .report.overhead import benchmark
+    from .report.throughput import throughput
 
     throughput(config) if config.throughput else benchmark(config)
     return 0

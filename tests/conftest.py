@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fsc147lib.collate import Collate
-from fsc147lib.data import FSC147
-from fsc147lib.forward import normalised_pixels
-from fsc147lib.model import load_model
-from fsc147lib.synthetic import make_dataset
+from fsc147lib.data.fsc147 import FSC147
+from fsc147lib.data.scenes import make_dataset
+from fsc147lib.model.collate import Collate
+from fsc147lib.model.forward import normalised_pixels
+from fsc147lib.model.load import load_model
 
 
 @pytest.fixture(scope="session")

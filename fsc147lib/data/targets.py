@@ -1,0 +1,141 @@
+"""Dots to density to target heatmap, and maps from one grid to another.
+
+The density of an image follows Ranjan et al., "Learning To Count Everything" (CVPR 2021): one
+Gaussian on each dot, in a window as wide as the image's mean nearest-neighbour distance, with a
+standard deviation of a quarter of that window.  The window is square, so a Gaussian is the product
+of a row profile and a column profile: a whole density map is one matrix product, and its 14x14
+heatmap never needs the pixels at all.
+
+Left out: anything that knows a model.  The same area weights move a model's map from its token
+grid to 14x14; that happens in `heatmaps`, with `area_weights` from here.
+"""
+
+import numpy as np
+import torch
+
+GRID = 14
+"""Rows and columns of the target heatmap, as in the first script of this project."""
+
+TINY_MASS = 1e-8
+"""Floor under a heatmap's cells inside the logarithm of the KL divergence."""
+
+LONE_WINDOW = 0.25
+"""Window of an image with a single dot, as a part of its shorter side: a lone dot has no neighbour."""
+
+MIN_WINDOW = 2.0
+"""Smallest window, in pixels: at least one pixel centre lies in it, even where dots coincide."""
+
+
+def nearest_neighbour_distance(points: np.ndarray) -> float:
+    """Mean distance from each dot to its nearest other dot.
+
+    Args:
+        points: [N, 2] x, y in pixels.
+
+    Returns:
+        Pixels; NaN with fewer than two dots.
+    """
+    if len(points) < 2:
+        return float("nan")
+    x, y = np.asarray(points, dtype=np.float32).T
+    squared = (x[:, None] - x[None, :]) ** 2  # [N, N]
+    squared += (y[:, None] - y[None, :]) ** 2
+    np.fill_diagonal(squared, np.inf)
+    return float(np.sqrt(squared.min(axis=1)).mean())
+
+
+def gaussian_window(points: np.ndarray, size: tuple[int, int]) -> float:
+    """Width in pixels of the window that every Gaussian of this image gets (std = window / 4)."""
+    window = nearest_neighbour_distance(points)
+    if np.isnan(window):
+        window = LONE_WINDOW * min(size)
+    return max(window, MIN_WINDOW)
+
+
+def _profiles(centres: np.ndarray, length: int, window: float) -> np.ndarray:
+    """One truncated Gaussian per dot along one axis, each summing to 1 inside the image: [N, length].
+
+    Dots outside are moved onto the border, and the part of a Gaussian that would fall outside is
+    given back to the part inside: this is what keeps the sum of the density equal to the count.
+    """
+    centres = np.clip(np.asarray(centres, dtype=np.float64), 0, length)[:, None]
+    offsets = np.arange(length) + 0.5 - centres  # [N, length], from the dot to each pixel's centre
+    profile = np.exp(-0.5 * (offsets / (window / 4)) ** 2)
+    profile[np.abs(offsets) > window / 2] = 0
+    return profile / profile.sum(axis=1, keepdims=True)
+
+
+def density_map(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The density of dots over an image.
+
+    Args:
+        points: [N, 2] x, y in pixels; their order does not matter, dots outside count on the border.
+        size: (height, width) of the image in pixels.
+
+    Returns:
+        [height, width] float32, objects per pixel, summing to N.
+    """
+    points = np.asarray(points).reshape(-1, 2)
+    if len(points) == 0:
+        return np.zeros(size, dtype=np.float32)
+    window = gaussian_window(points, size)
+    rows, columns = _profiles(points[:, 1], size[0], window), _profiles(points[:, 0], size[1], window)
+    return (rows.T @ columns).astype(np.float32)
+
+
+def target_heatmap(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] = (GRID, GRID)) -> np.ndarray:
+    """Where the objects are: the density on a coarse grid stretched over the image.
+
+    Equal to `resample_map(density_map(points, size), grid)` divided by its sum, without the pixels.
+
+    Args:
+        points: [N, 2] x, y in pixels, N >= 1.
+        size: (height, width) of the image in pixels.
+        grid: (rows, columns) of the heatmap.
+
+    Returns:
+        [rows, columns] float32, non-negative, summing to 1.
+
+    Raises:
+        ValueError: without a dot there is no distribution to aim at.
+    """
+    points = np.asarray(points).reshape(-1, 2)
+    if len(points) == 0:
+        raise ValueError("an image with no dots has no target heatmap: leave it out of the attention loss")
+    window = gaussian_window(points, size)
+    rows = _profiles(points[:, 1], size[0], window) @ area_weights(size[0], grid[0]).T  # [N, rows]
+    columns = _profiles(points[:, 0], size[1], window) @ area_weights(size[1], grid[1]).T
+    return (rows.T @ columns / len(points)).astype(np.float32)
+
+
+def area_weights(n_in: int, n_out: int) -> np.ndarray:
+    """How much of each input cell lies in each output cell, both grids stretched over the same length.
+
+    Returns:
+        [n_out, n_in] float64 in 0..1; every column sums to 1, so applying it keeps the mass.
+    """
+    edges_in = np.arange(n_in + 1) / n_in
+    edges_out = np.arange(n_out + 1) / n_out
+    right = np.minimum(edges_out[1:, None], edges_in[None, 1:])
+    left = np.maximum(edges_out[:-1, None], edges_in[None, :-1])
+    return np.clip(right - left, 0, None) * n_in
+
+
+def resample_map(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Move a map of masses to another grid over the same image, by exact areas.
+
+    Args:
+        values: [..., h, w], masses (not densities): a cell's value is what lies in that cell.
+        grid: (rows, columns) wanted.
+
+    Returns:
+        [..., rows, columns] with the same sum.
+    """
+    rows, columns = area_weights(values.shape[-2], grid[0]), area_weights(values.shape[-1], grid[1])
+    return rows @ values @ columns.T
+
+
+def kl_divergence(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
+    """KL(P || A) of each image, in nats: target P and heatmap A [B, 14, 14], each summing to 1 -> [B]."""
+    target, heatmap = target.float(), heatmap.float()
+    return (torch.xlogy(target, target) - target * heatmap.clamp_min(TINY_MASS).log()).sum(dim=(1, 2))

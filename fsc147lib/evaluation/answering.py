@@ -1,0 +1,244 @@
+"""Answer every image of a split and measure the answers and the maps.
+
+Answers are greedy and free; losses and maps are those of the training objective, read while the right
+answer is forced, so that they can be compared with the training log.
+
+Left out: drawing, and what to do with the numbers.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..data.fsc147 import Sample, open_split
+from ..files import write_text
+from ..model.answers import Later, agreement, count_loss, greedy_tokens
+from ..model.collate import Batch, Collate, to_device
+from ..model.device import default_workers, make_accelerator
+from ..model.forward import compile_layers
+from ..model.heatmaps import Heatmap, TrainableHeatmap
+from ..model.load import load_model
+from ..model.network import CountingModel
+from ..model.pixels import PixelStore
+from ..model.prompt import MAX_DIGITS, parse_count
+from ..model.vision_cache import VisionCache
+from ..options import Precision, need
+from .metrics import alignment, counting_metrics, metrics_by_bin
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Answer a split and measure counts and maps."""
+
+    data: Path
+    """Folder in FSC147's official layout."""
+    model: str = "tiny"
+    """"tiny", a folder such as runs/train/best, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
+    split: str = "val"
+    batch_size: int = 16
+    json: Path | None = None
+    """Write metrics here, and each image to the same name with .csv."""
+    limit: int | None = None
+    """Only so many images."""
+    precision: Precision = "auto"
+    heatmap: Literal[TrainableHeatmap, "attention_x_gradient"] = "attention"
+    """What is held against the target."""
+    heatmap_layer: int = 0
+    """Of token_gradient: the layer that its tokens enter."""
+    attention_layers: tuple[int, ...] | None = None
+    """Layers of the heatmap; None for four over the second half."""
+    attention_heads: tuple[int, ...] | None = None
+    """Heads of the heatmap; None for all."""
+    workers: int | None = None
+    """Processes that read images; None: up to 8 on a GPU, else 0."""
+    compile: bool | None = None
+    """Compile the layers with torch.compile; None: on a GPU."""
+
+    def __post_init__(self):
+        if self.json is not None:
+            need(self, "json", self.json.suffix != ".csv", "another name: the images go to the .csv beside it")
+            need(self, "json", not self.json.is_dir(), "a file, not a folder")
+        need(self, "batch_size", self.batch_size >= 1, "at least 1")
+        need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
+        need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
+
+
+@dataclass
+class ImageResult:
+    """One image's row in the CSV."""
+
+    name: str
+    category: str
+    count: int
+    predicted: int | None  # None where the answer does not parse
+    answer: str
+    kl: float
+    mass_on_objects: float
+    pearson: float
+    pointing: float
+
+
+@dataclass
+class Evaluation:
+    """Numbers of a split: `metrics` of the whole, `bins` by true count, `images` one by one."""
+
+    metrics: dict[str, float]
+    bins: dict[str, dict[str, float]]
+    images: list[ImageResult]
+
+    def write(self, path: str | Path, **about) -> None:
+        """Write `path` (JSON: metrics, bins and `about`) and, beside it with the ending .csv, the images."""
+        path = Path(path)
+        write_text(path, json.dumps({**about, "metrics": self.metrics, "bins": self.bins}, indent=1))
+        write_text(path.with_suffix(".csv"), to_csv([asdict(image) for image in self.images]))
+
+
+def to_csv(rows: list[dict]) -> str:
+    """Rows with the same keys as CSV text, with a header."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+@torch.no_grad()
+def evaluate_samples(
+    model: CountingModel,
+    samples: list[Sample],
+    batch_size: int = 16,
+    heatmap: Heatmap | None = None,
+    accelerator: Accelerator | None = None,
+    workers: int = 0,
+    cache: VisionCache | None = None,
+    store: PixelStore | None = None,
+) -> Evaluation:
+    """Evaluate a model that is already in memory.
+
+    Args:
+        model: its network is moved to the accelerator's device, and answers in eval mode.
+        samples: with images.
+        heatmap: what is held against the target; None for `Heatmap(model.network)`, the attention.
+        accelerator: gives device and precision; None for `make_accelerator("auto")`.
+        workers: processes that read images; with a cache there are none to read.
+        cache: holds the samples' image features; None to encode them.
+        store: keeps the images, for another evaluation; None to keep none.
+
+    Returns:
+        Metrics: mae, rmse, nae, sre (unparsed answers as 0), unparsed (rate, 0..1), count_loss (nats per
+        answer token), kl, mass_on_objects, pearson, pointing.
+    """
+    accelerator = accelerator or make_accelerator("auto")
+    network = model.network.to(accelerator.device)
+    was_training = network.training
+    network.eval()
+    heatmap = heatmap or Heatmap(network)
+    collate = Collate(model.tokenizer, model.image_processor, store, pixels=cache is None)
+    lengths = [collate.lengths(sample) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: (lengths[i][2], lengths[i]))  # little padding
+    chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+    workers = 0 if cache else workers  # the rest takes less time than handing it over
+    loader = DataLoader(
+        chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available()
+    )
+    passes = forced_passes(model, tqdm(loader, desc="evaluate", leave=False), heatmap, accelerator, cache)
+    found = []  # stays on the device until the end: nothing waits for it
+    for (batch, logits, looked, agreed), _ in pairwise(chain(passes, [None])):  # the GPU has the next pass to do
+        with accelerator.autocast():
+            answers = generate_answers(model, batch, logits, agreed)
+        found.append((answers, count_loss(logits, batch["answer_labels"]), alignment(looked, batch["target"])))
+    results, loss = [], 0.0
+    for chunk, (answers, summed, maps) in zip(chunks, found, strict=True):
+        loss += float(summed)
+        maps = {key: value.tolist() for key, value in maps.items()}
+        texts = model.tokenizer.batch_decode(answers.tolist(), skip_special_tokens=True)
+        for i, (sample, text) in enumerate(zip(chunk, texts, strict=True)):
+            row = {key: value[i] for key, value in maps.items()}
+            results.append(ImageResult(sample.name, sample.category, sample.count, parse_count(text), text, **row))
+    tokens = sum(len(collate.tokens(sample).answer) for sample in samples)
+    network.train(was_training)
+    place = {name: i for i, name in enumerate(sample.name for sample in samples)}
+    results.sort(key=lambda result: place[result.name])
+    return _summarise(results, loss / tokens)
+
+
+def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
+    """How many images to answer at once where `batch_size` of them are trained on.
+
+    Twice as many have room, unless the heatmap needs a backward pass itself; and each token that is said
+    costs the CPU the same for many images as for few.
+    """
+    return 2 * batch_size if heatmap.method == "attention" else batch_size
+
+
+def _summarise(images: list[ImageResult], loss: float) -> Evaluation:
+    predicted, target = [image.predicted or 0 for image in images], [image.count for image in images]
+    maps = {key: float(np.mean([getattr(image, key) for image in images])) for key in
+            ("kl", "mass_on_objects", "pearson", "pointing")}  # fmt: skip
+    metrics = {
+        **counting_metrics(predicted, target),
+        "unparsed": float(np.mean([image.predicted is None for image in images])),
+        "count_loss": loss,
+        **maps,
+    }
+    bins = metrics_by_bin(predicted, target, unparsed=[image.predicted is None for image in images])
+    return Evaluation(metrics, bins, images)
+
+
+def forced_passes(
+    model: CountingModel,
+    batches: Iterable[Batch],
+    heatmap: Heatmap,
+    accelerator: Accelerator,
+    cache: VisionCache | None,
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, Later]]:
+    """Passes with the right answers: the batch with its keys, logits [B, A, V], heatmaps and `agreement`."""
+    for batch in batches:
+        batch = {**to_device(batch, accelerator.device), "keys": []}
+        batch = cache.add_to(batch) if cache else batch
+        with accelerator.autocast():
+            logits, looked = heatmap.with_logits(batch)
+        yield batch, logits, looked, agreement(batch, logits, model.tokenizer.eos_token_id)
+
+
+def generate_answers(model: CountingModel, batch: Batch, logits: torch.Tensor, agreed: Later) -> torch.Tensor:
+    """Greedy answers, at most as long as the longest number that parses.
+
+    Args:
+        model: its network in eval mode.
+        batch: with the keys that its forward pass has kept.
+        logits: [B, A, V] of that pass.
+        agreed: its `agreement`.
+
+    Returns:
+        [B, tokens] on the device; after an end-of-turn token only those.
+    """
+    longest = len(model.tokenizer.encode("COUNT: " + "0" * MAX_DIGITS, add_special_tokens=False)) + 1
+    return greedy_tokens(model.network, batch, logits, agreed, longest, model.tokenizer.eos_token_id)
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Load a model, evaluate a split, write what was asked for; `python -m fsc147lib evaluate` calls this."""
+    samples = open_split(config.data, config.split, config.limit)
+    model = load_model(config.model)
+    accelerator = make_accelerator(config.precision)
+    heatmap = Heatmap(
+        model.network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer
+    )
+    compile_layers(model.network, torch.cuda.is_available() if config.compile is None else config.compile)
+    workers = default_workers() if config.workers is None else config.workers
+    result = evaluate_samples(model, samples, config.batch_size, heatmap, accelerator, workers)
+    if config.json is not None:
+        result.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
+    return result

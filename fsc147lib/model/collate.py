@@ -1,0 +1,186 @@
+"""Samples to tensors: a `Batch` is what the model and the losses take.
+
+`Collate` works with the tokenizer and the image processor that it is given, and does once per batch what
+a forward pass would otherwise do per image, or wait for: positions, places of visual tokens in the
+sequence, and their places on the 14x14 grid.
+
+Left out: the model itself, and pixels (`pixels`).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import TypedDict
+
+import numpy as np
+import torch
+
+from ..data.fsc147 import Sample
+from ..data.targets import GRID, area_weights
+from .pixels import PixelStore, resized_size
+from .prompt import IMAGE_TOKEN, Tokens, tokenize
+
+
+class Batch(TypedDict, total=False):
+    """A plain dict of tensors; B images, T positions, A answer tokens at the most, P patches, V visual tokens in all.
+
+    Sequences end with the answer and are padded on the right; there the causal mask alone keeps padding
+    out of sight.
+    """
+
+    names: list[str]
+    count: torch.Tensor  # [B] the true counts
+    input_ids: torch.Tensor  # [B, T]
+    attention_mask: torch.Tensor  # [B, T] 1 on tokens, 0 on padding
+    mm_token_type_ids: torch.Tensor  # [B, T] 1 on visual tokens
+    visual_index: torch.Tensor  # [V] their places in the flattened sequences, image after image
+    pixel_values: torch.Tensor  # [P, 3 * 16 * 16] uint8 patches of all images, one after the other
+    pixel_scale: torch.Tensor  # [2, 3] mean and standard deviation of the colours, in 0..1
+    image_sizes: list[tuple[int, int]]  # rows and columns of each image's patches
+    image_grid_thw: torch.Tensor  # [B, 3] the same after a 1, as transformers wants it
+    image_keys: list[tuple[str, bool]]  # which image, and whether mirrored
+    image_features: torch.Tensor  # [V, 1 + D, C] in place of pixels, where `vision_cache` holds them
+    position_ids: torch.Tensor  # [3, B, T] M-RoPE: time, height, width; 0 on padding
+    labels: torch.Tensor  # [B, T] the token at each answer position, -100 elsewhere
+    answer_positions: torch.Tensor  # [B, A] positions whose next token belongs to the answer (0 where unused)
+    answer_labels: torch.Tensor  # [B, A] those next tokens, -100 where unused
+    answer_tokens: int  # how many those are
+    digit_weights: torch.Tensor  # [B, A] 1 / digits where the next token is a digit, else 0
+    row_weights: torch.Tensor  # [B, 14, T] how much of a visual token's height lies in each heatmap row
+    column_weights: torch.Tensor  # [B, 14, T] and of its width in each column; 0 on all other tokens
+    target: torch.Tensor  # [B, 14, 14] target heatmaps
+    keys: list  # where it is there, empty: the forward pass fills in each layer's keys and values
+
+
+class Collate:
+    """Makes a `Batch` of samples: `DataLoader(samples, collate_fn=Collate(tokenizer, image_processor))`.
+
+    Args:
+        tokenizer, image_processor: of a `CountingModel`.
+        store: keeps images, so that later epochs need not decode them again; None to keep none.
+        pixels: False leaves the images out, for batches that get `image_features`.
+    """
+
+    def __init__(self, tokenizer, image_processor, store: PixelStore | None = None, pixels: bool = True):
+        self.tokenizer, self.image_processor, self.pixels = tokenizer, image_processor, pixels
+        self.store = store or PixelStore([], image_processor)
+        self._tokens: dict[tuple[str, int], Tokens] = {}
+        self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    def tokens(self, sample: Sample) -> Tokens:
+        """Prompt and answer of a sample; a category's template is filled in once for each count."""
+        key = sample.category, sample.count
+        if key not in self._tokens:
+            self._tokens[key] = tokenize(self.tokenizer, *key)
+        return self._tokens[key]
+
+    def lengths(self, sample: Sample) -> tuple[int, int, int]:
+        """Patch rows and columns of a sample's image, and the length of its whole sequence."""
+        processor, tokens = self.image_processor, self.tokens(sample)
+        rows, columns = (length // processor.patch_size for length in resized_size(sample, processor))
+        text = len(tokens.head) + len(tokens.tail) + len(tokens.answer)
+        return rows, columns, text + rows * columns // processor.merge_size**2
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        tokens = [self.tokens(sample) for sample in samples]
+        *sizes, lengths = zip(*(self.lengths(sample) for sample in samples), strict=True)
+        sizes = list(zip(*sizes, strict=True))
+        rows, length, width = len(samples), max(lengths), max(len(t.answer) for t in tokens)
+        batch = Batch(
+            names=[sample.name for sample in samples],
+            count=torch.tensor([sample.count for sample in samples]),
+            input_ids=torch.full((rows, length), self.tokenizer.pad_token_id),
+            attention_mask=torch.zeros(rows, length, dtype=torch.long),
+            mm_token_type_ids=torch.zeros(rows, length, dtype=torch.int),
+            image_sizes=sizes,
+            image_grid_thw=torch.tensor([(1, *size) for size in sizes]),
+            image_keys=[(str((s.mirror_of or s).image_path), s.mirror_of is not None) for s in samples],
+            position_ids=torch.zeros(3, rows, length, dtype=torch.long),
+            labels=torch.full((rows, length), -100),
+            answer_positions=torch.zeros(rows, width, dtype=torch.long),
+            answer_labels=torch.full((rows, width), -100),
+            answer_tokens=sum(len(t.answer) for t in tokens),
+            digit_weights=torch.zeros(rows, width),
+            row_weights=torch.zeros(rows, GRID, length),
+            column_weights=torch.zeros(rows, GRID, length),
+            target=torch.from_numpy(np.stack([sample.target for sample in samples])),
+        )
+        merge = self.image_processor.merge_size
+        for i, (parts, (height, breadth)) in enumerate(zip(tokens, sizes, strict=True)):
+            self._write_row(batch, i, parts, height // merge, breadth // merge, lengths[i])
+        batch["visual_index"] = batch["mm_token_type_ids"].flatten().nonzero()[:, 0]
+        if self.pixels:
+            batch |= self._pixels(samples)
+        return batch
+
+    def _pixels(self, samples: Sequence[Sample]) -> Batch:
+        scale = torch.tensor([self.image_processor.image_mean, self.image_processor.image_std])
+        return Batch(pixel_values=torch.cat([self.store.patches(s) for s in samples]), pixel_scale=scale)
+
+    def _write_row(self, batch: Batch, i: int, parts: Tokens, height: int, width: int, length: int) -> None:
+        """Fill row i: head, height x width visual tokens, tail and answer."""
+        head, visual = len(parts.head), height * width
+        ids = [*parts.head, *[self.image_token] * visual, *parts.tail, *parts.answer]
+        batch["input_ids"][i, :length] = torch.tensor(ids)
+        batch["attention_mask"][i, :length] = 1
+        on_image = slice(head, head + visual)
+        batch["mm_token_type_ids"][i, on_image] = 1
+        y, x, row_weights, column_weights = _token_grid(height, width)
+        batch["position_ids"][:, i, :length] = _mrope(head, y, x, length - head - visual)
+        start, n = length - len(parts.answer), len(parts.answer)
+        batch["labels"][i, start:length] = batch["answer_labels"][i, :n] = torch.tensor(parts.answer)
+        batch["answer_positions"][i, :n] = torch.arange(start - 1, length - 1)
+        batch["digit_weights"][i, :n] = torch.tensor(parts.is_digit) / sum(parts.is_digit)
+        batch["row_weights"][i, :, on_image] = row_weights
+        batch["column_weights"][i, :, on_image] = column_weights
+
+
+@lru_cache(maxsize=512)
+def _token_grid(height: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Row and column of each token [h * w], and how much of it lies in each row and column of a heatmap [14, h * w]."""
+    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    rows, columns = (torch.from_numpy(area_weights(length, GRID)).float() for length in (height, width))
+    return y, x, rows[:, y], columns[:, x]
+
+
+def _mrope(head: int, y: torch.Tensor, x: torch.Tensor, tail: int) -> torch.Tensor:
+    """Qwen3-VL's positions [3, T]: text counts on, an image stands at one time and spreads over height and width."""
+    image = torch.stack([torch.zeros_like(y), y, x]) + head
+    after = head + max(int(y[-1]), int(x[-1])) + 1
+    return torch.cat([torch.arange(head).expand(3, -1), image, torch.arange(after, after + tail).expand(3, -1)], dim=1)
+
+
+def to_device(batch: Batch, device) -> Batch:
+    """The batch with its tensors on a device; all else stays as it is."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def take(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch as a batch, with their share of patches and image features, and the same padding."""
+    length, sizes = batch["input_ids"].shape[1], batch["image_sizes"]
+    patches = [0, *accumulate(height * width for height, width in sizes)]
+    merged = patches[-1] // len(batch["visual_index"])  # patches of a token
+
+    def part(value, scale: int):
+        return torch.cat([value[patches[row] // scale : patches[row + 1] // scale] for row in rows])
+
+    taken = {key: [value[row] for row in rows] for key, value in batch.items() if isinstance(value, list)}
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if key == "pixel_scale":
+            taken[key] = value
+        elif key == "pixel_values":
+            taken[key] = part(value, 1)
+        elif key == "image_features":
+            taken[key] = part(value, merged)
+        elif key == "visual_index":
+            shifts = [(new - row) * length for new, row in enumerate(rows)]
+            counts = torch.tensor([(patches[row + 1] - patches[row]) // merged for row in rows])
+            taken[key] = part(value, merged) + torch.tensor(shifts).repeat_interleave(counts).to(value.device)
+        else:
+            taken[key] = value[:, rows] if key == "position_ids" else value[rows]
+    return taken

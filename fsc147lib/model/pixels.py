@@ -1,0 +1,105 @@
+"""Photographs as the vision encoder takes them: resized once, kept as bytes, cut into patches.
+
+The bytes are those that the library's PIL processor has before it scales them; scaling is left to the
+device (`forward.normalised_pixels`), because bytes travel at a quarter of the cost.
+
+Left out: decoding (`data`), token ids (`collate`).
+"""
+
+import shutil
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from ..data.faults import DataError
+from ..data.fsc147 import Sample
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps memory that processes share; a container may have little of it."""
+
+
+def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
+    """(height, width) in pixels that the processor's rule gives an image: multiples of 32, within its limits.
+
+    Raises:
+        DataError: the processor refuses the image, for example one 200 times as wide as high.
+    """
+    factor = image_processor.patch_size * image_processor.merge_size
+    limits = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    try:
+        return smart_resize(*sample.size, factor, *limits)
+    except ValueError as error:
+        raise DataError(f"the image processor refuses {sample.image_path}: {error}") from error
+
+
+def resized(sample: Sample, image_processor) -> np.ndarray:
+    """The decoded image at that size, [H, W, 3] uint8."""
+    height, width = resized_size(sample, image_processor)
+    return np.asarray(sample.image.resize((width, height), Image.Resampling(image_processor.resample)))
+
+
+def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
+    """[H, W, 3] uint8 -> [P, 3 * patch * patch], the merge x merge patches of each visual token together."""
+    height, width, _ = image.shape
+    blocks = image.view(height // (merge * patch), merge, patch, width // (merge * patch), merge, patch, 3)
+    return blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
+
+
+def mirrored(patches: torch.Tensor, width: int, patch: int, merge: int) -> torch.Tensor:
+    """The patches [P, 3 * patch * patch] of the mirror image; width in pixels."""
+    blocks = patches.view(-1, width // (merge * patch), merge, merge, 3, patch, patch)
+    return blocks.flip(1, 3, 6).view_as(patches)
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that are free for use."""
+    return psutil.virtual_memory().available
+
+
+class PixelStore:
+    """Patches of resized images, kept as bytes from the first time they are asked for.
+
+    Args:
+        samples: all that will be asked for, mirror images aside.
+        image_processor: of a `CountingModel`.
+        shared: let worker processes share what each of them has decoded.
+
+    Only the room is taken here, and none where less than twice as much is free: then nothing is kept.
+    """
+
+    def __init__(self, samples: list[Sample], image_processor, shared: bool = False):
+        self.image_processor = image_processor
+        sizes = {sample.image_path: resized_size(sample, image_processor) for sample in samples}
+        starts = [0, *accumulate(3 * height * width for height, width in sizes.values())]
+        free = free_memory()
+        if shared and SHARED_MEMORY.is_dir():
+            free = min(free, shutil.disk_usage(SHARED_MEMORY).free)
+        self.places: dict[Path, tuple[int, int, int]] = {}  # number, first byte, end
+        if 2 * starts[-1] <= free:
+            self.places = {path: (i, *starts[i : i + 2]) for i, path in enumerate(sizes)}
+        self.bytes = torch.empty(starts[-1] if self.places else 0, dtype=torch.uint8)
+        self.filled = torch.zeros(len(self.places), dtype=torch.bool)
+        if shared:
+            self.bytes.share_memory_()
+            self.filled.share_memory_()
+
+    def patches(self, sample: Sample) -> torch.Tensor:
+        """[P, 3 * patch * patch] uint8; mirrored after the resizing if at all: within a grey level of before."""
+        processor = self.image_processor
+        patch, merge = processor.patch_size, processor.merge_size
+        if sample.mirror_of is not None:
+            _, width = resized_size(sample.mirror_of, processor)
+            return mirrored(self.patches(sample.mirror_of), width, patch, merge)
+        if sample.image_path not in self.places:
+            return to_patches(torch.from_numpy(resized(sample, processor).copy()), patch, merge)
+        number, start, end = self.places[sample.image_path]
+        kept = self.bytes[start:end].view(-1, 3 * patch * patch)
+        if not self.filled[number]:
+            kept.copy_(to_patches(torch.from_numpy(resized(sample, processor).copy()), patch, merge))
+            self.filled[number] = True  # last: another worker may be looking
+        return kept

@@ -1,0 +1,4 @@
+"""What a person looks at: what the losses cost, how fast training is, figures, and the runner of the notebooks.
+
+Nothing imports it but commands and notebooks.
+"""

@@ -1,0 +1,338 @@
+"""Pictures of what it is given: samples, maps, curves, errors, timings.  Nothing is computed here.
+
+Every function draws on matplotlib axes or returns a figure; a widget redraws such a figure.
+
+Left out: reading data and running models; notebooks hand in what they got from the library.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import display
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from PIL import Image
+
+from ..data.fsc147 import Sample
+from ..evaluation.answering import ImageResult
+
+COUNT_COLOUR, ATTENTION_COLOUR, GREY = "#1f6fb4", "#d9541e", "#777777"
+MAP_COLOURS = "inferno"
+
+
+def show_dots(axes, sample: Sample, boxes: bool = True) -> None:
+    """The photograph with its dots and exemplar boxes."""
+    axes.imshow(sample.image)
+    axes.scatter(*sample.points.T, s=14, c="#ff2d2d", edgecolors="white", linewidths=0.5)
+    for x1, y1, x2, y2 in sample.boxes if boxes else ():
+        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="#00e5ff", linewidth=1.6))
+    axes.set_title(f"{sample.count} {sample.category}", fontsize=9)
+    axes.axis("off")
+
+
+def show_map(axes, image: Image.Image, values: np.ndarray, title: str = "", strength: float = 0.8) -> None:
+    """A map laid over a grey photograph, stretched over the whole of it; the more mass, the more opaque.
+
+    Args:
+        values: [h, w] non-negative; a grid's cells are drawn as cells, without smoothing.
+        strength: opacity of the largest value, 0..1.
+    """
+    largest = max(float(values.max()), 1e-12)
+    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=320)
+    axes.imshow(
+        values, cmap=MAP_COLOURS, alpha=strength * (0.35 + 0.65 * values / largest),
+        extent=(0, image.width, image.height, 0), interpolation="nearest",
+        vmin=0, vmax=largest,
+    )  # fmt: skip
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")
+
+
+def gallery(samples: Sequence[Sample], columns: int = 4) -> Figure:
+    """Samples with dots and boxes, row by row."""
+    rows = -(-len(samples) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.4 * rows), squeeze=False, layout="constrained")
+    for place in axes.flat:
+        place.axis("off")
+    for place, sample in zip(axes.flat, samples, strict=False):
+        show_dots(place, sample)
+    return figure
+
+
+def sample_views(sample: Sample) -> Figure:
+    """One sample three times: dots and boxes, density, 14x14 target."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    show_dots(axes[0], sample)
+    density = sample.density
+    show_map(axes[1], sample.image, density, f"density, sums to {density.sum(dtype=float):.2f}")
+    show_map(axes[2], sample.image, sample.target, "14x14 target heatmap, sums to 1")
+    return figure
+
+
+def count_histogram(counts: dict[str, Sequence[int]]) -> Figure:
+    """How many images have how many objects, for each split; both axes logarithmic."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    largest = max(max(values) for values in counts.values() if len(values))
+    smallest = min(min(values) for values in counts.values() if len(values))
+    edges = np.unique(np.geomspace(smallest, largest + 1, 16).round()) - 0.5  # whole counts, so no empty bins
+    for (split, values), colour in zip(counts.items(), ("#1f6fb4", "#d9541e", "#3a923a"), strict=False):
+        axes.hist(values, edges, histtype="step", linewidth=1.8, color=colour, label=f"{split} ({len(values)} images)")
+        axes.axvline(float(np.median(values)), color=colour, linestyle=":", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="objects in the image (dotted: median)", ylabel="images")
+    _plain_numbers(axes)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _plain_numbers(axes) -> None:
+    """On log axes: 5, 10, 20, 50 instead of powers of ten."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
+    """The most frequent categories of some samples."""
+    names, numbers = np.unique([sample.category for sample in samples], return_counts=True)
+    order = np.argsort(numbers)[-most:]
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.24 * len(order)), layout="constrained")
+    axes.barh(names[order], numbers[order], color=COUNT_COLOUR)
+    axes.set(xlabel="images")
+    return figure
+
+
+class LiveCurve:
+    """Both losses and the validation error, redrawn while training runs: `train(config, on_log=LiveCurve())`.
+
+    Args:
+        baseline: MAE of the mean predictor, drawn as a line if given.
+        every: log lines between two drawings; 0 draws only when `figure()` is called.
+    """
+
+    def __init__(self, baseline: float | None = None, every: int = 5):
+        self.baseline, self.every, self.lines, self._handle = baseline, every, [], None
+
+    def __call__(self, line: dict) -> None:
+        self.lines.append(line)
+        if self.every and (len(self.lines) % self.every == 0 or "val" in line):
+            figure = self.figure()
+            if self._handle is None:
+                self._handle = display(figure, display_id=True)
+            else:
+                self._handle.update(figure)
+            plt.close(figure)
+
+    def figure(self) -> Figure:
+        return training_curves(self.lines, self.baseline)
+
+
+def training_curves(lines: Sequence[dict], baseline: float | None = None) -> Figure:
+    """Count loss, attention loss and validation MAE against steps.
+
+    Args:
+        lines: of metrics.jsonl.
+        baseline: MAE of the mean predictor, drawn as a line if given.
+    """
+    steps = [line for line in lines if "val" not in line]
+    epochs = [line for line in lines if "val" in line]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained")
+    for place, key, value, colour, label, validated in (
+        (axes[0], "count_loss", "count_loss", COUNT_COLOUR, "count loss (nats per token)", "val"),
+        (axes[1], "attention_loss", "kl", ATTENTION_COLOUR, "attention loss", "val: KL (nats)"),
+    ):
+        seen = [line for line in steps if line[key] is not None]
+        place.plot([line["step"] for line in seen], [line[key] for line in seen], color=colour, label="train")
+        place.plot(
+            [line["step"] for line in epochs], [line["val"][value] for line in epochs], "o", color=GREY, label=validated
+        )
+        place.set(xlabel="step", title=label, ylim=(0, None))
+        place.legend(frameon=False, fontsize=8)
+    axes[2].plot([line["step"] for line in epochs], [line["val"]["mae"] for line in epochs], "o-", color=GREY)
+    axes[2].set(xlabel="step", title="validation MAE (objects)", ylim=(0, None))
+    if baseline is not None:
+        axes[2].axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
+        axes[2].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
+    """Each image's predicted count against its true one, on log axes; unparsed answers at the bottom."""
+    figure, axes = plt.subplots(figsize=(4.6, 4.3), layout="constrained")
+    parsed = [image for image in images if image.predicted]
+    lost = [image for image in images if not image.predicted]
+    axes.scatter([i.count for i in parsed], [i.predicted for i in parsed], s=16, alpha=0.6, color=COUNT_COLOUR)
+    low = 0.8 * min(min(image.count for image in images), *(image.predicted for image in parsed), 10**9)
+    high = 1.2 * max(max(image.count for image in images), *(image.predicted for image in parsed), 0)
+    if lost:
+        axes.scatter(
+            [i.count for i in lost], [low] * len(lost), marker="x", color="red", label=f"{len(lost)} unparsed or 0"
+        )
+        axes.legend(frameon=False, fontsize=8)
+    axes.plot([low, high], [low, high], color="black", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="true count", ylabel="predicted count")
+    _plain_numbers(axes)
+    return figure
+
+
+def map_comparison(samples: Sequence[Sample], maps: dict[str, np.ndarray], captions: Sequence[str] = ()) -> Figure:
+    """Photograph, target and one column for each kind of map; a row for each sample.
+
+    Args:
+        maps: title -> [B, 14, 14], in the samples' order.
+        captions: a title for each row's photograph, instead of count and category.
+    """
+    rows, columns = len(samples), 2 + len(maps)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.3 * rows), squeeze=False, layout="constrained")
+    for i, sample in enumerate(samples):
+        image = sample.image
+        show_dots(axes[i, 0], sample, boxes=False)
+        if captions:
+            axes[i, 0].set_title(captions[i], fontsize=9)
+        show_map(axes[i, 1], image, sample.target, "target" if i == 0 else "")
+        for j, (title, values) in enumerate(maps.items(), start=2):
+            show_map(axes[i, j], image, np.asarray(values[i]), title if i == 0 else "")
+    return figure
+
+
+def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int]) -> Figure:
+    """All layers and heads of one image, each on its own colour scale, titled with its mass on the image.
+
+    Args:
+        maps: [L, H, 14, 14] attention mass.
+        layers: the L layers' numbers.
+    """
+    rows, columns = maps.shape[:2]
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.2 * columns, 1.75 * rows), squeeze=False, layout="constrained"
+    )
+    for i in range(rows):
+        for j in range(columns):
+            title = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
+            show_map(axes[i, j], image, maps[i, j], title)
+            axes[i, j].title.set_fontsize(7)
+    return figure
+
+
+CLAIMED = (0.025, 0.065)
+"""The overhead that the first script of this project claimed."""
+
+
+def overhead_bars(rows: Sequence[dict]) -> Figure:
+    """Overhead of each heatmap, with its 95 % interval, and peak memory; the claimed overhead as a band.
+
+    Args:
+        rows: of `benchmark.time_losses`.  Grey is a heatmap that is only computed, red one that is trained.
+    """
+    missing = [row["name"] for row in rows if row["out_of_memory"]]
+    rows = [row for row in rows if not row["out_of_memory"]]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 3.4), layout="constrained")
+    names = [re.sub(", |_| (?=on )", "\n", row["name"]) for row in rows]
+    colours = {"none": COUNT_COLOUR, True: ATTENTION_COLOUR, False: GREY}
+    colours = [colours["none" if row["method"] == "none" else row["trained"]] for row in rows]
+    middle = np.array([row["overhead_median"] for row in rows])
+    spread = np.abs(np.array([[row["overhead_low"], row["overhead_high"]] for row in rows]).T - middle)
+    places = axes[0].bar(names[1:], 100 * middle[1:], yerr=100 * spread[:, 1:], color=colours[1:], capsize=4)
+    axes[0].bar_label(places, fmt="%.1f", fontsize=8, padding=3)
+    _claimed_band(axes[0])
+    axes[0].margins(y=0.12)  # room for the labels
+    axes[0].set(ylabel="% of a step", title="overhead (median, 95 % interval)")
+    axes[1].bar(names, [row["peak_memory"] or 0 for row in rows], color=colours)
+    axes[1].set(ylabel="MiB", title="peak memory" + "".join(f"; {name}: out of memory" for name in missing))
+    for place in axes:
+        place.tick_params(axis="x", labelsize=7)
+    return figure
+
+
+def overhead_against_every(rows: Sequence[dict]) -> Figure:
+    """What is left of each trained heatmap's overhead when it is applied on each K-th step only.
+
+    Args:
+        rows: of `benchmark.time_losses`.  A dot is the method's default K.
+    """
+    figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
+    every = 2 ** np.arange(8)
+    for row in rows:
+        if row["trained"] and not row["out_of_memory"]:
+            (line,) = axes.plot(every, 100 * row["overhead_median"] / every, label=row["name"])
+            axes.plot(row["every"], 100 * row["overhead_median"] / row["every"], "o", color=line.get_color())
+    _claimed_band(axes)
+    axes.set(xscale="log", yscale="log", xlabel="K: steps from one heatmap to the next", ylabel="% of a step")
+    _plain_numbers(axes)
+    axes.set_xticks(every, labels=[str(k) for k in every])
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def lazy_curves(runs: dict[str, list[dict]], overhead: float) -> Figure:
+    """Alignment and error of runs that trained a heatmap on each K-th step, after equal steps and after equal time.
+
+    Args:
+        runs: K -> its validations, with "step", "kl" and "mae".
+        overhead: of a step that trains the heatmap, 0.76 for 76 %; time is counted in steps without it.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    for every, lines in runs.items():
+        steps = np.array([line["step"] for line in lines])
+        times = steps * (1 + overhead / int(every))
+        for place, x, key in ((axes[0], steps, "kl"), (axes[1], times, "kl"), (axes[2], times, "mae")):
+            place.plot(x, [line[key] for line in lines], ".-", label=f"K = {every}")
+    axes[0].set(xlabel="steps", ylabel="KL(P || A), nats", title="alignment after equal steps")
+    axes[1].set(xlabel="time (steps of the count loss)", ylabel="KL(P || A), nats", title="alignment after equal time")
+    axes[2].set(xlabel="time (steps of the count loss)", ylabel="MAE, objects", title="error after equal time")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def throughput_bars(rows: Sequence[dict]) -> Figure:
+    """Images a second of each way of training, from a plain loop to all that `train` does.
+
+    Args:
+        rows: of `throughput.measure`; whiskers span the timed blocks.
+    """
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.5 * len(rows)), layout="constrained")
+    names = [f"{row['name']} (batch {row['batch_size']})" for row in rows]
+    middle = np.array([row["images_per_second"] for row in rows])
+    spread = np.abs(np.array([[min(row["rates"]), max(row["rates"])] for row in rows]).T - middle)
+    colours = [GREY] + [ATTENTION_COLOUR] * (len(rows) - 1)
+    places = axes.barh(names, middle, xerr=spread, color=colours, capsize=3)
+    axes.bar_label(places, [f" {row['images_per_second']:.0f}   {row['speedup']:.1f}x" for row in rows], fontsize=8)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set(xlabel="images a second, training")
+    return figure
+
+
+def _claimed_band(axes) -> None:
+    axes.axhspan(100 * CLAIMED[0], 100 * CLAIMED[1], color="#3a923a", alpha=0.25, label="once claimed")
+
+
+def browser(draw: Callable[..., Figure], **choices) -> widgets.Widget:
+    """Sliders and menus that redraw a figure.
+
+    Args:
+        draw: makes a figure of the chosen values.
+        choices: for each argument of `draw`: a range for a slider, or a list for a menu.
+    """
+    controls = {
+        name: widgets.IntSlider(min=c.start, max=c.stop - 1, description=name, continuous_update=False)
+        if isinstance(c, range)
+        else widgets.Dropdown(options=c, description=name)
+        for name, c in choices.items()
+    }
+    picture = widgets.Image(format="png")  # and no Output widget: a runner without a window hangs on those
+
+    def redraw(*_) -> None:
+        figure, png = draw(**{name: control.value for name, control in controls.items()}), io.BytesIO()
+        figure.savefig(png, dpi=80)
+        plt.close(figure)
+        picture.value = png.getvalue()
+
+    for control in controls.values():
+        control.observe(redraw, "value")
+    redraw()
+    return widgets.VBox([widgets.HBox(list(controls.values())), picture])

@@ -1,0 +1,180 @@
+"""What the notebooks share: where data, model and results are; and the runner behind `make run`.
+
+The runner executes the notebooks in order with no window, writes them and their HTML to
+`runs/workbook/`, and sums up their results in `summary.json`.
+
+Left out: everything that a notebook shows.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbconvert import HTMLExporter
+from tqdm import tqdm
+
+from ..data.scenes import make_dataset
+from ..files import write_text
+from ..model.load import TINY
+
+PICTURES = {"train": 800, "val": 100, "test": 50}
+"""Size of the drawn data set that the notebooks use when no root is given."""
+
+
+class WorkbookError(RuntimeError):
+    """A notebook cannot go on; the message says what to run first, or which cell failed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where a notebook finds its data, its model and the results of the others."""
+
+    data: Path
+    model: str
+    out: Path
+
+    @property
+    def finetune(self) -> Path:
+        """The run of notebook 03 with this data and model."""
+        return self.out / f"finetune-{Path(self.model).name}-{self.data.name}"
+
+    @property
+    def overhead(self) -> Path:
+        """The timings of notebook 02."""
+        return self.out / "overhead.json"
+
+    def trained(self) -> Path:
+        """The best checkpoint of notebook 03.
+
+        Raises:
+            WorkbookError: it has not been run with this data and model.
+        """
+        folder = self.finetune / "best"
+        if not folder.is_dir():
+            raise WorkbookError(f"there is no trained model in {folder}: run 03_dual_loss_finetuning.ipynb first")
+        return folder
+
+
+def settings(data: str | Path | None = None, model: str = TINY, out: str | Path = "../runs/notebooks") -> Settings:
+    """Settle where things are, and draw the default data set if it is needed and not there.
+
+    The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT win over the arguments.
+
+    Args:
+        data: a root in FSC147's official layout; None for a drawn one in `out`.
+        model: "tiny", a folder or a hub id.
+        out: folder of results, relative to the notebooks.
+    """
+    if "ipykernel" in sys.modules:  # photographs as PNG would make megabytes of a notebook
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
+    data = os.environ.get("FSC147_DATA") or data
+    model = os.environ.get("FSC147_MODEL") or str(model)
+    out = Path(os.environ.get("FSC147_OUT") or out)
+    if data is None:
+        data = out / "drawn-{train}-{val}-{test}".format(**PICTURES)
+        if not data.exists():
+            make_dataset(data, **PICTURES)
+    return Settings(Path(data).expanduser(), model, out)
+
+
+def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
+    """Execute a notebook in its own folder and write it, with its HTML, to `out`.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        WorkbookError: naming the notebook and quoting the failed cell; what ran before is written.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        extra_arguments=["--IPKernelApp.log_level=40"],  # or each kernel warns of its unencrypted local socket
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_executed=lambda **_: progress.update(),
+    )
+    started = time.perf_counter()
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise WorkbookError(f"{path.name} failed:\n{error}") from error
+    finally:
+        notebook.metadata.pop("widgets", None)  # dead in a page, and large; a static picture stands beside each
+        write_text(out / path.name, nbformat.writes(notebook))
+        page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook)
+        write_text(out / f"{path.stem}.html", page)
+    return time.perf_counter() - started
+
+
+def summarise(where: Settings, seconds: dict[str, float]) -> dict:
+    """The numbers of a run of all notebooks, from the files that they wrote."""
+    run = json.loads((where.finetune / "summary.json").read_text())
+    rows = {row["name"]: row for row in json.loads(where.overhead.read_text())["rows"]}
+    both = rows["attention, trained"]
+    return {
+        "data": str(where.data),
+        "model": where.model,
+        "before": run["before"],
+        "after": run["best"],
+        "baselines": run["baselines"],
+        "attention_loss_overhead": {key: both[f"overhead_{key}"] for key in ("low", "median", "high")},
+        "seconds": seconds,
+    }
+
+
+def table(summary: dict) -> str:
+    """The summary as the few lines that `make run` ends with."""
+    before, after, mean = summary["before"], summary["after"], summary["baselines"]["mean"]
+    overhead = summary["attention_loss_overhead"]
+    lines = [
+        f"{'validation':<28}{'before':>10}{'after':>10}{'always the mean':>18}",
+        f"{'MAE (objects)':<28}{before['mae']:>10.2f}{after['mae']:>10.2f}{mean['mae']:>18.2f}",
+        f"{'RMSE (objects)':<28}{before['rmse']:>10.2f}{after['rmse']:>10.2f}{mean['rmse']:>18.2f}",
+        f"{'alignment, KL (nats)':<28}{before['kl']:>10.3f}{after['kl']:>10.3f}",
+        f"{'attention mass on objects':<28}{before['mass_on_objects']:>10.3f}{after['mass_on_objects']:>10.3f}",
+        "",
+        "overhead of the attention loss: {median:.1%} (95 % interval {low:.1%} to {high:.1%})".format(**overhead),
+        *(f"{name:<28}{spent:>8.0f} s" for name, spent in summary["seconds"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the workbook from the project's folder: `python -m fsc147lib.workbook`."""
+    folder, out = Path("notebooks"), Path("runs/workbook")
+    paths = sorted(folder.glob("[0-9]*.ipynb"))
+    if not paths:
+        print("there are no notebooks here: run this in the project's folder", file=sys.stderr)
+        return 2
+    for bars in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(bars, "1")  # for the kernels: a bar in a page is noise
+    results = Path(os.environ.setdefault("FSC147_OUT", str(out / "results"))).resolve()
+    for name in ("FSC147_DATA", "FSC147_MODEL", "FSC147_OUT"):  # kernels run in another folder
+        if name == "FSC147_OUT" or Path(os.environ.get(name) or "-").exists():
+            os.environ[name] = str(Path(os.environ[name]).resolve())
+    cells = sum(cell.cell_type == "code" for path in paths for cell in nbformat.read(path, as_version=4).cells)
+    seconds = {}
+    with tqdm(total=cells, unit="cell", disable=False) as progress:
+        for path in paths:
+            progress.set_description(path.stem)
+            try:
+                seconds[path.stem] = run_notebook(path, out, progress)
+            except WorkbookError as error:
+                print(f"\n{error}", file=sys.stderr)
+                return 1
+    summary = summarise(settings(out=results), seconds)
+    write_text(out / "summary.json", json.dumps(summary, indent=1))
+    print(table(summary), f"\nexecuted notebooks, HTML and summary.json are in {out}/", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Which training images make a batch, and the loader that brings them.
+
+Left out: what a batch holds (`collate`), and when to ask for one (`train`).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..data.fsc147 import Sample
+from ..model.collate import Collate
+from ..model.network import CountingModel
+from ..model.pixels import PixelStore
+
+
+class TrainingImages(Dataset):
+    """Samples by number and whether mirrored, as `SizeBatches` asks for them."""
+
+    def __init__(self, samples: list[Sample]):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: tuple[int, bool]) -> Sample:
+        sample = self.samples[place[0]]
+        return sample.flipped() if place[1] else sample
+
+
+class SizeBatches(Sampler):
+    """Batches of images of like size, in an order that depends on seed and epoch alone.
+
+    Each epoch shows each sample once.  Which samples of like length meet in a batch, which are mirrored, and
+    the order of the batches change from epoch to epoch; a batch that is not full comes last, and holds
+    the longest: they are few, and would pad a full one.
+
+    Args:
+        lengths: of each sample (rows, columns, tokens), see `Collate.lengths`.
+        by_size: False takes the samples as they come.
+    """
+
+    drop_last = False  # accelerate asks
+
+    def __init__(self, lengths: list[tuple[int, int, int]], batch_size: int, seed: int, flip: bool, by_size: bool):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.flip, self.by_size = flip, by_size
+        self.shuffle(0)
+
+    def shuffle(self, epoch: int) -> None:
+        """Choose the batches of an epoch.
+
+        Not called `set_epoch`: accelerate calls a method of that name with its own count of epochs, which
+        starts anew when a run is resumed.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        mirrored = (torch.rand(len(order), generator=generator) < 0.5 * self.flip).tolist()
+        if self.by_size:  # within a few tokens, so that an image does not always meet the same others
+            jitter = (3 * torch.rand(len(order), generator=generator)).tolist()
+            order.sort(key=lambda i: self.lengths[i][2] + jitter[i])
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        full = len(order) // self.batch_size  # a rest keeps its place at the end
+        batches[:full] = [batches[i] for i in torch.randperm(full, generator=generator).tolist()]
+        # images of one size side by side, for the vision encoder
+        self.batches = [[(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)] for batch in batches]
+
+    def padding(self) -> float:
+        """Part of this epoch's batches that is padding, 0..1."""
+        longest = [max(self.lengths[i][2] for i, _ in batch) * len(batch) for batch in self.batches]
+        return 1 - sum(length[2] for length in self.lengths) / sum(longest)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        return iter(self.batches)
+
+
+def training_loader(
+    samples: list[Sample],
+    model: CountingModel,
+    store: PixelStore | None,
+    batch_size: int,
+    seed: int = 0,
+    flip: bool = True,
+    by_size: bool = True,
+    workers: int = 0,
+) -> DataLoader:
+    """Batches of a run; `loader.batch_sampler.shuffle(epoch)` chooses the epoch.
+
+    Args:
+        store: of the images' bytes; None leaves pixels out, where image features come from a cache.
+        workers: processes that read images.
+    """
+    collate = Collate(model.tokenizer, model.image_processor, store, pixels=store is not None)
+    lengths = [collate.lengths(sample) for sample in samples]
+    batches = SizeBatches(lengths, batch_size, seed, flip, by_size)
+    ahead = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+    return DataLoader(
+        TrainingImages(samples), batch_sampler=batches, collate_fn=collate, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), **ahead,
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+"""The two losses and their sum: does the model say the right count, and does it look at the objects?
+
+Left out: the loop.  `DualLoss` holds the network so that one module is all that a loop, a mixed
+precision wrapper or a distributed wrapper has to call.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..data.targets import kl_divergence
+from ..model.answers import count_loss
+from ..model.collate import Batch, take
+from ..model.forward import answer_logits
+from ..model.heatmaps import Heatmap
+
+
+class NonFiniteLoss(ValueError):
+    """A loss is NaN or infinite; the message names which one, and the images."""
+
+
+def squared_error(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
+    """Squared difference summed over the cells of each image: [B, 14, 14] twice -> [B], in 0..2."""
+    return (target.float() - heatmap.float()).square().sum(dim=(1, 2))
+
+
+ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
+"""An attention loss is a function of target and heatmap [B, 14, 14] to [B]."""
+
+
+@dataclass
+class LossParts:
+    """Scalars of one step; `total` = `count` + weight * `attention`."""
+
+    total: torch.Tensor
+    count: torch.Tensor  # mean over answer tokens
+    attention: torch.Tensor | None  # mean over images; in a log None on steps without it
+
+
+class DualLoss(nn.Module):
+    """Count loss plus weighted attention loss of one forward pass.
+
+    Args:
+        network: Qwen3-VL from `load_model`.
+        weight: of the attention loss; 0 leaves it out altogether, its heatmap included.
+        kind: "kl" or "mse".
+        heatmap: what is held against the target; None for `Heatmap(network)`, the attention.
+        heatmap_images: look at so many images of a batch only, chosen at random, in a pass of their own; the
+            mean over all choices is the loss of the whole batch.  None looks at all.
+    """
+
+    def __init__(
+        self,
+        network,
+        weight: float = 0.1,
+        kind: str = "kl",
+        heatmap: Heatmap | None = None,
+        heatmap_images: int | None = None,
+    ):
+        super().__init__()
+        self.network, self.weight, self.kind, self.heatmap_images = network, weight, kind, heatmap_images
+        self.heatmap = heatmap or Heatmap(network)
+
+    def forward(
+        self,
+        batch: Batch,
+        tokens: int | torch.Tensor | None = None,
+        images: int | torch.Tensor | None = None,
+        weight: float | None = None,
+    ) -> LossParts:
+        """The losses of a batch.  Nothing here waits for the GPU: `check_finite` looks at them later.
+
+        Args:
+            batch: from `Collate`, on the network's device.
+            tokens, images: what to divide the sums by; None for this batch's own.  With gradient
+                accumulation these are the numbers of the whole window, so that every answer token
+                weighs the same and the parts of the window add up.
+            weight: of this step's attention loss; None for the loss's own.
+        """
+        weight = self.weight if weight is None else weight
+        looked_at, share = batch, 1.0
+        if weight and (self.heatmap_images is None or self.heatmap_images >= len(batch["names"])):
+            logits, heatmap = self.heatmap.with_logits(batch, keep_graph=True)
+        else:
+            logits = answer_logits(self.network, batch)
+            if weight:
+                looked_at = take(batch, self.chosen(batch["names"]))
+                heatmap = self.heatmap(looked_at, keep_graph=True)
+                share = self.heatmap_images / len(batch["names"])
+        labels = batch["answer_labels"]
+        count = count_loss(logits, labels) / (batch["answer_tokens"] if tokens is None else tokens)
+        attention = torch.zeros_like(count)
+        if weight:
+            divergence = ATTENTION_LOSSES[self.kind](looked_at["target"], heatmap)
+            attention = divergence.sum() / share / (len(labels) if images is None else images)
+        return LossParts(count + weight * attention, count, attention)
+
+    def chosen(self, names: list[str]) -> list[int]:
+        """Which rows of a batch to look at: depends on the batch's images and their order alone."""
+        return sorted(random.Random(" ".join(names)).sample(range(len(names)), self.heatmap_images))
+
+
+def check_finite(steps: list[tuple[list[str], dict[str, torch.Tensor]]]) -> None:
+    """Fetch the numbers of some steps at once, and stop at the first that is NaN or infinite.
+
+    Args:
+        steps: of each the names of its images, and its numbers by name.
+
+    Raises:
+        NonFiniteLoss: naming the number and the images of that step.
+    """
+    if not steps:
+        return
+    values = torch.stack([torch.stack(list(numbers.values())) for _, numbers in steps]).tolist()
+    for (images, numbers), row in zip(steps, values, strict=True):
+        for name, value in zip(numbers, row, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"the {name} is {value} on {', '.join(images)}: "
+                    "lower the learning rate, or look at these images with `check`"
+                )

@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+
+from fsc147lib.data.targets import area_weights, density_map, gaussian_window, resample_map, target_heatmap
+
+SIZE = (384, 576)
+
+
+@pytest.fixture
+def points():
+    return np.random.default_rng(0).uniform((0, 0), (576, 384), (40, 2)).astype(np.float32)
+
+
+def by_hand(points, size):
+    """The density dot by dot and pixel by pixel, from its definition in the paper."""
+    n = len(points)
+    nearest = [min(np.hypot(*(points[i] - points[j])) for j in range(n) if j != i) for i in range(n)]
+    window = float(np.mean(nearest))
+    total = np.zeros(size)
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    for px, py in points.astype(float):
+        inside = (np.abs(x - px) <= window / 2) & (np.abs(y - py) <= window / 2)
+        bump = np.where(inside, np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * (window / 4) ** 2)), 0)
+        total += bump / bump.sum()
+    return total
+
+
+def test_density_is_the_papers(points):
+    np.testing.assert_allclose(density_map(points, SIZE), by_hand(points, SIZE), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [[[0, 0]], [[576, 384]], [[575.9, 200], [0.01, 383.9]], [[577.3, 100]], [[-3, 390]], [[100, 100]] * 5],
+    ids=["corner", "far corner", "borders", "beyond the right border", "outside twice", "coinciding"],
+)
+def test_density_sums_to_the_count(points, extra):
+    points = np.concatenate([points, extra])
+    assert density_map(points, SIZE).sum(dtype=np.float64) == pytest.approx(len(points), abs=1e-4)
+    assert target_heatmap(points, SIZE).sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3701])
+def test_few_and_many_dots(number):
+    points = np.random.default_rng(1).uniform((0, 0), (576, 384), (number, 2))
+    assert density_map(points, SIZE).sum(dtype=np.float64) == pytest.approx(number, rel=1e-6, abs=1e-4)
+
+
+def test_no_dots():
+    assert density_map(np.zeros((0, 2)), SIZE).sum() == 0
+    with pytest.raises(ValueError, match="no dots"):
+        target_heatmap(np.zeros((0, 2)), SIZE)
+
+
+def test_all_dots_in_one_place_have_a_window():
+    assert gaussian_window(np.full((3, 2), 50.0), SIZE) > 0
+
+
+@pytest.mark.parametrize("size", [(384, 576), (384, 256), (700, 384), (31, 57)])
+def test_target_is_the_density_on_the_coarse_grid(size):
+    points = np.random.default_rng(2).uniform((0, 0), size[::-1], (30, 2))
+    coarse = resample_map(density_map(points, size).astype(np.float64), (14, 14))
+    np.testing.assert_allclose(target_heatmap(points, size), coarse / coarse.sum(), atol=1e-7)
+
+
+def test_order_of_dots_does_not_matter(points):
+    shuffled = np.random.default_rng(3).permutation(points)
+    np.testing.assert_allclose(density_map(shuffled, SIZE), density_map(points, SIZE), atol=1e-6)
+    np.testing.assert_allclose(target_heatmap(shuffled, SIZE), target_heatmap(points, SIZE), atol=1e-7)
+
+
+def test_mirrored_dots_give_the_mirrored_map(points):
+    mirrored = points * [-1, 1] + [576, 0]
+    np.testing.assert_allclose(density_map(mirrored, SIZE), density_map(points, SIZE)[:, ::-1], atol=1e-6)
+    np.testing.assert_allclose(target_heatmap(mirrored, SIZE), target_heatmap(points, SIZE)[:, ::-1], atol=1e-7)
+
+
+def expected_centre(cell, n_in, n_out):
+    """Where the mass of an input cell lies on 0..1 after it was moved: by fine sampling of the cell."""
+    inside = (cell + (np.arange(20_000) + 0.5) / 20_000) / n_in
+    return pytest.approx(((np.floor(inside * n_out) + 0.5) / n_out).mean(), abs=2e-4)
+
+
+@pytest.mark.parametrize("grid", [(12, 18), (12, 49), (31, 12), (7, 14), (1, 1), (14, 14)])
+@pytest.mark.parametrize("back", [False, True], ids=["to 14x14", "from 14x14"])
+def test_one_hot_maps_keep_mass_and_place(grid, back):
+    source, goal = ((14, 14), grid) if back else (grid, (14, 14))
+    for y in range(source[0]):
+        for x in (0, source[1] // 2, source[1] - 1):
+            one_hot = np.zeros(source)
+            one_hot[y, x] = 1
+            moved = resample_map(one_hot, goal)
+            assert moved.sum() == pytest.approx(1)
+            rows, columns = np.nonzero(moved > 1e-12)
+            for axis, cell in ((0, y), (1, x)):
+                centre = moved.sum(axis=1 - axis) @ (np.arange(goal[axis]) + 0.5) / goal[axis]
+                assert centre == expected_centre(cell, source[axis], goal[axis])
+            # every cell that got mass overlaps the cell it came from, on the common 0..1 square
+            assert (rows / goal[0] < (y + 1) / source[0]).all() and ((rows + 1) / goal[0] > y / source[0]).all()
+            assert (columns / goal[1] < (x + 1) / source[1]).all() and ((columns + 1) / goal[1] > x / source[1]).all()
+
+
+def test_area_weights_by_hand():
+    # 3 cells onto 2: the middle one is halved
+    np.testing.assert_allclose(area_weights(3, 2), [[1, 0.5, 0], [0, 0.5, 1]])
+    # 5 cells onto 3, edges at 5/3 and 10/3: unequal parts
+    third = 1 / 3
+    expected = [[1, 2 * third, 0, 0, 0], [0, third, 1, third, 0], [0, 0, 0, 2 * third, 1]]
+    np.testing.assert_allclose(area_weights(5, 3), expected, atol=1e-12)
+    np.testing.assert_allclose(area_weights(14, 14), np.eye(14), atol=1e-12)

@@ -1,0 +1,128 @@
+import csv
+import json
+
+import pytest
+import torch
+
+from fsc147lib.data.fsc147 import FSC147
+from fsc147lib.evaluation import answering as evaluation
+from fsc147lib.evaluation.answering import EvaluateConfig, evaluate, evaluate_samples, generate_answers
+from fsc147lib.evaluation.metrics import counting_metrics
+from fsc147lib.model import forward
+from fsc147lib.model.answers import agreement
+from fsc147lib.model.collate import Collate
+from fsc147lib.model.forward import answer_logits, normalised_pixels
+from fsc147lib.model.prompt import answer
+from fsc147lib.training.losses import DualLoss
+
+
+def taught(model, samples, steps=25):
+    """A model that has learnt a few samples by heart."""
+    batch = Collate(model.tokenizer, model.image_processor)(samples)
+    loss = DualLoss(model.network)
+    optimizer = torch.optim.AdamW(model.network.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(batch).total.backward()
+        optimizer.step()
+    return model
+
+
+def test_a_model_that_knows_the_answers_is_seen_to(tiny, root):
+    samples = list(FSC147(root, "val"))[:3]
+    result = evaluate_samples(taught(tiny, samples, 60), samples, batch_size=2)
+    assert [image.answer for image in result.images] == [answer(sample.count) for sample in samples]
+    assert result.metrics["mae"] == 0 and result.metrics["unparsed"] == 0
+    assert [image.name for image in result.images] == [sample.name for sample in samples]
+
+
+def test_batched_answers_are_greedy_ones(tiny, mixed_samples):
+    """Token by token, image by image, without a cache: the arg max of a full forward pass."""
+    check_greedy(taught(tiny, mixed_samples, 12), mixed_samples)  # half taught: answers differ between images
+
+
+def test_what_the_forced_pass_has_shown_is_not_decoded_again(tiny, mixed_samples, monkeypatch):
+    """A taught model says "COUNT: " as it was told to: only what follows is decoded token by token."""
+    taught(tiny, mixed_samples, 40)
+    decoded, layer = [], forward.text_layer
+
+    def counted(module, hidden, *args, **kwargs):
+        decoded.append(hidden.shape[1] == 1)
+        return layer(module, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(forward, "text_layer", counted)
+    check_greedy(tiny, mixed_samples)
+    width = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)["answer_labels"].shape[1]
+    prefix = len(tiny.tokenizer.encode("COUNT: ", add_special_tokens=False))
+    assert sum(decoded) <= (width - 1 - prefix) * len(tiny.network.model.language_model.layers)
+
+
+@torch.no_grad()
+def check_greedy(tiny, mixed_samples):
+    collate = Collate(tiny.tokenizer, tiny.image_processor)
+    network = tiny.network.eval()
+    together = {**collate(mixed_samples), "keys": []}
+    logits = answer_logits(network, together)
+    tokens = generate_answers(tiny, together, logits, agreement(together, logits, tiny.tokenizer.eos_token_id))
+    batched = tiny.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
+    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+    for sample, got in zip(mixed_samples, batched, strict=True):
+        alone = collate([sample])
+        start = int(alone["answer_positions"][0, 0]) + 1
+        inputs = {key: alone[key] for key in keys} | {"pixel_values": normalised_pixels(alone)}
+        inputs |= {key: inputs[key][:, :start] for key in keys[:3]}
+        for _ in range(10):
+            token = network(**inputs).logits[:, -1:].argmax(dim=-1)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+            for key, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+                more = torch.full_like(inputs[key][:, :1], value)
+                inputs[key] = torch.cat([inputs[key], more], dim=1)
+            if token.item() == tiny.tokenizer.eos_token_id:
+                break
+        expected = tiny.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True)
+        assert got == expected
+
+
+def test_unparsed_answers_count_as_zero(tiny, root, monkeypatch):
+    samples = list(FSC147(root, "val"))
+    said = [answer(sample.count) for sample in samples]
+    said[2], said[5] = "a lot", "COUNT: 3.7"
+    ids = tiny.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
+    by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
+    answers = lambda model, batch, *_: torch.stack([by_name[name] for name in batch["names"]])  # noqa: E731
+    monkeypatch.setattr(evaluation, "generate_answers", answers)
+    result = evaluate_samples(tiny, samples, batch_size=3)
+    expected = [0 if i in (2, 5) else sample.count for i, sample in enumerate(samples)]
+    assert result.metrics["unparsed"] == pytest.approx(2 / len(samples))
+    assert result.metrics["mae"] == counting_metrics(expected, [sample.count for sample in samples])["mae"]
+    assert result.images[2].predicted is None
+
+
+def test_numbers_do_not_depend_on_the_batch_size(tiny, root):
+    samples = list(FSC147(root, "val"))
+    one, many = (evaluate_samples(tiny, samples, batch_size=size) for size in (1, 5))
+    assert [image.answer for image in one.images] == [image.answer for image in many.images]
+    for key, value in one.metrics.items():
+        assert many.metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def test_files(tiny, root, tmp_path):
+    tiny.save(tmp_path / "model")
+    result = evaluate(EvaluateConfig(data=root, model=str(tmp_path / "model"), json=tmp_path / "out" / "val.json"))
+    written = json.loads((tmp_path / "out" / "val.json").read_text())
+    assert written["metrics"] == result.metrics and written["split"] == "val"
+    rows = list(csv.DictReader((tmp_path / "out" / "val.csv").open()))
+    assert [row["name"] for row in rows] == [sample.name for sample in FSC147(root, "val")]
+    assert [int(row["count"]) for row in rows] == [sample.count for sample in FSC147(root, "val")]
+    assert sum(row["images"] for row in written["bins"].values()) == len(rows)
+
+
+def test_training_mode_is_given_back(tiny, root):
+    tiny.network.train()
+    evaluate_samples(tiny, list(FSC147(root, "val"))[:1])
+    assert tiny.network.training
+
+
+def test_workers_read_the_same(tiny, root):
+    samples = list(FSC147(root, "val"))
+    assert evaluate_samples(tiny, samples, workers=2).metrics == evaluate_samples(tiny, samples).metrics

@@ -1,0 +1,121 @@
+"""The fast pass is the library's pass: outputs, gradients, greedy answers; compiled or not."""
+
+import shutil
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from test_answering import taught
+
+from fsc147lib.model.adapt import freeze_vision
+from fsc147lib.model.answers import agreement, greedy_tokens
+from fsc147lib.model.attention import attention_by_size
+from fsc147lib.model.collate import Collate
+from fsc147lib.model.forward import Probe, answer_logits, compile_layers, encode_images, normalised_pixels
+from fsc147lib.model.load import load_model
+from fsc147lib.training.losses import DualLoss
+
+
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (4, 4, 9, 1, 4), (7,)])
+def test_attention_by_size_is_attention_image_by_image(tiny, lengths):
+    module = tiny.network.model.visual.blocks[0].attn
+    query, key, value = (torch.randn(1, 4, sum(lengths), 16, requires_grad=True) for _ in range(3))
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    got, _ = attention_by_size(module, query, key, value, None, cu_seq_lens_q=bounds)
+    parts = [x.split(lengths, dim=2) for x in (query, key, value)]
+    each = [F.scaled_dot_product_attention(*one, scale=module.scaling) for one in zip(*parts, strict=True)]
+    expected = torch.cat(each, dim=2).transpose(1, 2)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    weights = torch.randn_like(expected)
+    for ours, theirs in zip(*(torch.autograd.grad((x * weights).sum(), (query, key, value)) for x in (got, expected)),
+                            strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def library():
+    """The tiny model as transformers runs it: its own attention, its own patch embedding."""
+    network = load_model("tiny").network
+    network.set_attn_implementation("sdpa")
+    del network.model.visual.patch_embed.forward
+    return network
+
+
+@pytest.mark.parametrize("form", ["bytes", "numbers"])
+def test_image_features_are_the_library_s(tiny, library, mixed_samples, form):
+    """Of images of four sizes, with the gradients of the encoder's weights."""
+    made = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
+    pixels = normalised_pixels(made)
+    ours = encode_images(tiny.network, made if form == "bytes" else {**made, "pixel_values": pixels})
+    theirs = library.model.visual(pixels, grid_thw=made["image_grid_thw"])
+    pairs = [(ours.embeddings, theirs.pooler_output), *zip(ours.deepstack, theirs.deepstack_features, strict=True)]
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    sum((got**2).sum() for got, _ in pairs).backward()
+    sum((expected**2).sum() for _, expected in pairs).backward()
+    for name in ("patch_embed.proj.weight", "pos_embed.weight", "blocks.1.attn.qkv.weight", "merger.linear_fc2.weight"):
+        got, expected = (network.model.visual.get_parameter(name).grad for network in (tiny.network, library))
+        torch.testing.assert_close(got, expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3)
+
+
+def test_gradients_of_the_language_model_are_the_library_s(tiny, library, batch):
+    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw", "labels")
+    library(**{key: batch[key] for key in keys}).loss.backward()
+    DualLoss(tiny.network, weight=0)(batch).total.backward()
+    for (name, ours), theirs in zip(tiny.network.named_parameters(), library.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-2, msg=name)
+
+
+@torch.no_grad()
+def test_the_right_answer_is_hidden_from_free_answers(tiny, mixed_samples):
+    """The keys of the forced answer stand behind each prompt: another forced answer must change nothing."""
+    with torch.enable_grad():
+        taught(tiny, mixed_samples, 12)
+    tiny.network.eval()
+    spoken = []
+    for change in (0, 1):
+        batch = {**Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples), "keys": []}
+        forced = batch["answer_positions"] + 1
+        other = (batch["input_ids"].gather(1, forced) + change) % 200  # other tokens in the answer's place
+        batch["input_ids"] = batch["input_ids"].scatter(1, forced, other)
+        batch["answer_labels"] = batch["answer_labels"].where(batch["answer_labels"] < 0, other)
+        logits = answer_logits(tiny.network, batch)
+        end = tiny.tokenizer.eos_token_id
+        spoken.append(greedy_tokens(tiny.network, batch, logits, agreement(batch, logits, end), 9, end))
+    assert torch.equal(*spoken)
+
+
+def test_a_probe_catches_the_state_that_enters_a_layer(tiny, batch):
+    caught = {}
+    for layer in (0, 2):
+        norm = tiny.network.model.language_model.layers[layer].input_layernorm
+        hook = norm.register_forward_pre_hook(lambda module, args: caught.update(state=args[0]))
+        probe = Probe(batch["answer_positions"], entering=layer)
+        with_probe = answer_logits(tiny.network, batch, probe)
+        hook.remove()
+        assert torch.equal(probe.state, caught["state"])
+        assert torch.equal(with_probe, answer_logits(tiny.network, batch))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_do_the_same_with_few_graphs(tiny, mixed_samples):
+    """Two batches of other shapes: the same losses and gradients, and no graph for each layer or each width."""
+    collate = Collate(tiny.tokenizer, tiny.image_processor)
+    batches = [collate(mixed_samples[:3]), collate(mixed_samples[2:])]
+    freeze_vision(tiny.network, True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = []
+    for compiled in (False, True):
+        compile_layers(tiny.network, compiled)
+        tiny.network.zero_grad()
+        parts = [DualLoss(tiny.network)(batch) for batch in batches]
+        sum(part.total for part in parts).backward()
+        gradients = [p.grad.clone() for p in tiny.network.parameters() if p.grad is not None]
+        found.append(([part.attention.item() for part in parts], gradients))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for plain, compiled in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(plain, compiled, atol=1e-5, rtol=1e-3)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]

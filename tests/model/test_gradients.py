@@ -1,0 +1,312 @@
+"""Gradient heatmaps are finite differences of the answer's log-probability; so are the gradients that train them."""
+
+import pytest
+import torch
+
+from fsc147lib.data.targets import resample_map
+from fsc147lib.model import attention, forward
+from fsc147lib.model.adapt import freeze_vision
+from fsc147lib.model.collate import Collate
+from fsc147lib.model.forward import answer_logits, normalised_pixels
+from fsc147lib.model.heatmaps import METHODS, Heatmap
+from fsc147lib.model.load import load_model
+from fsc147lib.options import ConfigError
+from fsc147lib.training.loop import Run, TrainConfig, train
+from fsc147lib.training.losses import DualLoss
+
+TRAINABLE = [("attention", 0), ("token_gradient", 0), ("token_gradient", 2), ("input_gradient", 0)]
+
+
+def in_float64(batch):
+    return {key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+            for key, value in batch.items()}  # fmt: skip
+
+
+@pytest.fixture
+def exact(float64, mixed_samples):
+    """The tiny model and a batch of two images in float64."""
+    model = load_model("tiny", dtype=torch.float64)
+    return model.network, in_float64(Collate(model.tokenizer, model.image_processor)(mixed_samples[1:3]))
+
+
+@torch.no_grad()
+def score(network, batch):
+    """Log-probability of each answer's digits, read off the logits of a plain forward pass: [B]."""
+    logits = answer_logits(network, batch).log_softmax(dim=-1)
+    picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
+    return (picked * (batch["digit_weights"] > 0)).sum(dim=1)
+
+
+def on_grid(tokens, batch):
+    """Values of the visual tokens [V] of a batch, image by image: folded, moved to 14x14, scaled to sum 1."""
+    maps, start = [], 0
+    for _, height, width in (batch["image_grid_thw"] // 2).tolist():
+        part = tokens[start : start + height * width].reshape(height, width)
+        moved = torch.from_numpy(resample_map(part.numpy(), (14, 14)))
+        maps.append(moved / moved.sum())
+        start += height * width
+    return torch.stack(maps)
+
+
+@pytest.mark.parametrize("entering", [0, 1, 3])
+def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering, monkeypatch):
+    """A dozen channels of random tokens, hidden and deepstack, by differences; the map is their |g * e| summed."""
+    network, batch = exact
+    visual = batch["mm_token_type_ids"].bool()
+    caught, added = {}, {}
+
+    def watch(name, value):
+        """Keep what the network uses under a name, moved by what was asked for."""
+        caught[name] = value = value + added.get(name, 0)
+        if value.requires_grad:
+            value.retain_grad()
+        return value
+
+    def watched(plain):
+        def run(layer, hidden, *args, **kwargs):
+            if layer is network.model.language_model.layers[entering]:
+                hidden = watch("hidden", hidden)
+            return plain(layer, hidden, *args, **kwargs)
+
+        return run
+
+    def watched_images(*args, **kwargs):
+        images = plain_images(*args, **kwargs)
+        for i in range(entering, len(images.deepstack)):
+            images.deepstack[i] = watch(f"deepstack {i}", images.deepstack[i])
+        return images
+
+    plain_images, plain_layers = forward.encode_images, (forward.text_layer, forward.last_text_layer)
+    monkeypatch.setattr(forward, "encode_images", watched_images)
+    for layer in plain_layers:
+        monkeypatch.setattr(forward, layer.__name__, watched(layer))
+    logits = answer_logits(network, batch).log_softmax(dim=-1)
+    picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
+    (picked * (batch["digit_weights"] > 0)).sum().backward()
+    states = {name: (value.detach(), value.grad) for name, value in caught.items()}
+    generator = torch.Generator().manual_seed(0)
+    for name, (value, gradient) in states.items():
+        used = visual.nonzero() if name == "hidden" else torch.arange(len(value))[:, None]
+        for row in torch.randint(len(used), (4,), generator=generator):
+            place = (*used[row].tolist(), int(torch.randint(value.shape[-1], (), generator=generator)))
+            sides = []
+            for step in (1e-5, -1e-5):
+                added[name] = torch.zeros_like(value)
+                added[name][place] = step
+                sides.append(score(network, batch).sum().item())
+            added.clear()
+            assert gradient[place].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4, abs=1e-8), name
+    monkeypatch.setattr(forward, "encode_images", plain_images)
+    for layer in plain_layers:
+        monkeypatch.setattr(forward, layer.__name__, layer)
+    parts = {name: (value * gradient).abs().sum(dim=-1) for name, (value, gradient) in states.items()}
+    tokens = parts.pop("hidden")[visual] + sum(parts.values())
+    got = Heatmap(network, "token_gradient", entering=entering)(batch)
+    torch.testing.assert_close(got, on_grid(tokens, batch), atol=1e-9, rtol=1e-6)
+
+
+def test_input_gradient_is_the_pixels_finite_difference(exact):
+    """Each pixel of two visual tokens of one image; the rest of that image follows from a ratio of the map."""
+    network, batch = exact
+    heatmap = Heatmap(network, "input_gradient")
+    pixels = normalised_pixels(batch)
+    with torch.enable_grad():
+        leaf = pixels.clone().requires_grad_()
+        logits = answer_logits(network, {**batch, "pixel_values": leaf}).log_softmax(dim=-1)
+        picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
+        (picked * (batch["digit_weights"] > 0)).sum().backward()
+    generator = torch.Generator().manual_seed(0)
+    for index in torch.randint(pixels.numel(), (12,), generator=generator).tolist():
+        place, sides = divmod(index, pixels.shape[1]), []
+        for step in (1e-4, -1e-4):
+            moved = pixels.clone()
+            moved[place] += step
+            sides.append(score(network, {**batch, "pixel_values": moved}).sum())
+        assert float(leaf.grad[place]) == pytest.approx(float(sides[0] - sides[1]) / 2e-4, rel=1e-4, abs=1e-9)
+    tokens = leaf.grad.abs().sum(dim=1).reshape(-1, 4).sum(dim=1)
+    torch.testing.assert_close(heatmap(batch), on_grid(tokens, batch), atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["vision trains", "vision frozen"])
+@pytest.mark.parametrize(("method", "entering"), TRAINABLE[1:])
+def test_gradient_of_the_attention_loss_is_its_finite_difference(exact, method, entering, frozen):
+    network, batch = exact
+    freeze_vision(network, frozen)
+    loss = DualLoss(network, heatmap=Heatmap(network, method, entering=entering))
+    loss(batch).attention.backward()
+    names = ["embed_tokens.weight", "layers.0.mlp.down_proj.weight", "layers.2.self_attn.k_proj.weight", "norm.weight"]
+    names = [f"model.language_model.{name}" for name in names]
+    if not frozen:
+        names += ["model.visual.patch_embed.proj.weight", "model.visual.blocks.1.attn.qkv.weight"]
+    generator = torch.Generator().manual_seed(1)
+    for name in names:
+        weight = network.get_parameter(name)
+        direction = torch.randn(weight.shape, generator=generator)
+        direction /= direction.norm()
+        sides = []
+        with torch.no_grad():
+            for step in (1e-5, -1e-5):
+                weight += step * direction
+                sides.append(loss(batch).attention.item())
+                weight -= step * direction
+        slope = (weight.grad * direction).sum().item()
+        assert abs(slope) > 1e-9, name
+        # |.| has kinks: of 10,000 pixels' signs a few may turn between the two sides
+        assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(slope, rel=5e-3, abs=1e-6), name
+
+
+def test_attention_x_gradient_is_that_of_eager_attention(tiny, batch):
+    """transformers' eager attention holds its weights in the graph; autograd gives their gradients."""
+    got = Heatmap(tiny.network, "attention_x_gradient", layers=(1, 2))(batch)
+    tiny.network.set_attn_implementation("eager")
+    keys = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw")
+    out = tiny.network(**{key: batch[key] for key in keys}, output_attentions=True)
+    logits = out.logits.log_softmax(dim=-1)
+    total = 0
+    for i in range(len(batch["count"])):
+        digits = batch["answer_positions"][i, batch["digit_weights"][i] > 0]
+        total = total + logits[i, digits, batch["input_ids"][i, digits + 1]].sum()
+    attentions = [out.attentions[layer] for layer in (1, 2)]
+    helpful = [(a * g).relu() for a, g in zip(attentions, torch.autograd.grad(total, attentions), strict=True)]
+    for i in range(len(batch["count"])):
+        digits = batch["answer_positions"][i, batch["digit_weights"][i] > 0]
+        rows = torch.stack([part[i][:, digits] for part in helpful]).mean(dim=(0, 1, 2))
+        visual = rows[batch["mm_token_type_ids"][i].bool()].detach()
+        one = {"image_grid_thw": batch["image_grid_thw"][i : i + 1]}
+        torch.testing.assert_close(got[i].double(), on_grid(visual, one)[0].double(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_distribution_and_leaves_no_trace(tiny, batch, method):
+    """Also with gradients off, with a plain dict, and without hooks or gradients left behind."""
+    heatmap = Heatmap(tiny.network, method)
+    with torch.no_grad():
+        result = heatmap(dict(batch))
+    assert not result.requires_grad and (result >= 0).all()
+    torch.testing.assert_close(result.sum(dim=(1, 2)), torch.ones(4))
+    assert all(p.grad is None for p in tiny.network.parameters())
+    assert not any(m._forward_pre_hooks for m in tiny.network.modules())
+    logits, _ = heatmap.with_logits(batch)
+    torch.testing.assert_close(logits, answer_logits(tiny.network, batch))
+
+
+@pytest.mark.parametrize(("method", "entering"), TRAINABLE)
+def test_one_pass_serves_both_losses(tiny, batch, method, entering):
+    """The count loss beside a heatmap has the gradient that it has alone."""
+    DualLoss(tiny.network, weight=0)(batch).count.backward()
+    alone = [p.grad.clone() for p in tiny.network.parameters()]
+    for keep_graph in (False, True):
+        tiny.network.zero_grad()
+        logits, _ = Heatmap(tiny.network, method, entering=entering).with_logits(batch, keep_graph)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["answer_labels"].flatten()).backward()
+        for expected, parameter in zip(alone, tiny.network.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "entering"), TRAINABLE)
+def test_thirty_steps_bring_the_loss_down(tiny, batch, method, entering):
+    loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, entering=entering))
+    optimizer = torch.optim.AdamW(tiny.network.parameters(), lr=3e-3)
+    first = loss(batch).attention.item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss(batch).total.backward()
+        optimizer.step()
+    assert loss(batch).attention.item() < 0.6 * first
+
+
+@pytest.mark.parametrize(("method", "entering"), TRAINABLE)
+def test_checkpointing_gives_the_same_gradients(tiny, batch, method, entering):
+    heatmap, gradients = Heatmap(tiny.network, method, entering=entering), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            tiny.network.activation_checkpointing_enable({"use_reentrant": False})
+        tiny.network.train()
+        tiny.network.zero_grad()
+        DualLoss(tiny.network, heatmap=heatmap)(batch).total.backward()
+        gradients.append([p.grad.clone() for p in tiny.network.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "entering"), TRAINABLE)
+def test_bf16_autocast_trains(tiny, batch, method, entering):
+    loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, entering=entering))
+    exact = loss(batch).attention.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parts = loss(batch)
+    parts.total.backward()
+    assert parts.attention.item() == pytest.approx(exact, rel=0.1)
+    assert all(p.grad.isfinite().all() for p in tiny.network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("method", "entering", "layers"),
+    [("attention", 0, 0), ("token_gradient", 0, 3), ("token_gradient", 3, 0), ("input_gradient", 0, 3 + 3)],
+)
+def test_only_what_is_differentiated_twice_leaves_the_fast_backend(tiny, batch, monkeypatch, method, entering, layers):
+    """The language model has 4 layers, the vision encoder 3; the last layer's few rows are plain products."""
+    slow, real = [], attention.sdpa_kernel
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: slow.append(backend) or real(backend))
+    heatmap = Heatmap(tiny.network, method, entering=entering)
+    heatmap(batch, keep_graph=True)
+    assert len(slow) == layers
+    slow.clear()
+    heatmap(batch)
+    assert not slow
+
+
+def test_attention_x_gradient_does_not_train(tiny, batch):
+    with pytest.raises(ConfigError, match="for looking.*train with attention, token_gradient or input_gradient"):
+        Heatmap(tiny.network, "attention_x_gradient")(batch, keep_graph=True)
+
+
+def test_unknown_methods_and_layers_are_named(tiny):
+    with pytest.raises(ConfigError, match="heatmap is 'saliency', but must be one of attention, token_gradient"):
+        Heatmap(tiny.network, "saliency")
+    with pytest.raises(ConfigError, match="heatmap_layer is 4, but this model has 0 to 3"):
+        Heatmap(tiny.network, "token_gradient", entering=4)
+
+
+def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch, root, tmp_path):
+    """K steps, one of them with weight K w: their mean gradient is that of every step with weight w."""
+    config = TrainConfig(data=root, out=tmp_path / "run", heatmap="token_gradient", heatmap_every=4)
+    run = Run(config)
+    weights = []
+    for run.step in range(8):
+        weights.append(run.attention_weight())
+    assert weights == pytest.approx([0.4, 0, 0, 0] * 2)
+    loss, sums = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, "token_gradient")), []
+    for plan in (weights[:4], [0.1] * 4):
+        tiny.network.zero_grad()
+        for weight in plan:
+            (loss(batch, weight=weight).total / 4).backward()
+        sums.append([p.grad.clone() for p in tiny.network.parameters()])
+    for lazy, every in zip(*sums, strict=True):
+        torch.testing.assert_close(lazy, every, atol=1e-6, rtol=1e-3)
+
+
+def test_a_lazy_run_logs_what_it_looked_at(root, tmp_path):
+    config = TrainConfig(data=root, out=tmp_path / "run", batch_size=4, epochs=1, heatmap="token_gradient",
+                         heatmap_layer=2, heatmap_every=3, log_every=1, tracking="disabled")  # fmt: skip
+    result = train(config)
+    seen = [line["attention_loss"] is not None for line in result.steps]
+    assert seen == [True, False, False] * 2
+    assert result.steps[0]["total"] == pytest.approx(
+        result.steps[0]["count_loss"] + 0.3 * result.steps[0]["attention_loss"], rel=1e-5
+    )
+    assert result.steps[1]["total"] == pytest.approx(result.steps[1]["count_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["token_gradient", "input_gradient"])
+def test_accumulation_is_one_large_batch(root, tmp_path, method):
+    """Eight images at once, and as a window of 2 x 4."""
+    results = []
+    for batch_size, accumulation in ((8, 1), (4, 2)):
+        config = TrainConfig(
+            data=root, out=tmp_path / str(accumulation), heatmap=method, heatmap_every=1, heatmap_images=8, limit=8,
+            batch_size=batch_size, accumulation=accumulation, tracking="disabled",
+        )  # fmt: skip
+        results.append(train(config).steps[0])
+    for key in ("count_loss", "attention_loss", "total", "gradient_norm"):
+        assert results[1][key] == pytest.approx(results[0][key], rel=1e-3)

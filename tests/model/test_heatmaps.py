@@ -1,0 +1,145 @@
+"""The heatmap is the eager attention's, on the right tokens, and it trains."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsc147lib.data.targets import resample_map
+from fsc147lib.model import heatmaps
+from fsc147lib.model.collate import Collate
+from fsc147lib.model.forward import Probe, answer_logits
+from fsc147lib.model.heatmaps import Heatmap, corner_share, default_layers, layer_head_maps, look, mean_map, visual_mass
+
+
+def eager_attentions(network, batch):
+    """Every layer's full attention matrix, from transformers' eager attention: [B, H, T, T] each."""
+    network.set_attn_implementation("eager")
+    keys = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw")
+    with torch.no_grad():
+        return network(**{key: batch[key] for key in keys}, output_attentions=True).attentions
+
+
+@torch.no_grad()
+def test_probed_rows_are_eager_attention(tiny, batch):
+    """For every layer and head, on a padded batch of mixed sizes."""
+    layers = tuple(range(tiny.network.config.text_config.num_hidden_layers))
+    probe = Probe(batch["answer_positions"], layers)
+    answer_logits(tiny.network, batch, probe)
+    eager = eager_attentions(tiny.network, batch)
+    for layer in layers:
+        for i in range(len(batch["count"])):
+            used = batch["answer_labels"][i] != -100
+            positions = batch["answer_positions"][i, used]
+            torch.testing.assert_close(
+                probe.rows[layer][i][:, used], eager[layer][i][:, positions], atol=1e-6, rtol=1e-5
+            )
+
+
+@torch.no_grad()
+def test_heatmap_from_eager_attention_by_hand(tiny, batch):
+    """Layers 1 and 3, heads 0 and 2, image by image: cut out the visual tokens, fold them, move them to 14x14."""
+    got = Heatmap(tiny.network, layers=(1, 3), heads=(0, 2))(batch)
+    eager = eager_attentions(tiny.network, batch)
+    for i in range(len(batch["count"])):
+        digits = batch["answer_positions"][i, batch["digit_weights"][i] > 0]
+        rows = torch.stack([eager[layer][i][[0, 2]][:, digits] for layer in (1, 3)]).mean(dim=(0, 1, 2))
+        visual = rows[batch["mm_token_type_ids"][i].bool()].double()
+        _, height, width = (batch["image_grid_thw"][i] // 2).tolist()
+        moved = torch.from_numpy(resample_map(visual.reshape(height, width).numpy(), (14, 14)))
+        torch.testing.assert_close(got[i].double(), moved / moved.sum(), atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_heatmap_is_a_distribution(tiny, batch):
+    result = Heatmap(tiny.network)(batch)
+    assert result.shape == (4, 14, 14) and (result >= 0).all()
+    torch.testing.assert_close(result.sum(dim=(1, 2)), torch.ones(4))
+
+
+@torch.no_grad()
+def test_layer_and_head_maps_add_up_to_the_heatmap(tiny, batch):
+    layers = (0, 2, 3)
+    probe = Probe(batch["answer_positions"], layers)
+    answer_logits(tiny.network, batch, probe)
+    maps = layer_head_maps(probe, batch)
+    assert maps.shape == (4, 3, 4, 14, 14)
+    mean = maps.mean(dim=(1, 2))
+    torch.testing.assert_close(mean / mean.sum(dim=(1, 2), keepdim=True), Heatmap(tiny.network, layers=layers)(batch))
+    one = maps[:, 1, 3]
+    torch.testing.assert_close(
+        one / one.sum(dim=(1, 2), keepdim=True), Heatmap(tiny.network, layers=(2,), heads=(3,))(batch)
+    )
+
+
+def test_mass_on_text_is_left_out(batch):
+    text = (1 - batch["mm_token_type_ids"]).float()
+    assert visual_mass(text, batch).abs().max() == 0
+    visual = batch["mm_token_type_ids"].float()
+    torch.testing.assert_close(visual_mass(visual, batch).sum(dim=(1, 2)), visual.sum(dim=1))
+
+
+@torch.no_grad()
+def test_a_plain_dict_batch_works(tiny, mixed_samples):
+    """The first script of this project died here: 'dict' object has no attribute 'pixel_values'."""
+    batch = dict(Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples))
+    assert type(batch) is dict
+    assert Heatmap(tiny.network)(batch).isfinite().all()
+
+
+@torch.no_grad()
+def test_the_probe_changes_no_logits(tiny, batch):
+    probe = Probe(batch["answer_positions"], (0, 1, 2, 3))
+    assert torch.equal(answer_logits(tiny.network, batch, probe), answer_logits(tiny.network, batch))
+
+
+@torch.no_grad()
+def test_autocast_does_not_touch_the_map(tiny, batch):
+    probe = Probe(batch["answer_positions"], (2, 3))
+    answer_logits(tiny.network, batch, probe)
+    plain = layer_head_maps(probe, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer_head_maps(probe, batch), plain)
+
+
+@torch.no_grad()
+def test_padding_changes_no_heatmap(tiny, mixed_samples, batch):
+    collate = Collate(tiny.tokenizer, tiny.image_processor)
+    for i, sample in enumerate(mixed_samples):
+        alone = Heatmap(tiny.network)(collate([sample]))[0]
+        torch.testing.assert_close(Heatmap(tiny.network)(batch)[i], alone, atol=1e-6, rtol=1e-4)
+
+
+def test_looking_at_samples_is_the_heatmap_of_each(tiny, mixed_samples, batch):
+    maps = look(tiny, mixed_samples, layers=(1, 2, 3), batch_size=3)
+    assert maps.shape == (4, 3, 4, 14, 14)
+    with torch.no_grad():
+        torch.testing.assert_close(mean_map(maps[:, 1:]), Heatmap(tiny.network)(batch), atol=1e-6, rtol=1e-4)
+
+
+def test_corner_share():
+    maps = torch.ones(2, 1, 2, 14, 14)
+    maps[:, 0, 1] = 0
+    maps[:, 0, 1, 0, 0] = 0.5
+    torch.testing.assert_close(corner_share(maps), torch.tensor([[1 / 196, 1.0]]))
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(4, (2, 3)), (28, (14, 18, 22, 26)), (36, (18, 23, 28, 33)), (2, (1,))])
+def test_default_layers(depth, layers):
+    assert default_layers(depth) == layers
+
+
+@torch.no_grad()
+def test_the_readme_s_example_is_a_method(tiny, batch, monkeypatch):
+    """It looks at the first digit: as `attention` where there is one digit, and else not."""
+    monkeypatch.setattr(heatmaps, "METHODS", dict(heatmaps.METHODS))
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(textwrap.dedent(code), dict(vars(heatmaps), torch=torch))
+    got, attention = Heatmap(tiny.network, "first_digit")(batch), Heatmap(tiny.network)(batch)
+    single = batch["count"] < 10
+    assert single.any() and not single.all()
+    torch.testing.assert_close(got[single], attention[single])
+    assert (got - attention)[~single].abs().amax(dim=(1, 2)).min() > 1e-6

@@ -1,0 +1,204 @@
+"""Kept image features give the same losses, and are never those of another encoder or image."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fsc147lib.data.fsc147 import FSC147
+from fsc147lib.model import vision_cache
+from fsc147lib.model.adapt import freeze_vision
+from fsc147lib.model.collate import Collate
+from fsc147lib.model.device import make_accelerator
+from fsc147lib.model.load import load_model
+from fsc147lib.model.vision_cache import VisionCache
+from fsc147lib.options import ConfigError
+from fsc147lib.training import loop as training
+from fsc147lib.training.loop import TrainConfig
+from fsc147lib.training.losses import DualLoss
+
+
+@pytest.fixture
+def frozen(tiny):
+    freeze_vision(tiny.network, True)
+    return tiny
+
+
+def make(model, samples, folder, place="disk"):
+    return VisionCache(model, samples, make_accelerator("fp32"), place, folder, batch_size=3)
+
+
+def losses(model, batch):
+    with torch.no_grad():
+        parts = DualLoss(model.network)(batch)
+    return parts.count.item(), parts.attention.item()
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_losses_are_those_without_it(frozen, mixed_samples, tmp_path, place):
+    samples = [*mixed_samples, *(sample.flipped() for sample in mixed_samples)]
+    cache = make(frozen, samples, tmp_path, place)
+    chosen = [samples[i] for i in (5, 0, 3)]
+    live = Collate(frozen.tokenizer, frozen.image_processor)(chosen)
+    kept = cache.add_to(Collate(frozen.tokenizer, frozen.image_processor, pixels=False)(chosen))
+    assert "pixel_values" not in kept
+    assert losses(frozen, kept) == pytest.approx(losses(frozen, live), rel=1e-5)
+
+
+@pytest.fixture
+def no_encoder(monkeypatch):
+    """Call it, and encoding fails from then on."""
+
+    def forbid():
+        def fail(*_):
+            raise RuntimeError("the encoder ran")
+
+        monkeypatch.setattr(vision_cache, "encode_images", fail)
+
+    return forbid
+
+
+def test_a_file_is_used_again(frozen, mixed_samples, tmp_path, no_encoder):
+    first = make(frozen, mixed_samples, tmp_path)
+    (path,) = tmp_path.iterdir()
+    with safe_open(path, framework="pt") as file:
+        assert torch.equal(file.get_tensor("features"), first.features)
+    no_encoder()
+    assert torch.equal(make(frozen, mixed_samples, tmp_path).features, first.features)
+
+
+def another_encoder(model, samples, folder):
+    with torch.no_grad():
+        model.network.model.visual.blocks[0].mlp.linear_fc1.weight[0, 0] += 0.5
+    return samples
+
+
+def another_image(model, samples, folder):
+    path = folder.parent / "changed.png"
+    samples[1].image.rotate(180).save(path)
+    return [samples[0], replace(samples[1], image_path=path), *samples[2:]]
+
+
+def another_size(model, samples, folder):
+    model.image_processor.size = {"shortest_edge": 1024, "longest_edge": 128 * 192}
+    return samples
+
+
+def a_torn_file(model, samples, folder):
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    return samples
+
+
+@pytest.mark.parametrize("change", [another_encoder, another_image, another_size, a_torn_file])
+def test_a_stale_or_torn_file_is_never_used(frozen, mixed_samples, tmp_path, change, monkeypatch):
+    folder = tmp_path / "cache"
+    make(frozen, mixed_samples, folder)
+    samples = change(frozen, mixed_samples, folder)
+    calls, real = [], vision_cache.encode_images
+    monkeypatch.setattr(vision_cache, "encode_images", lambda *args: calls.append(1) or real(*args))
+    cache = make(frozen, samples, folder)
+    assert calls
+    live = Collate(frozen.tokenizer, frozen.image_processor)(samples)
+    kept = cache.add_to(Collate(frozen.tokenizer, frozen.image_processor, pixels=False)(samples))
+    assert losses(frozen, kept) == pytest.approx(losses(frozen, live), rel=1e-5)
+
+
+def test_half_a_file_is_no_file(frozen, mixed_samples, tmp_path, no_encoder, monkeypatch):
+    no_encoder()
+    with pytest.raises(RuntimeError, match="the encoder ran"):
+        make(frozen, mixed_samples, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    monkeypatch.undo()
+    make(frozen, mixed_samples, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_place_goes_by_size(monkeypatch):
+    monkeypatch.setattr(vision_cache, "free_memory", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [vision_cache._choose_place(size) for size in (500, 501)] == ["host", "disk"]
+
+
+@pytest.fixture
+def config(tiny, root, tmp_path):
+    tiny.save(tmp_path / "model")
+
+    def make(out, **changes):
+        return TrainConfig(data=root, out=tmp_path / out, model=str(tmp_path / "model"), epochs=2, batch_size=8,
+                           log_every=1, tracking="disabled", **changes)  # fmt: skip
+
+    return make
+
+
+def test_a_run_is_the_same_with_it(config):
+    runs = [training.train(config(place, vision_cache=place)) for place in ("off", "auto", "disk")]
+    for run in runs[1:]:
+        for one, other in zip(runs[0].steps, run.steps, strict=True):
+            for key in ("count_loss", "attention_loss", "gradient_norm"):
+                assert one[key] == pytest.approx(other[key], rel=2e-3)
+        assert run.epochs[-1]["val"]["kl"] == pytest.approx(runs[0].epochs[-1]["val"]["kl"], rel=1e-3)
+
+
+def test_it_is_dropped_when_the_encoder_unfreezes(config, tmp_path, monkeypatch):
+    """Epoch 1 from kept features, epoch 2 from pixels: there the encoder moves, and validation sees it."""
+    seen, real = [], training.Run.validate
+
+    def validate(self):
+        weight = self.model.network.model.visual.blocks[0].attn.proj.weight
+        seen.append((self.cache is not None, weight.detach().clone()))
+        return real(self)
+
+    monkeypatch.setattr(training.Run, "validate", validate)
+    training.train(config("run", vision_cache="host", unfreeze_vision_at=1, learning_rate=1e-3))
+    assert [kept for kept, _ in seen] == [True, True, False]
+    assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[1][1], seen[2][1])
+    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]["val"]
+    model = load_model(tmp_path / "run" / "last")
+    batch = Collate(model.tokenizer, model.image_processor)(list(FSC147(config("x").data, "val")))
+    assert losses(model, batch)[1] == pytest.approx(last["kl"], rel=1e-4)
+
+
+def test_what_cannot_be_kept_is_refused(config):
+    with pytest.raises(ConfigError, match="vision_cache.*input_gradient, which needs the encoder"):
+        config("x", vision_cache="host", heatmap="input_gradient")
+    with pytest.raises(ConfigError, match="vision_cache.*trains from the start"):
+        config("x", vision_cache="host", unfreeze_vision_at=0)
+
+
+def test_adapters_alone_train_and_are_merged(config, tmp_path):
+    """The saved weights differ from the start by matrices of the adapters' rank; resuming is refused."""
+    settings = config("lora", lora=4, learning_rate=1e-2)
+    run = training.Run(settings)
+    trained = {name for name, p in run.model.network.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name and "language_model.layers" in name for name in trained)
+    training.train(settings)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "lora/last"))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        change = after[name] - weight
+        if name.endswith("_proj.weight"):
+            assert 0 < torch.linalg.matrix_rank(change, atol=1e-5) <= 4, name
+        else:
+            assert not change.any(), name
+    with pytest.raises(ConfigError, match="lora.*off when resume is on"):
+        config("lora", lora=4, resume=True)
+    with pytest.raises(ConfigError, match="lora.*at least 1"):
+        config("lora", lora=0)
+
+
+def test_merged_weights_answer_as_the_adapters_did(config, tiny, batch, tmp_path):
+    run = training.Run(config("lora", lora=4))
+    for name, parameter in run.model.network.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    run.model.save(tmp_path / "merged")
+    again = load_model(tmp_path / "merged")
+    networks = run.model.network.eval(), again.network, tiny.network
+    with torch.no_grad():
+        adapted, merged, before = (training.DualLoss(network)(batch).count for network in networks)
+    assert merged.item() == pytest.approx(adapted.item(), rel=1e-4)
+    assert before.item() != pytest.approx(adapted.item(), rel=1e-2)

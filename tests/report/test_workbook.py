@@ -1,0 +1,107 @@
+"""The notebooks' own rules, and the runner behind `make run`."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from tqdm import tqdm
+
+from fsc147lib.report import workbook
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("FSC147_DATA", "FSC147_MODEL", "FSC147_OUT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_there_are_four():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_short_small_and_executed(path):
+    assert path.stat().st_size < 1_000_000
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(len(cell.source.splitlines()) <= 15 for cell in cells)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert [output for output in outputs if "image/jpeg" in output.get("data", {})]
+    text = path.read_text()
+    assert str(Path.home()) not in text and "/tmp/" not in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_one_cell_names_data_and_model(path):
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert sum("workbook.settings(DATA, MODEL)" in source for source in sources) == 1
+
+
+def test_settings_draw_the_default_data_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(workbook, "PICTURES", {"train": 2, "val": 1, "test": 1})
+    first = workbook.settings(out=tmp_path)
+    marker = first.data / "marker"
+    marker.touch()
+    assert workbook.settings(out=tmp_path) == first and marker.exists()
+    assert first.model == "tiny"
+
+
+def test_the_environment_wins(tmp_path, monkeypatch):
+    monkeypatch.setenv("FSC147_DATA", str(tmp_path))
+    monkeypatch.setenv("FSC147_MODEL", "Qwen/Qwen3-VL-2B-Instruct")
+    monkeypatch.setenv("FSC147_OUT", str(tmp_path / "out"))
+    found = workbook.settings("elsewhere", "tiny")
+    assert (found.data, found.model, found.out) == (tmp_path, "Qwen/Qwen3-VL-2B-Instruct", tmp_path / "out")
+
+
+def test_notebook_4_before_3_says_what_to_run(tmp_path):
+    with pytest.raises(workbook.WorkbookError, match="run 03_dual_loss_finetuning.ipynb first"):
+        workbook.settings(tmp_path, out=tmp_path).trained()
+
+
+def notebook(path, *sources):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_a_notebook_is_executed_and_written(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)")
+    with tqdm(disable=True) as progress:
+        assert workbook.run_notebook(path, tmp_path / "out", progress) > 0
+    assert "42" in (tmp_path / "out" / "a.html").read_text()
+    assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[1].outputs[0].text == "42\n"
+    assert not nbformat.read(path, as_version=4).cells[1].outputs
+
+
+def test_a_failing_notebook_is_named_and_what_ran_is_kept(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", "print('before')", "raise RuntimeError('the reason')")
+    with tqdm(disable=True) as progress, pytest.raises(workbook.WorkbookError, match="(?s)a.ipynb failed.*the reason"):
+        workbook.run_notebook(path, tmp_path / "out", progress)
+    assert "before" in (tmp_path / "out" / "a.html").read_text()
+
+
+def test_the_table_shows_the_files_numbers(tmp_path):
+    metrics = {"mae": 20.0, "rmse": 30.0, "kl": 1.2, "mass_on_objects": 0.3}
+    where = workbook.Settings(tmp_path, "tiny", tmp_path)
+    where.finetune.mkdir(parents=True)
+    run = {"before": metrics, "best": {**metrics, "mae": 5.25}, "baselines": {"mean": {"mae": 12.5, "rmse": 15.0}}}
+    (where.finetune / "summary.json").write_text(json.dumps(run))
+    rows = [{"name": "attention, trained", "overhead_low": 0.01, "overhead_median": 0.023, "overhead_high": 0.04}]
+    where.overhead.write_text(json.dumps({"rows": rows}))
+    text = workbook.table(workbook.summarise(where, {"01_inspect_data": 12.0}))
+    for number in ("20.00", "5.25", "12.50", "2.3%", "01_inspect_data"):
+        assert number in text
+
+
+def test_the_readme_s_speeds_are_the_recorded_ones():
+    root = Path(__file__).resolve().parents[2]
+    rows = json.loads((root / "notebooks/recorded/throughput-h200-2b.json").read_text())["rows"]
+    lines = [line.strip("| ").split(" | ") for line in (root / "README.md").read_text().splitlines()]
+    told = [line[1:] for line in lines if line[-1].endswith(" %") and len(line) == 5]
+    measured = [(row["batch_size"], row["images_per_second"], row["speedup"], 100 * row["peak_share"]) for row in rows]
+    assert told == [[f"{b}", f"{rate:.0f}", f"{times:.1f}", f"{share:.0f} %"] for b, rate, times, share in measured]

@@ -1,0 +1,426 @@
+"""The loop reports what it does, learns, stops and goes on, and keeps small updates."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fsc147lib.data.fsc147 import FSC147
+from fsc147lib.data.scenes import make_dataset
+from fsc147lib.model import pixels
+from fsc147lib.model.collate import Collate
+from fsc147lib.model.load import load_model
+from fsc147lib.model.network import ModelError
+from fsc147lib.model.pixels import PixelStore
+from fsc147lib.options import ConfigError
+from fsc147lib.training import loop as training
+from fsc147lib.training.batches import SizeBatches, training_loader
+from fsc147lib.training.loop import TrainConfig, learning_rate_factor, train, windows
+from fsc147lib.training.losses import DualLoss, NonFiniteLoss
+
+
+@pytest.fixture
+def config(root, tmp_path):
+    def make(**changes):
+        settings = {"data": root, "out": tmp_path / "run", "batch_size": 8, "log_every": 1, "tracking": "disabled"}
+        return TrainConfig(**{**settings, **changes})
+
+    return make
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_logged_losses_are_those_of_the_batch(config):
+    """The first script of this project logged 0.0000; here the log is computed again, from outside."""
+    settings = config(epochs=1, learning_rate=1e-3)
+    train(settings)
+    model = load_model("tiny", seed=settings.seed)
+    samples = list(FSC147(settings.data, "train"))
+    loader = training_loader(
+        samples, model, PixelStore(samples, model.image_processor), settings.batch_size, settings.seed
+    )
+    parts = DualLoss(model.network)(next(iter(loader)))
+    first = lines(settings.out)[1]
+    assert first["step"] == 1
+    assert first["count_loss"] == pytest.approx(parts.count.item(), rel=1e-5)
+    assert first["attention_loss"] == pytest.approx(parts.attention.item(), rel=1e-5)
+    assert first["total"] == pytest.approx(parts.count.item() + 0.1 * parts.attention.item(), rel=1e-5)
+    assert first["attention_loss"] > 0.1 and first["count_loss"] > 0.1
+
+
+def test_logged_validation_is_that_of_the_checkpoint(config):
+    settings = config(epochs=1)
+    train(settings)
+    model = load_model(settings.out / "last")
+    batch = Collate(model.tokenizer, model.image_processor)(list(FSC147(settings.data, "val")))
+    parts = DualLoss(model.network)(batch)
+    logged = lines(settings.out)[-1]["val"]
+    assert logged["count_loss"] == pytest.approx(parts.count.item(), rel=1e-4)
+    assert logged["kl"] == pytest.approx(parts.attention.item(), rel=1e-4)
+
+
+def test_a_run_decodes_each_image_once(config, monkeypatch):
+    read, decode = [], pixels.resized
+    monkeypatch.setattr(
+        pixels, "resized", lambda sample, processor: read.append(sample.name) or decode(sample, processor)
+    )
+    settings = config(epochs=2)
+    train(settings)
+    names = [sample.name for split in ("train", "val") for sample in FSC147(settings.data, split)]
+    assert sorted(read) == sorted(names)
+
+
+def test_both_losses_fall(config):
+    result = train(config(epochs=6, flip=False))
+    assert result.steps[-1]["count_loss"] < result.steps[0]["count_loss"] / 3
+    assert result.steps[-1]["attention_loss"] < result.steps[0]["attention_loss"]
+    assert result.epochs[0]["epoch"] == 0 and len(result.epochs) == 7
+
+
+def test_counts_alone_can_be_trained(config):
+    """With weight 0 no heatmap is looked at; the log says so instead of 0."""
+    result = train(config(epochs=1, attention_weight=0.0))
+    assert all(line["attention_loss"] is None and line["total"] == line["count_loss"] for line in result.steps)
+    assert result.epochs[-1]["val"]["kl"] > 0  # validation still measures where it looks
+
+
+def test_the_run_folder(config):
+    settings = config(epochs=2)
+    result = train(settings)
+    assert json.loads((settings.out / "config.json").read_text())["batch_size"] == 8
+    assert [line["step"] for line in lines(settings.out)] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    summary = json.loads((settings.out / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(result.summary()))
+    assert summary["best"]["mae"] == min(line["val"]["mae"] for line in result.epochs[1:])
+    files = {path.name for path in (settings.out / "last").iterdir()}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json"} < files
+    assert {"training_state.safetensors", "training_state.json"} < files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    assert load_model(settings.out / "best").network is not None
+
+
+def test_same_seed_same_run(config, tmp_path):
+    first, second = (train(config(out=tmp_path / name, epochs=1)) for name in "ab")
+    assert [line["total"] for line in first.steps] == [line["total"] for line in second.steps]
+    other = train(config(out=tmp_path / "c", epochs=1, seed=1))
+    assert [line["total"] for line in first.steps] != [line["total"] for line in other.steps]
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config, tmp_path):
+    whole = train(config(out=tmp_path / "whole", epochs=3))
+
+    def stop(line):
+        if line["step"] == 5:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+
+    broken = config(out=tmp_path / "broken", epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, stop)
+    resumed = train(config(out=tmp_path / "broken", epochs=3, resume=True))
+
+    def told(result):
+        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in result.steps + result.epochs]
+
+    assert told(resumed) == told(whole)
+    assert [line["step"] for line in lines(tmp_path / "broken")] == [line["step"] for line in lines(tmp_path / "whole")]
+    a, b = weights(tmp_path / "whole" / "last"), weights(tmp_path / "broken" / "last")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_needs_the_same_run(config):
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        train(config(resume=True))
+    train(config(epochs=1))
+    with pytest.raises(ConfigError, match="holds a run already.*--resume"):
+        train(config(epochs=1))
+    with pytest.raises(ConfigError, match="attention_weight is 0.2, but .* was started with 0.1"):
+        train(config(epochs=1, attention_weight=0.2, resume=True))
+
+
+def test_a_checkpoint_without_training_state_cannot_be_resumed(config):
+    settings = config(epochs=1)
+    train(settings)
+    (settings.out / "last" / "training_state.json").unlink()
+    with pytest.raises(ModelError, match="holds no training_state.json"):
+        train(config(epochs=1, resume=True))
+
+
+@pytest.mark.parametrize("name", ["training_state.json", "training_state.safetensors"])
+def test_a_damaged_training_state_is_named(config, name):
+    settings = config(epochs=1)
+    train(settings)
+    path = settings.out / "last" / name
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ModelError, match="training state in .*last is damaged.*--model"):
+        train(config(epochs=1, resume=True))
+
+
+def test_resume_on_other_images_is_refused(config, tmp_path):
+    other = make_dataset(tmp_path / "other", 9, 3, 1, seed=9)
+    train(config(epochs=1))
+    with pytest.raises(ConfigError, match="not those that the run .* was started with"):
+        train(config(epochs=1, data=other, resume=True))
+
+
+def test_a_crash_between_the_renames_is_mended(config, tmp_path):
+    """Killed when last/ was set aside and the new one not yet in its place; and when best/ was still to come."""
+    train(config(epochs=1))
+    out = config().out
+    (out / "last").rename(out / "last.old")
+    shutil.rmtree(out / "best")
+    train(config(epochs=1, resume=True))
+    assert (out / "best" / "model.safetensors").is_file() and not (out / "last.old").exists()
+
+
+def test_overwrite_starts_anew(config):
+    train(config(epochs=1))
+    train(config(epochs=1, overwrite=True))
+    assert [line["step"] for line in lines(config().out)] == [0, 1, 2, 3, 3]
+
+
+def test_accumulation_is_one_large_batch(config, tmp_path):
+    """24 images of different answer lengths: as 1 x 24, and as a window of 3 x 8."""
+    large = train(config(out=tmp_path / "large", batch_size=24, epochs=1))
+    window = train(config(out=tmp_path / "window", batch_size=8, accumulation=3, epochs=1))
+    assert len(large.steps) == len(window.steps) == 1
+    for key in ("count_loss", "attention_loss", "gradient_norm"):
+        assert window.steps[0][key] == pytest.approx(large.steps[0][key], rel=1e-4)
+
+
+def test_a_tiny_learning_rate_moves_fp32_weights_under_bf16(config):
+    """bf16 *weights* would swallow updates of 1e-6; fp32 master weights keep them."""
+    train(config(epochs=1, learning_rate=1e-6, warmup=0, precision="bf16", weight_decay=0))
+    start = load_model("tiny").network.state_dict()
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    after = weights(config().out / "last")
+    assert after[name].dtype == torch.float32
+    moved = (after[name] - start[name]).abs()
+    assert (moved > 0).float().mean() > 0.9 and moved.max() < 1e-5
+    in_bf16 = (start[name].bfloat16() + (after[name] - start[name]).bfloat16()) != start[name].bfloat16()
+    assert in_bf16.float().mean() < 0.2  # the same updates, added to bf16 weights, are mostly lost
+
+
+def test_vision_stays_frozen_until_its_epoch(config):
+    settings = config(epochs=2, unfreeze_vision_at=1)
+    seen = {}
+
+    def watch(line):
+        if "val" in line and line["epoch"]:  # the checkpoint of the epoch before is on disk, this epoch's not yet
+            seen[line["epoch"]] = (settings.out / "last").is_dir() and weights(settings.out / "last")
+
+    train(settings, watch)
+    start, visual = load_model("tiny").network.state_dict(), "model.visual.blocks.0.mlp.linear_fc1.weight"
+    text = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(seen[2][visual], start[visual])  # what epoch 1 left
+    assert not torch.equal(seen[2][text], start[text])
+    assert not torch.equal(weights(settings.out / "last")[visual], start[visual])
+
+
+def test_gradient_checkpointing_trains_the_same(config, tmp_path):
+    plain = train(config(out=tmp_path / "plain", epochs=1))
+    saving = train(config(out=tmp_path / "saving", epochs=1, gradient_checkpointing=True))
+    for a, b in zip(plain.steps, saving.steps, strict=True):
+        assert a["total"] == pytest.approx(b["total"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+
+
+def test_clipping_bounds_the_gradient(config, monkeypatch):
+    """With plain gradient descent, for AdamW would hide the gradient's size."""
+    monkeypatch.setattr(
+        training, "make_optimizer", lambda config, network: torch.optim.SGD(network.parameters(), lr=1.0)
+    )
+    result = train(config(epochs=1, limit=8, clip=1e-3, learning_rate=1.0, warmup=0))
+    assert len(result.steps) == 1 and result.steps[0]["gradient_norm"] > 1e-3  # logged as it was before
+    before = dict(load_model("tiny").network.named_parameters())
+    after = dict(load_model(config().out / "last").network.named_parameters())
+    moved = torch.stack([(after[name] - before[name]).norm() for name in before]).norm()
+    assert moved.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_best_is_the_epoch_with_the_lowest_error(config, monkeypatch):
+    errors = iter([9.0, 3.0, 1.0, 2.0])
+
+    def measured(self):
+        self.log({"step": self.step, "epoch": self.epoch, "val": {"mae": next(errors)}})
+        return self.result.epochs[-1]["val"]
+
+    monkeypatch.setattr(training.Run, "validate", measured)
+    train(config(epochs=3))
+    epochs = {
+        name: json.loads((config().out / name / "training_state.json").read_text())["epoch"]
+        for name in ("best", "last")
+    }
+    assert epochs == {"best": 2, "last": 3}
+    a, b = (weights(config().out / name) for name in ("best", "last"))
+    assert not all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(config, monkeypatch):
+    def poison(line):
+        if line["step"] == 4:
+            with torch.no_grad():
+                run[0].model.network.lm_head.weight.fill_(float("nan"))
+
+    run, make = [], training.Run.__init__
+
+    def remember(self, *args):
+        run.append(self)
+        make(self, *args)
+
+    monkeypatch.setattr(training.Run, "__init__", remember)
+    with pytest.raises(NonFiniteLoss, match="the count loss is nan on .*jpg"):
+        train(config(epochs=2), poison)
+    assert all(value.isfinite().all() for value in weights(config().out / "last").values())
+
+
+def test_a_missing_root_costs_nothing(config, tmp_path):
+    """Neither an earlier run that was to be overwritten, nor a second try under the same name."""
+    with pytest.raises(ValueError, match="there is no such folder"):
+        train(config(data=tmp_path / "nowhere"))
+    train(config(epochs=1))
+    with pytest.raises(ValueError, match="there is no such folder"):
+        train(config(data=tmp_path / "nowhere", overwrite=True))
+    assert lines(config().out)[-1]["epoch"] == 1
+
+
+def test_an_overwritten_run_comes_back_if_the_new_one_fails_at_once(config):
+    train(config(epochs=1))
+    before = weights(config().out / "best")
+
+    def fail(line):
+        if line["step"] == 2:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config(epochs=1, seed=5, overwrite=True), fail)
+    after = weights(config().out / "best")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not config().out.with_name("run.old").exists()
+
+
+def test_a_run_that_failed_in_its_first_epoch_may_start_again(config):
+    def fail(line):
+        if line["step"] == 2:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config(epochs=1), fail)
+    train(config(epochs=1))
+    assert [line["step"] for line in lines(config().out)] == [0, 1, 2, 3, 3]
+
+
+def test_an_empty_split_is_named(config, root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    path = tmp_path / "data" / "Train_Test_Val_FSC_147.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "val": []}))
+    with pytest.raises(ValueError, match="split 'val' in Train_Test_Val_FSC_147.json is empty"):
+        train(config(data=tmp_path / "data"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_left_alone(config, overwrite):
+    settings = config(overwrite=overwrite)
+    settings.out.mkdir()
+    (settings.out / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no run.*left alone"):
+        train(settings)
+    assert (settings.out / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epochs", 0), ("batch_size", 0), ("accumulation", 0), ("learning_rate", 0.0), ("clip", -1.0), ("warmup", 2.0),
+     ("attention_weight", -0.1), ("attention_weight", math.inf),
+     ("learning_rate", math.nan), ("clip", math.inf), ("limit", 0), ("weight_decay", -1.0), ("unfreeze_vision_at", -1)],
+)  # fmt: skip
+def test_values_that_cannot_be_are_named(config, field, value):
+    with pytest.raises(ConfigError, match=f"{field} .*--{field.replace('_', '-')}"):
+        config(**{field: value})
+
+
+@pytest.mark.parametrize("layers", [(4,), (-1,), (0, 9)])
+def test_layers_that_the_model_has_not(config, layers):
+    with pytest.raises(ConfigError, match="attention_layers.*0 to 3"):
+        train(config(attention_layers=layers))
+
+
+def test_heads_that_the_model_has_not(config):
+    with pytest.raises(ConfigError, match="attention_heads.*0 to 3"):
+        train(config(attention_heads=(7,)))
+
+
+LENGTHS = [
+    (24, columns, 24 * columns // 4 + text) for columns in (16, 20, 32, 36, 36, 36, 40, 98) for text in range(30)
+]
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_order_is_fair(by_size):
+    """Each epoch shows each image once; order, company and mirroring change, and come back with the seed."""
+    batches = SizeBatches(LENGTHS, 32, seed=0, flip=True, by_size=by_size)
+    epochs = []
+    for epoch in (0, 1, 0):
+        batches.shuffle(epoch)
+        epochs.append(list(batches))
+        assert [len(batch) for batch in batches] == [32] * 7 + [16] and len(batches) == 8
+    assert epochs[0] == epochs[2] != epochs[1]
+    for batches_of_epoch in epochs:
+        assert sorted(i for batch in batches_of_epoch for i, _ in batch) == list(range(len(LENGTHS)))
+    companies = [{frozenset(i for i, _ in batch) for batch in epoch} for epoch in epochs[:2]]
+    assert len(companies[0] & companies[1]) <= 1  # the widest images are few and may meet again
+    assert 60 < sum(mirrored for batch in epochs[0] for _, mirrored in batch) < 180
+
+
+def test_batches_by_size_hold_little_padding():
+    by_size, mixed = (SizeBatches(LENGTHS, 16, seed=0, flip=True, by_size=way) for way in (True, False))
+    longest = [max(LENGTHS[i][2] for i, _ in batch) * len(batch) for batch in by_size]
+    assert by_size.padding() == pytest.approx(1 - sum(length[2] for length in LENGTHS) / sum(longest))
+    assert by_size.padding() < mixed.padding() / 3
+
+
+def test_a_step_asks_for_no_number(config, monkeypatch):
+    """On a GPU each would be a wait; they are fetched together, every few steps."""
+    run = training.Run(config(epochs=1))
+    batches = list(run.loader)
+    run.loss.train()
+    run.train_step([batches[0]])  # the first step makes the optimizer's state
+
+    def refuse(*_):
+        raise AssertionError("a step waits for a number")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "__bool__", "__float__", "__int__", "numpy"):
+            patch.setattr(torch.Tensor, name, refuse)
+        run.train_step([batches[1]])
+    assert len(run.unchecked) == 2
+    run.check()
+    assert not run.unchecked
+
+
+def test_schedule():
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1)
+    assert max(factors) == pytest.approx(1) and factors[-1] < 0.001
+    assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
+    assert learning_rate_factor(0, 1, 0.0) == 1
+
+
+def test_windows_lose_nothing():
+    assert list(windows(iter(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_offline_tracking_writes_here_and_asks_nobody(config, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    settings = config(epochs=1, tracking="offline")
+    train(settings)
+    assert list((settings.out / "wandb").glob("offline-run-*/*.wandb"))

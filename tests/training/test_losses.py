@@ -1,0 +1,222 @@
+"""The losses are the ones on paper, and their gradients are theirs."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from fsc147lib.data.targets import kl_divergence
+from fsc147lib.model.answers import count_loss
+from fsc147lib.model.collate import Collate, take
+from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels
+from fsc147lib.model.heatmaps import Heatmap
+from fsc147lib.model.load import load_model
+from fsc147lib.training.losses import DualLoss, NonFiniteLoss, check_finite, squared_error
+
+
+def test_count_loss_is_cross_entropy_of_the_answer(tiny, batch):
+    logits = answer_logits(tiny.network, batch).detach()
+    total, tokens = 0.0, 0
+    for row, labels in zip(logits.double().numpy(), batch["answer_labels"].numpy(), strict=True):
+        for scores, label in zip(row, labels, strict=True):
+            if label != -100:
+                top = scores.max()
+                total += top + np.log(np.exp(scores - top).sum()) - scores[label]
+                tokens += 1
+    assert float(count_loss(logits, batch["answer_labels"])) == pytest.approx(total, rel=1e-6)
+    parts = DualLoss(tiny.network)(batch)
+    assert float(parts.count) == pytest.approx(total / tokens, rel=1e-6)
+
+
+def test_count_loss_is_transformers_own(tiny, batch):
+    """transformers averages over the labels that are not -100, all logits in hand."""
+    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw", "labels")
+    expected = tiny.network(**{key: batch[key] for key in keys}).loss
+    assert float(DualLoss(tiny.network)(batch).count) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.fixture
+def maps():
+    generator = torch.Generator().manual_seed(0)
+    target, heatmap = torch.rand(2, 3, 14, 14, generator=generator, dtype=torch.float64)
+    target[0, :7] = 0  # empty cells add nothing
+    return [x / x.sum(dim=(1, 2), keepdim=True) for x in (target, heatmap)]
+
+
+def test_kl_by_hand(maps):
+    p, a = (x.numpy() for x in maps)
+    expected = [
+        sum(pi * np.log(pi / ai) for pi, ai in zip(x.ravel(), y.ravel(), strict=True) if pi > 0)
+        for x, y in zip(p, a, strict=True)
+    ]
+    np.testing.assert_allclose(kl_divergence(*maps).numpy(), expected, rtol=1e-5)
+
+
+def test_squared_error_by_hand(maps):
+    p, a = (x.numpy() for x in maps)
+    np.testing.assert_allclose(squared_error(*maps).numpy(), ((p - a) ** 2).sum(axis=(1, 2)), rtol=1e-5)
+
+
+def test_kl_of_a_map_that_misses_is_finite():
+    target, heatmap = torch.zeros(2, 1, 14, 14)
+    target[0, 0, 0] = heatmap[0, 5, 5] = 1
+    heatmap.requires_grad_()
+    loss = kl_divergence(target, heatmap).sum()
+    loss.backward()
+    assert loss.isfinite() and heatmap.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_total_is_the_weighted_sum(tiny, batch, kind):
+    parts = DualLoss(tiny.network, weight=0.3, kind=kind)(batch)
+    assert float(parts.total) == pytest.approx(float(parts.count) + 0.3 * float(parts.attention), rel=1e-6)
+    assert float(parts.attention) > 0
+
+
+def test_weight_zero_is_the_count_loss_alone(tiny, batch):
+    parts = DualLoss(tiny.network, weight=0)(batch)
+    assert float(parts.attention) == 0 and float(parts.total) == float(parts.count)
+
+
+@pytest.mark.parametrize("part", ["count", "attention"])
+def test_a_part_that_is_not_finite_is_named(tiny, batch, part):
+    if part == "attention":
+        batch["target"][0, 0, 0] = float("nan")
+    else:
+        torch.nn.init.constant_(tiny.network.model.language_model.norm.weight, float("nan"))
+    parts = DualLoss(tiny.network)(batch)
+    fine = (["fine.jpg"], {"count loss": torch.ones(()), "attention loss": torch.ones(())})
+    bad = (batch["names"], {"count loss": parts.count, "attention loss": parts.attention})
+    check_finite([fine])
+    with pytest.raises(NonFiniteLoss, match=f"the {part} loss is nan on {batch['names'][0]}"):
+        check_finite([fine, bad, fine])
+
+
+@torch.no_grad()
+def test_a_part_of_a_batch_is_a_batch(tiny, mixed_samples):
+    """Rows 3 and 1 of bytes, of numbers and of kept features give the losses that they give in the whole."""
+    batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
+    encoded = encode_images(tiny.network, batch)
+    features = torch.stack([encoded.embeddings, *encoded.deepstack], dim=1)
+    whole, rows = answer_logits(tiny.network, batch), [3, 1]
+    for form in (batch, {**batch, "pixel_values": normalised_pixels(batch)}, {**batch, "image_features": features}):
+        part = take(form, rows)
+        assert part["names"] == [batch["names"][row] for row in rows]
+        torch.testing.assert_close(answer_logits(tiny.network, part), whole[rows], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            Heatmap(tiny.network)(part), Heatmap(tiny.network)(batch)[rows], atol=1e-6, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("method", ["attention", "token_gradient"])
+def test_a_loss_on_some_images_is_on_average_that_of_all(tiny, batch, monkeypatch, method):
+    """Every choice of 2 of 4 images once: the mean of losses and gradients is that of the whole batch."""
+    heatmap = Heatmap(tiny.network, method)
+    whole = DualLoss(tiny.network, heatmap=heatmap)(batch)
+    whole.total.backward()
+    expected = [p.grad.clone() for p in tiny.network.parameters()]
+    tiny.network.zero_grad()
+    loss, choices = DualLoss(tiny.network, heatmap=heatmap, heatmap_images=2), list(combinations(range(4), 2))
+    attention = 0.0
+    for rows in choices:
+        monkeypatch.setattr(loss, "chosen", lambda names, rows=rows: list(rows))
+        parts = loss(batch)
+        attention += parts.attention.item() / len(choices)
+        (parts.total / len(choices)).backward()
+    assert attention == pytest.approx(whole.attention.item(), rel=1e-5)
+    for wanted, parameter in zip(expected, tiny.network.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, atol=1e-6, rtol=1e-3)
+
+
+def test_all_images_have_their_turn():
+    """Among many batches each row is chosen about as often, and the same batch has the same choice."""
+    loss, seen = DualLoss(None, heatmap=object(), heatmap_images=2), np.zeros(8)
+    for i in range(400):
+        names = [f"{i}-{j}.jpg" for j in range(8)]
+        assert loss.chosen(names) == loss.chosen(list(names))
+        seen[loss.chosen(names)] += 1
+    assert seen.sum() == 800 and abs(seen - 100).max() < 40
+
+
+WEIGHTS = (
+    "model.visual.patch_embed.proj.weight",
+    "model.visual.deepstack_merger_list.0.linear_fc1.weight",
+    "model.visual.merger.linear_fc2.weight",
+    "model.language_model.embed_tokens.weight",
+    "model.language_model.layers.0.mlp.down_proj.weight",
+    "model.language_model.layers.2.self_attn.k_proj.weight",
+    "model.language_model.layers.3.self_attn.q_norm.weight",
+)
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_attention_gradient_is_the_finite_difference(float64, mixed_samples, kind):
+    """Central differences along a random direction of each weight, in float64."""
+    model = load_model("tiny", dtype=torch.float64)
+    batch = Collate(model.tokenizer, model.image_processor)(mixed_samples[:2])
+    batch = {
+        key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in batch.items()
+    }
+    loss = DualLoss(model.network, kind=kind)
+    loss(batch).attention.backward()
+    generator = torch.Generator().manual_seed(0)
+    for name in WEIGHTS:
+        weight = model.network.get_parameter(name)
+        direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        direction /= direction.norm()
+        slope = float((weight.grad * direction).sum())
+        step, sides = 1e-4, []
+        with torch.no_grad():
+            for sign in (1, -1):
+                weight += sign * step * direction
+                sides.append(float(loss(batch).attention))
+                weight -= sign * step * direction
+        assert abs(slope) > 1e-9, name
+        assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(slope, rel=1e-4), name
+
+
+def test_thirty_steps_halve_the_attention_loss(tiny, batch):
+    loss = DualLoss(tiny.network)
+    optimizer = torch.optim.AdamW(tiny.network.parameters(), lr=3e-3)
+    first = float(loss(batch).attention)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss(batch).total.backward()
+        optimizer.step()
+    assert float(loss(batch).attention) < first / 2
+
+
+def test_checkpointed_gradients_are_the_same(tiny, batch):
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            tiny.network.activation_checkpointing_enable({"use_reentrant": False})
+        tiny.network.train()
+        tiny.network.zero_grad()
+        DualLoss(tiny.network)(batch).attention.backward()
+        gradients.append([p.grad.clone() for p in tiny.network.parameters() if p.grad is not None])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-4)
+
+
+def test_parts_of_a_window_add_up_to_the_whole(tiny, mixed_samples, batch):
+    """Answers of different lengths: a mean of means would weigh their tokens unequally."""
+    loss, collate = DualLoss(tiny.network), Collate(tiny.tokenizer, tiny.image_processor)
+    loss(batch).total.backward()
+    whole = [p.grad.clone() for p in tiny.network.parameters()]
+    tiny.network.zero_grad()
+    tokens = int((batch["answer_labels"] != -100).sum())
+    for part in (mixed_samples[:1], mixed_samples[1:]):
+        loss(collate(part), tokens, images=4).total.backward()
+    for expected, parameter in zip(whole, tiny.network.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-3)
+
+
+def test_bf16_autocast_keeps_the_rows_in_float32(tiny, batch):
+    exact = DualLoss(tiny.network)(batch).attention
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parts = DualLoss(tiny.network)(batch)
+    assert parts.attention.dtype == torch.float32
+    assert float(parts.attention) == pytest.approx(float(exact), rel=0.02)
