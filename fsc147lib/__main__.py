@@ -61,7 +61,7 @@ def run_benchmark(config: BenchmarkConfig) -> int:
 
 def print_metrics(metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
-        print(f"{name:>16} {value:10.4f}")
+        print(f"{name:>18} " + ("      none" if value is None else f"{value:10.4f}"))
 
 
 COMMANDS = {

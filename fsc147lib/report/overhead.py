@@ -26,6 +26,7 @@ from transformers import Qwen3VLConfig
 from ..data.fsc147 import Sample
 from ..data.scenes import draw_scene
 from ..evaluation.answering import to_csv
+from ..evaluation.metrics import bootstrap_interval
 from ..files import write_text
 from ..model.adapt import freeze_vision
 from ..model.answers import count_loss
@@ -294,15 +295,8 @@ def _row(variant: Variant, seconds: dict[Variant, np.ndarray], peaks: dict[Varia
         "seconds_low": low, "seconds_median": median, "seconds_high": high, "peak_memory": peaks.get(variant),
     }  # fmt: skip
     known = fits and base is not None
-    interval = median_interval(seconds[variant] / base - 1) if known else (None,) * 3
+    interval = bootstrap_interval(seconds[variant] / base - 1, np.median) if known else (None,) * 3
     return row | dict(zip(("overhead_low", "overhead_median", "overhead_high"), interval, strict=True))
-
-
-def median_interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
-    """Median with its 95 % bootstrap interval (Efron, 1979): low, median, high."""
-    chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(np.median(values[chosen], axis=1), (0.025, 0.975))
-    return float(low), float(np.median(values)), float(high)
 
 
 def table(rows: list[dict]) -> str:

@@ -34,17 +34,6 @@ def test_overhead_is_the_median_of_ratios_within_a_turn(tiny, root, monkeypatch)
     assert rows[2]["overhead_low"] <= 0.1 + 1e-9 <= rows[2]["overhead_high"] + 2e-9
 
 
-def test_the_interval_covers_the_median():
-    """Of a normal sample of 40, drawn 200 times, the 95 % interval holds the true median about 95 % of the time."""
-    rng = np.random.default_rng(0)
-    inside = []
-    for _ in range(200):
-        low, median, high = benchmark.median_interval(rng.normal(1, 0.2, 40), draws=400)
-        assert low <= median <= high
-        inside.append(low <= 1 <= high)
-    assert 0.88 < np.mean(inside) <= 1
-
-
 def test_rows_and_files(tiny, root, tmp_path):
     rows = benchmark.time_losses(tiny, list(FSC147(root, "train"))[:4], batch_size=2, rounds=2)
     assert [(row["method"], row["trained"]) for row in rows] == [
