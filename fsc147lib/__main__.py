@@ -30,8 +30,9 @@ def run_check(config: CheckConfig) -> int:
 def run_synth(config: SynthConfig) -> int:
     from .data.scenes import make_dataset
 
-    out = make_dataset(config.out, config.train, config.val, config.test, config.seed)
-    print(f"drew {config.train} train, {config.val} val and {config.test} test pictures in {out}")
+    out = make_dataset(config.out, config.train, config.val, config.test, config.seed, sprites=config.sprites)
+    print(f"drew {config.train} train, {config.val} val and {config.test} test pictures in {out},")
+    print("and as many in val_seen and test_seen, of training's categories")
     return 0
 
 
