@@ -31,8 +31,9 @@ def run_check(config: CheckConfig) -> int:
 def run_synth(config: SynthConfig) -> int:
     from .data.scenes import make_dataset
 
-    out = make_dataset(config.out, config.train, config.val, config.test, config.seed)
-    print(f"drew {config.train} train, {config.val} val and {config.test} test pictures in {out}")
+    out = make_dataset(config.out, config.train, config.val, config.test, config.seed, sprites=config.sprites)
+    print(f"drew {config.train} train, {config.val} val and {config.test} test pictures in {out},")
+    print("and as many in val_seen and test_seen, of training's categories")
     return 0
 
 
@@ -68,7 +69,7 @@ def run_throughput(config: ThroughputConfig) -> int:
 
 def print_metrics(metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
-        print(f"{name:>16} {value:10.4f}")
+        print(f"{name:>18} " + ("      none" if value is None else f"{value:10.4f}"))
 
 
 COMMANDS = {

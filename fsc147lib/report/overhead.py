@@ -18,6 +18,7 @@ from transformers import Qwen3VLConfig
 
 from ..data.fsc147 import Sample
 from ..data.scenes import draw_scene
+from ..evaluation.metrics import bootstrap_interval
 from ..model.adapt import freeze_vision
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
@@ -29,7 +30,7 @@ from ..model.network import CountingModel, random_network
 from ..options import Precision, need
 from ..training.losses import DualLoss, LossParts
 from ..training.step import TrainingStep, make_optimizer
-from .timing import median_interval, peak_memory, seconds_of, table, take_turns, write_report
+from .timing import peak_memory, seconds_of, table, take_turns, write_report
 
 WEIGHT = 0.1  # of the attention loss, where it is trained; its size costs nothing
 
@@ -230,7 +231,7 @@ def _row(variant: Variant, seconds: dict[Variant, np.ndarray], peaks: dict[Varia
         "seconds_low": low, "seconds_median": median, "seconds_high": high, "peak_memory": peaks.get(variant),
     }  # fmt: skip
     known = fits and base is not None
-    interval = median_interval(seconds[variant] / base - 1) if known else (None,) * 3
+    interval = bootstrap_interval(seconds[variant] / base - 1, np.median) if known else (None,) * 3
     lazy = interval[1] / row["every"] if known and variant.trained else None
     names = ("overhead_low", "overhead_median", "overhead_high", "overhead_lazy")
     return row | dict(zip(names, (*interval, lazy), strict=True))

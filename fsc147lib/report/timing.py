@@ -103,13 +103,6 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / float(np.median(seconds[2:]))
 
 
-def median_interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
-    """Median with its 95 % bootstrap interval (Efron, 1979): low, median, high."""
-    chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(np.median(values[chosen], axis=1), (0.025, 0.975))
-    return float(low), float(np.median(values)), float(high)
-
-
 COLUMNS = {
     "seconds_median": ("s per step (quartiles)", "{seconds_median:.3f} ({seconds_low:.3f} to {seconds_high:.3f})"),
     "overhead_median": (
