@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ from ..model.adapt import freeze_vision
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
 from ..model.device import make_accelerator
-from ..model.forward import compile_layers
-from ..model.heatmaps import HEATMAP_EVERY, HEATMAP_IMAGES, Heatmap, TrainableHeatmap
+from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.network import CountingModel, random_network
 from ..options import Precision, need
@@ -45,7 +44,7 @@ class BenchmarkConfig:
 
     model: str = "tiny"
     """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
-    methods: tuple[TrainableHeatmap, ...] = get_args(TrainableHeatmap)
+    methods: tuple[str, ...] = method_names(trainable=True)
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
     image_size: tuple[int, int] = (384, 576)
@@ -204,8 +203,8 @@ def variants_of(methods: tuple[str, ...], batch_size: int) -> list[Variant]:
     variants = [Variant()]
     for method in methods:
         variants += [Variant(method), Variant(method, True)]
-        if HEATMAP_IMAGES.get(method, batch_size) < batch_size:
-            variants.append(Variant(method, True, HEATMAP_IMAGES[method]))
+        if (METHODS[method].images or batch_size) < batch_size:
+            variants.append(Variant(method, True, METHODS[method].images))
     return variants
 
 
@@ -216,7 +215,7 @@ def training_step(loss: DualLoss, variant: Variant, batches: list[Batch], optimi
         batch = batches[turn % len(batches)]
         with accelerator.autocast():
             if variant.method != "none" and not variant.trained:
-                logits, _ = loss.heatmap.with_logits(batch)
+                logits, *_ = loss.heatmap.with_logits(batch)
                 total = count_loss(logits, batch["answer_labels"]) / batch["answer_tokens"]
             else:
                 total = loss(batch).total
@@ -230,12 +229,13 @@ def training_step(loss: DualLoss, variant: Variant, batches: list[Batch], optimi
 def time_losses(
     model: CountingModel,
     samples: list[Sample],
-    methods: tuple[str, ...] = get_args(TrainableHeatmap),
+    methods: tuple[str, ...] = method_names(trainable=True),
     batch_size: int = 8,
     rounds: int = 20,
     heatmap_layer: int = 0,
     train_vision: bool = True,
     precision: str = "auto",
+    compiled: bool = False,
 ) -> list[dict]:
     """Time a step with the count loss alone against one with each heatmap, computed only, and trained.
 
@@ -247,6 +247,7 @@ def time_losses(
         heatmap_layer: of token_gradient.
         train_vision: whether the vision encoder trains as well.
         precision: as in TrainConfig.
+        compiled: compile the layers.
 
     Returns:
         A row for each variant: `name`, `method`, `trained`, `images` (of a batch; None for all), `every` (the
@@ -271,7 +272,8 @@ def time_losses(
     variants = variants_of(methods, batch_size)
     steps, peaks = {}, {}
     for variant in variants:
-        heatmap = Heatmap(network, "attention" if variant.method == "none" else variant.method, entering=heatmap_layer)
+        method = "attention" if variant.method == "none" else variant.method
+        heatmap = Heatmap(network, method, state_layer=heatmap_layer, compiled=compiled)
         loss = DualLoss(network, 0.1 if variant.trained else 0, heatmap=heatmap, heatmap_images=variant.images)
         step = training_step(loss, variant, batches, optimizer, accelerator)
         try:
@@ -290,7 +292,7 @@ def _row(variant: Variant, seconds: dict[Variant, np.ndarray], peaks: dict[Varia
     low, median, high = np.quantile(seconds[variant], (0.25, 0.5, 0.75)).tolist() if fits else (None,) * 3
     row = {
         "name": variant.name, "method": variant.method, "trained": variant.trained, "images": variant.images,
-        "every": HEATMAP_EVERY.get(variant.method, 1), "out_of_memory": not fits,
+        "every": METHODS[variant.method].every if variant.method in METHODS else 1, "out_of_memory": not fits,
         "seconds_low": low, "seconds_median": median, "seconds_high": high, "peak_memory": peaks.get(variant),
     }  # fmt: skip
     known = fits and base is not None
@@ -365,12 +367,11 @@ def write_report(path: Path, config: BenchmarkConfig, report: dict) -> None:
 def benchmark(config: BenchmarkConfig) -> list[dict]:
     """Time what was asked for, print the table and write the files; `python -m fsc147lib benchmark` calls this."""
     model = load_or_shape(config.model, make_accelerator(config.precision).device.type)
-    compile_layers(model.network, config.compile)
     with tempfile.TemporaryDirectory() as folder:
         samples = drawn_samples(config.batches * config.batch_size, Path(folder), config.image_size)
         rows = time_losses(
             model, samples, config.methods, config.batch_size, config.rounds, config.heatmap_layer,
-            config.model == "tiny", config.precision,
+            config.model == "tiny", config.precision, config.compile,
         )  # fmt: skip
     if config.json is not None:
         write_report(config.json, config, {"rows": rows})

@@ -11,7 +11,6 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,7 @@ from torch.utils.data import DataLoader
 from ..data.fsc147 import Sample
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..model.adapt import freeze_vision
-from ..model.attention import use_fast_attention
 from ..model.collate import Batch, Collate, to_device
-from ..model.forward import compile_layers
 from ..model.network import CountingModel
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
@@ -57,19 +54,6 @@ def ways(on_gpu: bool, frozen: bool) -> list[Way]:
     if frozen:
         steps.append(Way("+ vision cache", compiled=on_gpu, cached=True))
     return steps
-
-
-@contextmanager
-def plain_network(network):
-    """The network as transformers loads it: its own attention and its own patch embedding."""
-    patch_embed = network.model.visual.patch_embed
-    fast = patch_embed.__dict__.pop("forward")
-    network.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        patch_embed.forward = fast
-        use_fast_attention(network)
 
 
 class PlainCollate:
@@ -133,7 +117,7 @@ class Lane:
         lengths = self.loader.batch_sampler.lengths
         longest = sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-self.batch_size :]
         batch = self.loader.collate_fn([self.loader.dataset[i, False] for i in longest])
-        compile_layers(self.run.model.network, self.way.compiled)
+        self.run.heatmap.compiled = self.way.compiled
         self.run.cache = self.cache
         try:
             batch = to_device(batch, self.run.accelerator.device)
@@ -148,7 +132,7 @@ class Lane:
     def block(self, steps: int) -> dict:
         """Take some steps; returns seconds, images, tokens, patches and seconds of waiting for the loader."""
         counts = {"images": 0, "tokens": 0, "patches": 0, "waited": 0.0}
-        compile_layers(self.run.model.network, self.way.compiled)
+        self.run.heatmap.compiled = self.way.compiled
         self.run.cache = self.cache
         started = time.perf_counter()
         for _ in range(steps):
@@ -166,8 +150,7 @@ class Lane:
 
     def step(self, batch: Batch) -> None:
         if self.way.plain:
-            with plain_network(self.run.model.network):
-                plain_step(self.run, self.optimizer, batch)
+            plain_step(self.run, self.optimizer, batch)
         else:
             self.run.train_step([batch])
 
@@ -278,7 +261,7 @@ def measure_validation(run: Run, cache: VisionCache | None, config: BenchmarkCon
     """Images a second of validation: losses, maps, greedy answers; without the first pass: it compiles and decodes."""
     rows, samples, store = [], run.samples["val"], run.pixel_store()
     batch_size = answering_batch_size(config.batch_size, run.heatmap)
-    compile_layers(run.model.network, run.accelerator.device.type == "cuda")
+    run.heatmap.compiled = run.accelerator.device.type == "cuda"
     for name, kept in (("validation, encoder in the loop", None), ("validation, vision cache", cache)):
         if name.endswith("cache") and kept is None:
             continue
@@ -331,10 +314,9 @@ def throughput(config: BenchmarkConfig) -> dict:
         cache, encoding = None, None
         if settings.caches_vision:
             train, started = run.samples["train"], time.perf_counter()
-            compile_layers(run.model.network, device == "cuda")
             cache = VisionCache(
                 run.model, [*train, *(s.flipped() for s in train), *run.samples["val"]], run.accelerator,
-                config.vision_cache, Path(folder), run.workers,
+                config.vision_cache, Path(folder), run.workers, compiled=device == "cuda",
             )  # fmt: skip
             encoding = {"place": cache.place, "images": len(cache.places), "seconds": time.perf_counter() - started,
                         "bytes": cache.features.nbytes}  # fmt: skip

@@ -4,13 +4,12 @@ import csv
 import json
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
 from fsc147lib.report.overhead import BenchmarkConfig
-from fsc147lib.report.throughput import plain_network, step_flops, throughput
+from fsc147lib.report.throughput import step_flops, throughput
 from fsc147lib.training.losses import DualLoss
 
 
@@ -64,13 +63,3 @@ def test_float32_weights_are_weighed_against_bfloat16(root, tmp_path, capsys):
     assert masters["share"] == pytest.approx(1 - masters["bfloat16"] / masters["float32"])
     assert f"float32 weights and optimizer take {masters['share']:.1%}" in capsys.readouterr().out
     assert json.loads((tmp_path / "t.json").read_text())["masters"] == masters
-
-
-def test_the_plain_network_is_given_back(tiny, batch):
-    fast = tiny.network.model.visual.patch_embed.forward
-    with pytest.raises(RuntimeError, match="in between"), plain_network(tiny.network):
-        assert tiny.network.model.language_model.config._attn_implementation == "sdpa"
-        assert tiny.network.model.visual.config._attn_implementation == "sdpa"
-        raise RuntimeError("in between")
-    assert tiny.network.model.visual.patch_embed.forward is fast
-    assert torch.isfinite(DualLoss(tiny.network)(batch).attention)
