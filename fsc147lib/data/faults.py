@@ -37,10 +37,9 @@ FAULTS = {  # kind: (fatal, cure)
     "no-annotation": (True, "restore the annotation, or leave the name out of the split (allow_missing=True)"),
     "bad-annotation": (
         True,
-        "correct the entry: 'points' is a list of [x, y], 'box_examples_coordinates' a list of "
-        "boxes of four [x, y] corners, all finite numbers",
+        "correct the entry: 'points' is a list of [x, y] (empty where there is nothing to count), "
+        "'box_examples_coordinates' a list of boxes of four [x, y] corners, all finite numbers",
     ),
-    "no-dots": (True, "annotate the objects, or leave the name out of the split: without a dot there is no target"),
     "missing-image": (True, f"download the image again into {IMAGES}/ (require_images=False reads annotations alone)"),
     "unreadable-image": (True, "download the image again: the file is missing, damaged or no image"),
     "size-mismatch": (True, "use the image that belongs to this annotation: every dot is misplaced on this one"),

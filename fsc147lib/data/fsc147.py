@@ -65,8 +65,8 @@ class Sample:
 
     name: str
     category: str
-    points: np.ndarray  # [N, 2] float32 x, y
-    boxes: np.ndarray  # [K, 4] float32 x1, y1, x2, y2 of the exemplars; K is 3 to 6 in FSC147
+    points: np.ndarray  # [N, 2] float32 x, y; N is 0 where there is nothing to count
+    boxes: np.ndarray  # [K, 4] float32 x1, y1, x2, y2 of the exemplars; K is 3 to 6 in FSC147, else perhaps 0
     image_path: Path
     density_path: Path | None = None
     mirror_of: "Sample | None" = None  # where a mirror image takes its pixels and maps from
@@ -108,7 +108,7 @@ class Sample:
 
     @cached_property
     def target(self) -> np.ndarray:
-        """[14, 14] float32 summing to 1: the target heatmap, computed once."""
+        """[14, 14] float32 summing to 1, or zeros in an empty scene: the target heatmap, computed once."""
         if self.mirror_of is not None:
             return self.mirror_of.target[:, ::-1].copy()
         return target_heatmap(self.points, self.size)
@@ -165,6 +165,15 @@ def open_split(root: str | Path, split: str, limit: int | None = None) -> list[S
     return samples
 
 
+def mean_count(root: str | Path, split: str = "train") -> float | None:
+    """Mean count of a split, from the annotations alone; None where there is no such split, or none of its images."""
+    try:
+        counts = [sample.count for sample in FSC147(root, split, require_images=False, allow_missing=True)]
+    except DataError:
+        return None
+    return float(np.mean(counts)) if counts else None
+
+
 @dataclass(frozen=True)
 class CheckConfig:
     """Count what an FSC147 root holds and list every fault, by file.  Exit status 1 if there are faults."""
@@ -180,10 +189,13 @@ class CheckConfig:
 
 @dataclass
 class Report:
-    """What `check` found: per split the numbers of usable images and categories, and the spread of counts."""
+    """What `check` found: per split the numbers of usable images and categories, and the spread of counts.
+
+    An image without a dot is no fault: it has a count of 0, and no target heatmap.
+    """
 
     root: str
-    splits: dict[str, dict[str, float]]  # images, categories, min, median, mean, max (none of the last four if empty)
+    splits: dict[str, dict[str, float]]  # images, empty (of objects), categories, and of counts min, median, mean, max
     faults: Faults
 
     @property
@@ -212,7 +224,7 @@ def check(root: str | Path) -> Report:
     splits = {}
     for split, listed in samples.items():
         n = [sample.count for sample in listed]
-        splits[split] = {"images": len(n), "categories": len({sample.category for sample in listed})}
+        splits[split] = {"images": len(n), "empty": n.count(0), "categories": len({s.category for s in listed})}
         if n:
             splits[split] |= {"min": min(n), "median": float(np.median(n)), "mean": float(np.mean(n)), "max": max(n)}
     return Report(str(root), splits, faults)
@@ -312,12 +324,10 @@ def _read_entry(root: Path, name: str, annotations, classes, maps: set[str], fau
     if name in annotations.repeated or getattr(entry, "repeated", None):
         faults.add("duplicate-key", ANNOTATIONS, name, "the entry, or a key in it, is there twice")
     try:
-        points, corners = read_numbers(entry, "points", 2), read_numbers(entry, "box_examples_coordinates", 4, 2)
+        points, given = read_numbers(entry, "points", 2), "box_examples_coordinates" in entry
+        corners = read_numbers(entry, "box_examples_coordinates", 4, 2) if given else np.zeros((0, 4, 2), np.float32)
     except ValueError as error:
         faults.add("bad-annotation", ANNOTATIONS, name, str(error))
-        return None
-    if len(points) == 0:
-        faults.add("no-dots", ANNOTATIONS, name, "'points' is empty")
         return None
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
     flat = boxes[(boxes[:, 2:] <= boxes[:, :2]).any(axis=1)]

@@ -1,120 +1,52 @@
 """Draw a small data set in FSC147's own layout: something to learn on, with no download.
 
-Each picture shows one counted category among distractors of others, on its own background and under
-its own light.  Everything that the annotation says is exact: a dot in the middle of each object and
-three exemplar boxes.  A seed gives the same bytes again (with the same version of Pillow).
+Each picture shows one counted category among distractors that share its look or its shape, on its own
+cluttered background and under its own uneven light; a few show distractors alone.  Everything that the
+annotation says is exact: a dot in the middle of each object and up to three exemplar boxes.  A seed
+gives the same bytes again (with the same version of Pillow).
 
-Left out: photographs, and FSC147's split by category: there the test categories are never trained
-on; a tiny model that starts from random weights cannot generalise to names it has never read, so
-here all splits share their categories.
+Left out: what an object looks like (`drawing`, and `sprites` for cut-outs), and photographs.
 """
 
 import json
 import math
-from collections.abc import Callable
+import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tyro.conf import Positional
 
 from ..files import new_draft, replace_folder
+from .drawing import COLOURS, Shapes
 from .faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
+from .sprites import read_sprites
 
 HEIGHT = 384
 WIDTHS = (384, 432, 480, 512, 576, 640)
-COUNTS = (5, 60)
-"""Fewest and most objects of the counted category in a picture; drawn log-uniformly between."""
+COUNTS = (1, 60)
+"""Fewest and most objects of the counted category in a picture that has any; drawn log-uniformly between."""
 
-SCALE = 2
-"""Pictures are drawn this much larger and averaged down, for smooth edges."""
+EMPTY = 0.04
+"""Part of the pictures that show distractors alone: the answer is 0."""
 
-MAX_DISTRACTORS = 0.4
-"""Distractors, as a part of the counted objects."""
+MAX_DISTRACTORS = 60
+"""Most distractors: drawn log-uniformly from none, whatever the count is, so that the total tells little."""
 
+DRAWN = ("train", "val", "test", "val_seen", "test_seen")
+"""The splits; the last two hold new pictures of training's categories, as many as `val` and `test`."""
 
-# --- Outlines: functions from nothing to [N, 2] points in the square -1..1, before turning and scaling
+RADII = (12, 44)
+"""Smallest and largest radius of an object, in pixels."""
 
+OVERLAP = 0.75
+"""Least distance of two objects, in sums of their radii."""
 
-def _round(width: float = 1.0, height: float = 1.0) -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, 28, endpoint=False)
-    return np.stack([width * np.cos(t), height * np.sin(t)], axis=1)
-
-
-def _regular(corners: int) -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, corners, endpoint=False)
-    return np.stack([np.cos(t), np.sin(t)], axis=1)
-
-
-def _star() -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, 10, endpoint=False)
-    radius = np.where(np.arange(10) % 2 == 0, 1.0, 0.48)
-    return np.stack([radius * np.cos(t), radius * np.sin(t)], axis=1)
-
-
-def _leaf() -> np.ndarray:
-    t = np.linspace(0, np.pi, 12)
-    upper = np.stack([-np.cos(t), 0.5 * np.sin(t) ** 1.5], axis=1)
-    return np.concatenate([upper, upper[::-1] * [1, -1]])
-
-
-def _block() -> np.ndarray:
-    return np.array([[-1, -0.55], [1, -0.55], [1, 0.55], [-1, 0.55]])
-
-
-# --- Textures: marks inside the outline, as (points, is_dark) in the same square
-
-
-def _glint() -> list:
-    return [(_round(0.28, 0.2) + [-0.35, -0.35], False)]
-
-
-def _dotted() -> list:
-    return [(_round(0.13, 0.13) + [x, y], True) for x, y in ((-0.45, 0), (0.45, 0.05), (0, -0.3), (0.02, 0.3))]
-
-
-def _vein() -> list:
-    return [(np.array([[-0.9, -0.05], [0.9, -0.05], [0.9, 0.05], [-0.9, 0.05]]), False)]
-
-
-def _holes() -> list:
-    return [(_round(0.17, 0.17) + [x, y], True) for x in (-0.3, 0.3) for y in (-0.3, 0.3)]
-
-
-def _striped() -> list:
-    return [
-        (np.array([[x - 0.09, -0.5], [x + 0.09, -0.5], [x + 0.09, 0.5], [x - 0.09, 0.5]]), False)
-        for x in (-0.4, 0, 0.4)
-    ]
-
-
-def _bored() -> list:
-    return [(_round(0.45, 0.45), True)]
-
-
-@dataclass(frozen=True)
-class Category:
-    """What a name looks like: an outline, a texture and a colour (RGB, 0..255)."""
-
-    name: str
-    outline: Callable[[], np.ndarray]
-    texture: Callable[[], list]
-    colour: tuple[int, int, int]
-
-
-CATEGORIES = (
-    Category("apples", _round, _glint, (200, 38, 42)),
-    Category("lemons", partial(_round, 1.0, 0.72), _dotted, (240, 214, 52)),
-    Category("leaves", _leaf, _vein, (58, 148, 58)),
-    Category("buttons", _round, _holes, (52, 100, 208)),
-    Category("bricks", _block, _striped, (142, 76, 44)),
-    Category("starfish", _star, _dotted, (244, 132, 40)),
-    Category("hex nuts", partial(_regular, 6), _bored, (150, 154, 164)),
-    Category("candies", partial(_regular, 4), _striped, (216, 84, 190)),
-)
+_SHADOW = [round(0.42 * value) for value in range(256)]  # of a mask's values
 
 
 @dataclass(frozen=True)
@@ -124,103 +56,151 @@ class SynthConfig:
     out: Positional[Path]
     """Folder to make."""
     train: int = 800
-    """Pictures in each split."""
+    """Pictures in each split; val_seen and test_seen get as many as val and test."""
     val: int = 100
+    """Pictures of pairs that are never trained on."""
     test: int = 50
+    """Pictures of still other such pairs."""
     seed: int = 0
     """The same seed draws the same bytes."""
+    sprites: Path | None = None
+    """Folder of cut-outs (PNG or WebP with transparency) to draw with instead of shapes: a folder per
+    category, or files named by what they show."""
 
 
-def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, dict]:
+class Stock(Protocol):
+    """What scenes are made of: `drawing.Shapes` or `sprites.Sprites`."""
+
+    def categories(self, split: str) -> list[str]: ...
+
+    def rivals(self, rng: np.random.Generator, category: str, split: str) -> tuple[list[str], list[float]]: ...
+
+    def cut_out(self, rng: np.random.Generator, category: str, radius: float) -> tuple[Image.Image, Image.Image]: ...
+
+
+def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | None = None) -> tuple[Image.Image, dict]:
     """Draw one picture.
+
+    Args:
+        rng: decides everything.
+        split: one of DRAWN; decides which categories there are.
+        stock: None for composed shapes.
 
     Returns:
         The RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points`
-        [N, 2] x, y and `boxes` [3, 4] x1 y1 x2 y2, in pixels.
+        [N, 2] x, y, `boxes` [min(N, 3), 4] x1 y1 x2 y2, in pixels; and for figures and tests
+        `distractors`, their categories, and `distractor_points`.
     """
+    stock = stock or Shapes()
     size = (HEIGHT, int(rng.choice(WIDTHS)))
-    count = round(math.exp(rng.uniform(math.log(COUNTS[0] - 0.5), math.log(COUNTS[1] + 0.5))))
-    distractors = int(rng.integers(0, round(MAX_DISTRACTORS * count) + 1))
-    counted, *others = rng.choice(len(CATEGORIES), size=3, replace=False)
-    kinds = np.concatenate([np.full(count, counted), rng.choice(others, size=distractors)])
+    names = stock.categories(split)
+    category = names[rng.integers(len(names))]
+    rivals, shares = stock.rivals(rng, category, split)
+    empty = rng.random() < EMPTY
+    count = 0 if empty else round(math.exp(rng.uniform(math.log(COUNTS[0] - 0.5), math.log(COUNTS[1] + 0.5))))
+    others = int(math.exp(rng.uniform(math.log(6 if empty else 1), math.log(MAX_DISTRACTORS + 2)))) - 1
+    shown = rivals[:2][:others]  # the first two share look and shape: so an empty scene always shows both
+    shown += [rivals[i] for i in rng.choice(len(rivals), others - len(shown), p=shares)]
+    kinds = rng.permutation([category] * count + shown).tolist()
     centres, radii = _place(rng, len(kinds), size)
-    image = _background(rng, size)
-    pen = ImageDraw.Draw(image)
-    boxes = np.zeros((len(kinds), 4))
-    for i in rng.permutation(len(kinds)):
-        boxes[i] = _draw_object(pen, rng, CATEGORIES[kinds[i]], centres[i], radii[i], size)
-    image = _light(rng, image.reduce(SCALE))
-    return image, {"category": CATEGORIES[counted].name, "points": centres[:count], "boxes": boxes[:3]}
+    image, boxes = _background(rng, size), np.zeros((len(kinds), 4))
+    slant = rng.uniform(0.08, 0.3) * np.array([rng.choice([-1, 1]), 1])
+    for i, kind in enumerate(kinds):
+        boxes[i] = _paste(image, *stock.cut_out(rng, kind, radii[i]), centres[i], slant * radii[i])
+    counted = np.array([kind == category for kind in kinds], dtype=bool)
+    points = (boxes[:, :2] + boxes[:, 2:]) / 2
+    return _light(rng, image), {
+        "category": category,
+        "points": points[counted],
+        "boxes": boxes[counted][:3],
+        "distractors": [kind for kind in kinds if kind != category],
+        "distractor_points": points[~counted],
+    }
 
 
 def _place(rng: np.random.Generator, number: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Centres [N, 2] and radii [N] of objects thrown into a few loose clusters; neighbours may overlap a little."""
     height, width = size
-    radius = min(rng.uniform(12, 34), 0.42 * math.sqrt(height * width / number))
-    radii = radius * rng.uniform(0.8, 1.2, number)
-    hearts = rng.uniform((0, 0), (width, height), (int(rng.integers(1, 4)), 2))
-    spread = rng.uniform(0.12, 0.4) * height
-    centres = np.empty((number, 2))
+    largest = min(0.8 * RADII[1], 0.4 * math.sqrt(height * width / max(number, 1)))
+    radius = math.exp(rng.uniform(math.log(1.15 * RADII[0]), math.log(largest)))
+    sizes = rng.uniform(0.85, 1.15, number)
+    depth = rng.uniform(0, 0.3)  # what is lower in the picture is nearer
+    hearts = rng.uniform((0, 0), (width, height), (int(rng.integers(1, 5)), 2))
+    spread = rng.uniform(0.12, 0.5) * height
+    centres, radii = np.empty((number, 2)), np.empty(number)
     for i in range(number):
-        room = np.array([width, height]) - radii[i]
-        closeness, spacious = 0.85, spread
-        while True:  # each miss asks for a little less distance and a little wider, so this ends
-            centre = hearts[rng.integers(len(hearts))] + rng.normal(0, spacious, 2)
-            gaps = np.hypot(*(centres[:i] - centre).T)
-            if (
-                (centre >= radii[i]).all()
-                and (centre <= room).all()
-                and (gaps >= closeness * (radii[:i] + radii[i])).all()
-            ):
+        spacious = spread
+        while True:  # each miss looks wider and for less room: at the smallest radius all find a place
+            near = hearts[rng.integers(len(hearts), size=16)] + rng.normal(0, spacious, (16, 2))
+            r = np.clip(radius * sizes[i] * (1 + depth * (2 * near[:, 1] / height - 1)), *RADII)
+            inside = ((near >= r[:, None] + 1) & (near <= [width, height] - r[:, None] - 1)).all(axis=1)
+            gaps = np.linalg.norm(near[:, None] - centres[:i], axis=2)
+            free = inside & (gaps >= OVERLAP * (r[:, None] + radii[:i])).all(axis=1)
+            if free.any():
                 break
-            closeness, spacious = closeness * 0.997, min(spacious * 1.05, height)
-        centres[i] = centre
-    return centres.round(2), radii
+            spacious, sizes[i] = min(spacious * 1.3, height), sizes[i] * 0.99
+        centres[i], radii[i] = near[free.argmax()], r[free.argmax()]
+    return centres, radii
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """A soft, dull, mottled ground, SCALE times the picture's size."""
+    """A soft, dull, mottled ground with clutter that is nothing to count: blotches, specks and scribbles."""
     height, width = size
-    base = rng.uniform(90, 215) + rng.uniform(-18, 18, 3)
-    coarse = rng.normal(0, 10, (5, 7, 1)) + rng.normal(0, 4, (5, 7, 3))
-    fine = rng.normal(0, rng.uniform(2, 9), (height // 6, width // 6, 1)).repeat(3, axis=2)
-    picture = Image.new("RGB", (width * SCALE, height * SCALE))
-    layers = [Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8)) for noise in (coarse, fine)]
-    return Image.blend(*(layer.resize(picture.size, Image.Resampling.BILINEAR) for layer in layers), 0.5)
+    base = rng.uniform(120, 240) + rng.uniform(-16, 16, 3)
+    coarse = base + rng.normal(0, 7, (5, 7, 1)) + rng.normal(0, 4, (5, 7, 3))
+    for _ in range(rng.integers(0, 4)):  # a blotch: some colour, far thinner than an object's
+        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
+        coarse[rng.integers(5), rng.integers(7)] += rng.uniform(0.15, 0.4) * (np.array(colour) - base)
+    soft = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(
+        (width // 6, height // 6), Image.Resampling.BICUBIC
+    )
+    rough = np.asarray(soft) + rng.normal(0, rng.uniform(0.5, 6), (height // 6, width // 6, 1))
+    ground = Image.fromarray(rough.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(ground)
+
+    def ink() -> tuple[int, ...]:
+        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
+        return tuple(int(v) for v in 0.45 * np.array(colour) + 0.55 * base * rng.uniform(0.6, 1.1))
+
+    for _ in range(int(rng.integers(0, 13))):
+        steps = rng.normal(0, 9, 2) + rng.normal(0, 5, (24, 2)).cumsum(axis=0)
+        line = rng.uniform((0, 0), (width, height)) + steps.cumsum(axis=0)
+        pen.line([tuple(p) for p in line.tolist()], fill=ink(), width=int(rng.integers(1, 4)))
+    for _ in range(int(math.exp(rng.uniform(0, 5.5)))):
+        (x, y), r = rng.uniform((0, 0), (width, height)), rng.uniform(0.7, 2.6)
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=ink())
+    return ground.filter(ImageFilter.BoxBlur(0.8))
 
 
-def _draw_object(pen, rng, category: Category, centre: np.ndarray, radius: float, size: tuple[int, int]) -> np.ndarray:
-    """Draw one object, turned and tinted; returns its box x1 y1 x2 y2 within the image, in pixels."""
-    turn = rng.uniform(0, 2 * np.pi)
-    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    colour = np.clip(np.array(category.colour) * rng.uniform(0.85, 1.12) + rng.normal(0, 6, 3), 0, 255)
-
-    def polygon(points: np.ndarray, tint: np.ndarray, outline: np.ndarray | None = None) -> np.ndarray:
-        placed = points @ rotation * radius + centre
-        as_rgb = [None if c is None else tuple(int(v) for v in np.clip(c, 0, 255)) for c in (tint, outline)]
-        pen.polygon([tuple(p) for p in placed * SCALE], fill=as_rgb[0], outline=as_rgb[1], width=SCALE)
-        return placed
-
-    outline = polygon(category.outline(), colour, colour * 0.5)
-    for points, dark in category.texture():
-        polygon(points, colour * 0.45 if dark else colour * 0.55 + 115)
-    corners = np.clip([outline.min(axis=0), outline.max(axis=0)], 0, [size[1], size[0]])
-    return corners.round().reshape(4)
+def _paste(image: Image.Image, pixels: Image.Image, mask: Image.Image, centre: np.ndarray, slant: np.ndarray) -> list:
+    """Lay a cut-out and its shadow on the image; returns its box x1 y1 x2 y2, exact."""
+    x, y = (round(c - side / 2) for c, side in zip(centre, pixels.size, strict=True))
+    x, y = max(0, min(x, image.width - pixels.width)), max(0, min(y, image.height - pixels.height))
+    soft = 2 + pixels.width // 20
+    shadow = Image.new("L", (pixels.width + 2 * soft, pixels.height + 2 * soft))
+    shadow.paste(mask.point(_SHADOW), (soft, soft))
+    across, down = slant.round().astype(int).tolist()
+    image.paste((8, 8, 16), (x - soft + across, y - soft + down), shadow.filter(ImageFilter.BoxBlur(soft * 0.6)))
+    image.paste(pixels, (x, y), mask)
+    return [x, y, x + pixels.width, y + pixels.height]
 
 
 def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """Light from one side, weaker or stronger, and the grain of a camera."""
-    pixels = np.asarray(image, dtype=np.float32)
-    y, x = np.mgrid[-1 : 1 : pixels.shape[0] * 1j, -1 : 1 : pixels.shape[1] * 1j].astype(np.float32)
-    angle = rng.uniform(0, 2 * np.pi)
-    light = rng.uniform(0.85, 1.1) + rng.uniform(0, 0.2) * (x * math.cos(angle) + y * math.sin(angle))
-    grain = rng.standard_normal(pixels.shape[:2], dtype=np.float32) * 3
-    return Image.fromarray(np.clip(pixels * light[..., None] + grain[..., None], 0, 255).astype(np.uint8))
+    """Light from one side with a soft pool or shade in it, and the grain of a camera."""
+    y, x = np.ogrid[-1 : 1 : image.height * 1j, -1 : 1 : image.width * 1j]
+    angle, (a, b) = rng.uniform(0, 2 * np.pi), rng.uniform(-1, 1, 2)
+    pool = rng.uniform(-0.3, 0.3) * np.exp(-2 * (x - a) ** 2) * np.exp(-2 * (y - b) ** 2)
+    slope = rng.uniform(0, 0.22) * (x * math.cos(angle) + y * math.sin(angle))
+    grain = rng.uniform(0.006, 0.03) * rng.standard_normal((image.height, image.width), dtype=np.float32)
+    light = (rng.uniform(0.84, 1.02) + slope + pool).clip(0.55, 1.0) + grain
+    layer = Image.fromarray((255 * light.clip(0, 1)).astype(np.uint8))
+    return ImageChops.multiply(image, Image.merge("RGB", [layer] * 3))
 
 
-def _save_scene(folder: Path, seed: int, number: int) -> tuple[str, dict]:
-    image, scene = draw_scene(np.random.default_rng([seed, number]))
-    name = f"{number + 1}.jpg"
+def _save_scene(folder: Path, seed: int, stock: Stock, job: tuple[str, int, int]) -> tuple[str, str, dict]:
+    split, index, number = job
+    image, scene = draw_scene(np.random.default_rng([seed, DRAWN.index(split), index]), split, stock)
+    name = f"{number}.jpg"
     image.save(folder / name, quality=90)
     corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in scene["boxes"].tolist()]
     entry = {
@@ -228,27 +208,37 @@ def _save_scene(folder: Path, seed: int, number: int) -> tuple[str, dict]:
         "img_path": f"{IMAGES}/{name}",
         "points": scene["points"].tolist(),
     }
-    return scene["category"], {name: entry}
+    return name, scene["category"], entry
 
 
-def make_dataset(out: str | Path, train: int, val: int, test: int, seed: int = 0, workers: int = 2) -> Path:
+def make_dataset(
+    out: str | Path,
+    train: int,
+    val: int,
+    test: int,
+    seed: int = 0,
+    workers: int | None = None,
+    sprites: str | Path | None = None,
+) -> Path:
     """Draw a whole root in FSC147's official layout.
 
-    The folder appears only when it is complete: it is drawn beside its place and renamed.  The splits
-    `val_coco` and `test_coco` hold the pictures of apples, the one category here that COCO has too.
+    The folder appears only when it is complete: it is drawn beside its place and renamed.  Categories of
+    `val` and `test` never occur in `train`; `val_seen` and `test_seen` hold new pictures of training's.
+    A split's picture depends on the seed, the split and its place there alone.
 
     Args:
         out: the root to make; must not exist, or be an empty folder.
         train, val, test: pictures in each split, at least 1.
         seed: the same seed draws the same bytes.
-        workers: processes that draw; the result does not depend on it.
+        workers: processes that draw, None for one per core; the result does not depend on it.
+        sprites: a folder of cut-outs to draw with instead of shapes; see `sprites`.
 
     Returns:
         The root.
 
     Raises:
         FileExistsError: `out` holds something already.
-        ValueError: a split without pictures, or a negative seed.
+        ValueError: a split without pictures, a negative seed, or cut-outs that cannot be used.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -258,18 +248,17 @@ def make_dataset(out: str | Path, train: int, val: int, test: int, seed: int = 0
             raise ValueError(f"--{split} is {number}: each split needs at least one picture")
     if seed < 0:
         raise ValueError(f"--seed is {seed}, but must be at least 0")
+    stock = Shapes() if sprites is None else read_sprites(sprites, seed)
+    sizes = dict(zip(DRAWN, (train, val, test, val, test), strict=True))
+    jobs = [(split, index) for split, number in sizes.items() for index in range(number)]
     draft = new_draft(out)
     (draft / IMAGES).mkdir(parents=True)
-    with ProcessPoolExecutor(workers) as pool:
-        drawn = list(pool.map(partial(_save_scene, draft / IMAGES, seed), range(train + val + test), chunksize=8))
-    annotations = {name: entry for _, part in drawn for name, entry in part.items()}
-    categories = {name: category for category, part in drawn for name in part}
-    names = list(annotations)
-    splits = {"train": names[:train], "val": names[train : train + val], "test": names[train + val :]}
-    for split in ("val", "test"):
-        splits[f"{split}_coco"] = [name for name in splits[split] if categories[name] == "apples"]
-    (draft / ANNOTATIONS).write_text(json.dumps(annotations))
+    draw = partial(_save_scene, draft / IMAGES, seed, stock)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        drawn = list(pool.map(draw, [(*job, n) for n, job in enumerate(jobs, start=1)], chunksize=8))
+    splits = {split: [name for (s, _), (name, _, _) in zip(jobs, drawn, strict=True) if s == split] for split in DRAWN}
+    (draft / ANNOTATIONS).write_text(json.dumps({name: entry for name, _, entry in drawn}))
     (draft / SPLITS).write_text(json.dumps(splits, indent=1))
-    (draft / CLASSES).write_text("".join(f"{name}\t{category}\n" for name, category in categories.items()))
+    (draft / CLASSES).write_text("".join(f"{name}\t{category}\n" for name, category, _ in drawn))
     replace_folder(draft, out)
     return out

@@ -89,19 +89,17 @@ def target_heatmap(points: np.ndarray, size: tuple[int, int], grid: tuple[int, i
     Equal to `resample_map(density_map(points, size), grid)` divided by its sum, without the pixels.
 
     Args:
-        points: [N, 2] x, y in pixels, N >= 1.
+        points: [N, 2] x, y in pixels.
         size: (height, width) of the image in pixels.
         grid: (rows, columns) of the heatmap.
 
     Returns:
-        [rows, columns] float32, non-negative, summing to 1.
-
-    Raises:
-        ValueError: without a dot there is no distribution to aim at.
+        [rows, columns] float32, non-negative, summing to 1; zeros without a dot, for then there is no
+        distribution to aim at: losses and metrics leave such an image out.
     """
     points = np.asarray(points).reshape(-1, 2)
     if len(points) == 0:
-        raise ValueError("an image with no dots has no target heatmap: leave it out of the attention loss")
+        return np.zeros(grid, dtype=np.float32)
     window = gaussian_window(points, size)
     rows = _profiles(points[:, 1], size[0], window) @ area_weights(size[0], grid[0]).T  # [N, rows]
     columns = _profiles(points[:, 0], size[1], window) @ area_weights(size[1], grid[1]).T
@@ -136,6 +134,9 @@ def resample_map(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def kl_divergence(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
-    """KL(P || A) of each image, in nats: target P and heatmap A [B, 14, 14], each summing to 1 -> [B]."""
+    """KL(P || A) of each image, in nats: target P and heatmap A [B, 14, 14], each summing to 1 -> [B].
+
+    0 where the target is all zeros.
+    """
     target, heatmap = target.float(), heatmap.float()
     return (torch.xlogy(target, target) - target * heatmap.clamp_min(TINY_MASS).log()).sum(dim=(1, 2))

@@ -4,9 +4,17 @@ Left out: drawing the numbers (`report`).
 """
 
 from .answering import EvaluateConfig, Evaluation, ImageResult, evaluate, evaluate_samples
-from .metrics import alignment, constant_baselines, counting_metrics
+from .metrics import (
+    absolute_errors,
+    alignment,
+    answer_histogram,
+    bootstrap_interval,
+    constant_baselines,
+    counting_metrics,
+    paired_difference,
+)
 
 __all__ = [
-    "EvaluateConfig", "Evaluation", "ImageResult", "alignment", "constant_baselines", "counting_metrics", "evaluate",
-    "evaluate_samples",
+    "EvaluateConfig", "Evaluation", "ImageResult", "absolute_errors", "alignment", "answer_histogram",
+    "bootstrap_interval", "constant_baselines", "counting_metrics", "evaluate", "evaluate_samples", "paired_difference",
 ]  # fmt: skip

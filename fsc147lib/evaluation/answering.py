@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data import Sample, open_split
+from ..data.fsc147 import Sample, mean_count, open_split
 from ..files import write_text
 from ..model import (
     Batch,
@@ -40,7 +40,7 @@ from ..model.answers import DeferredCopy, agreement, greedy_tokens
 from ..model.layers import KeysValues
 from ..model.prompt import MAX_DIGITS, parse_count
 from ..options import Precision, need
-from .metrics import alignment, counting_metrics, metrics_by_bin
+from .metrics import absolute_errors, alignment, counting_metrics, metrics_by_bin
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,19 @@ class ImageResult:
     count: int
     predicted: int | None  # None where the answer does not parse
     answer: str
-    kl: float
-    mass_on_objects: float
-    pearson: float
-    pointing: float
+    kl: float | None  # this and the next three are None in an empty scene, which has no target
+    mass_on_objects: float | None
+    pearson: float | None
+    pointing: float | None
+    error: float  # in objects, see `metrics.absolute_errors`
 
 
 @dataclass
 class Evaluation:
     """Numbers of a split: `metrics` of the whole, `bins` by true count, `images` one by one."""
 
-    metrics: dict[str, float]
-    bins: dict[str, dict[str, float]]
+    metrics: dict[str, float | None]  # None where no image has it: of empty scenes alone, for example
+    bins: dict[str, dict[str, float | None]]
     images: list[ImageResult]
 
     def write(self, path: str | Path, **about) -> None:
@@ -130,6 +131,7 @@ def evaluate_samples(
     workers: int = 0,
     cache: VisionCache | None = None,
     store: PixelStore | None = None,
+    empty_cost: float | None = None,
 ) -> Evaluation:
     """Evaluate a model that is already in memory.
 
@@ -141,10 +143,12 @@ def evaluate_samples(
         workers: processes that read images; with a cache there are none to read.
         cache: holds the samples' image features; None to encode them.
         store: keeps the images, for another evaluation; None to keep none.
+        empty_cost: mean count of the training images, which an answer that does not parse costs on an empty
+            scene; None for the mean count of `samples`.
 
     Returns:
-        Metrics: mae, rmse, nae, sre (unparsed answers as 0), unparsed (rate, 0..1), count_loss (nats per
-        answer token), kl, mass_on_objects, pearson, pointing.
+        Metrics: `counting_metrics`, unparsed (rate, 0..1), count_loss (nats per answer token), and the mean
+        `alignment` of images with objects.
     """
     accelerator = accelerator or make_accelerator("auto")
     network = model.network.to(accelerator.device)
@@ -166,19 +170,22 @@ def evaluate_samples(
             answers = generate_answers(model, forced, heatmap.compiled)
         summed = count_loss(forced.logits, forced.batch["answer_labels"])
         found.append((answers, summed, alignment(forced.heatmap, forced.batch["target"])))
+    empty_cost = float(np.mean([sample.count for sample in samples])) if empty_cost is None else empty_cost
     results, loss = [], 0.0
     for chunk, (answers, summed, maps) in zip(chunks, found, strict=True):
         loss += float(summed)
         maps = {key: value.tolist() for key, value in maps.items()}
         texts = model.tokenizer.batch_decode(answers.tolist(), skip_special_tokens=True)
         for i, (sample, text) in enumerate(zip(chunk, texts, strict=True)):
-            row = {key: value[i] for key, value in maps.items()}
-            results.append(ImageResult(sample.name, sample.category, sample.count, parse_count(text), text, **row))
+            row = {key: value[i] if sample.count else None for key, value in maps.items()}
+            predicted = parse_count(text)
+            row["error"] = float(absolute_errors([predicted], [sample.count], empty_cost)[0])
+            results.append(ImageResult(sample.name, sample.category, sample.count, predicted, text, **row))
     tokens = sum(len(collate.tokens(sample).answer) for sample in samples)
     network.train(was_training)
     place = {name: i for i, name in enumerate(sample.name for sample in samples)}
     results.sort(key=lambda result: place[result.name])
-    return _summarise(results, loss / tokens)
+    return _summarise(results, loss / tokens, empty_cost)
 
 
 def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
@@ -190,18 +197,19 @@ def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
     return 2 * batch_size if heatmap.method == "attention" else batch_size
 
 
-def _summarise(images: list[ImageResult], loss: float) -> Evaluation:
-    predicted, target = [image.predicted or 0 for image in images], [image.count for image in images]
-    maps = {key: float(np.mean([getattr(image, key) for image in images])) for key in
-            ("kl", "mass_on_objects", "pearson", "pointing")}  # fmt: skip
+def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Evaluation:
+    counts = [image.predicted for image in images], [image.count for image in images], empty_cost
+    maps = {}
+    for key in ("kl", "mass_on_objects", "pearson", "pointing"):
+        values = [getattr(image, key) for image in images if image.count]
+        maps[key] = float(np.mean(values)) if values else None
     metrics = {
-        **counting_metrics(predicted, target),
+        **counting_metrics(*counts),
         "unparsed": float(np.mean([image.predicted is None for image in images])),
         "count_loss": loss,
         **maps,
     }
-    bins = metrics_by_bin(predicted, target, unparsed=[image.predicted is None for image in images])
-    return Evaluation(metrics, bins, images)
+    return Evaluation(metrics, metrics_by_bin(*counts), images)
 
 
 @dataclass
@@ -265,7 +273,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         model.network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer, compiled
     )
     workers = default_workers() if config.workers is None else config.workers
-    result = evaluate_samples(model, samples, config.batch_size, heatmap, accelerator, workers)
+    empty_cost = None if all(sample.count for sample in samples) else mean_count(config.data)
+    result = evaluate_samples(model, samples, config.batch_size, heatmap, accelerator, workers, empty_cost=empty_cost)
     if config.json is not None:
         result.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
     return result

@@ -1,71 +1,97 @@
-"""Numbers: how far counts are off, and how well a heatmap lies on the objects.
+"""Numbers: how far counts are off, whether two runs differ, and how well a heatmap lies on the objects.
 
-Left out: answering and averaging over a data set (`evaluate`).
+Left out: answering a data set (`answering`).
 """
+
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from ..data.targets import kl_divergence
 
-BINS = ((0, 20), (21, 50), (51, 100), (101, 200), (201, None))
+BINS = ((0, 0), (1, 20), (21, 50), (51, 100), (101, 200), (201, None))
 """Bounds of the true count, both included, by which errors are reported."""
 
 
-def counting_metrics(predicted, target) -> dict[str, float]:
-    """Errors of predicted counts, as in Ranjan et al. and the crowd-counting literature.
+def absolute_errors(predicted, target, empty_cost: float | None = None) -> np.ndarray:
+    """How far each count is off; an answer without a number is never scored as right.
 
     Args:
-        predicted, target: [N] counts; target >= 1.  An answer that does not parse goes in as 0.
+        predicted: [N] counts; None or NaN where the answer does not parse.  That costs the true count.
+        target: [N] true counts, at least 0.
+        empty_cost: what it costs on an empty scene, whose true count is free: the mean count of the
+            training images.  None for the mean of `target`; at least 1.
 
     Returns:
-        `mae` and `rmse` in objects; `nae`, the mean error relative to the target; `sre`, the root of the
-        mean squared error relative to the target.
+        [N] float64, in objects.
 
     Raises:
-        ValueError: lengths differ, there is nothing to measure, or a target is below 1.
+        ValueError: lengths differ, there is nothing to measure, or a target is no count.
     """
     predicted, target = np.asarray(predicted, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if predicted.shape != target.shape or target.ndim != 1 or len(target) == 0:
         raise ValueError(f"predicted and target must be equally long lists, got {predicted.shape} and {target.shape}")
-    if target.min() < 1:
-        raise ValueError(
-            f"target {int(target.argmin())} is {target.min():g}: relative errors need counts of at least 1"
-        )
-    error = np.abs(predicted - target)
+    if not target.min() >= 0:
+        raise ValueError(f"target {int(target.argmin())} is {target.min():g}: a true count is at least 0")
+    empty_cost = max(1.0, float(target.mean() if empty_cost is None else empty_cost))
+    return np.where(np.isnan(predicted), np.where(target > 0, target, empty_cost), np.abs(predicted - target))
+
+
+def counting_metrics(predicted, target, empty_cost: float | None = None) -> dict[str, float | None]:
+    """Errors of predicted counts, as in Ranjan et al. and the crowd-counting literature, and how many are right.
+
+    Args:
+        predicted, target, empty_cost: of `absolute_errors`.
+
+    Returns:
+        `mae` and `rmse` in objects; `nae`, the mean error relative to the target, and `sre`, the root of the
+        mean squared error relative to the target, both over the images with objects and None without any;
+        `exact`, `within_1` and `within_10_percent`, the parts of all images (0..1) so close to the target.
+
+    Raises:
+        ValueError: as `absolute_errors`.
+    """
+    error = absolute_errors(predicted, target, empty_cost)
+    target, parsed = np.asarray(target), ~np.isnan(np.asarray(predicted, dtype=np.float64))
+    seen, counts = error[target > 0], target[target > 0]
     return {
         "mae": float(error.mean()),
         "rmse": float(np.sqrt((error**2).mean())),
-        "nae": float((error / target).mean()),
-        "sre": float(np.sqrt((error**2 / target).mean())),
+        "nae": float((seen / counts).mean()) if len(seen) else None,
+        "sre": float(np.sqrt((seen**2 / counts).mean())) if len(seen) else None,
+        "exact": float((parsed & (error == 0)).mean()),
+        "within_1": float((parsed & (error <= 1)).mean()),
+        "within_10_percent": float((parsed & (10 * error <= target)).mean()),
     }
 
 
-def metrics_by_bin(predicted, target, unparsed) -> dict[str, dict[str, float]]:
+def metrics_by_bin(predicted, target, empty_cost: float | None = None) -> dict[str, dict[str, float | None]]:
     """`counting_metrics` of each of BINS that has images, with their number and the rate of unparsed answers.
 
     Args:
-        predicted, target: [N] counts.
-        unparsed: [N] booleans.
+        predicted, target, empty_cost: of `absolute_errors`.
 
     Returns:
         For example {"21-50": {"images": 12, "unparsed": 0.25, "mae": ...}}.
     """
-    predicted, target, unparsed = np.asarray(predicted), np.asarray(target), np.asarray(unparsed)
+    predicted, target = np.asarray(predicted, dtype=np.float64), np.asarray(target)
+    empty_cost = target.mean() if empty_cost is None else empty_cost  # of all, not of the bin
     result = {}
     for low, high in BINS:
         chosen = (target >= low) & (target <= (np.inf if high is None else high))
         if chosen.any():
-            name = f"{low}+" if high is None else f"{low}-{high}"
+            name = f"{low}+" if high is None else f"{low}-{high}" if low < high else f"{low}"
             result[name] = {
                 "images": int(chosen.sum()),
-                "unparsed": float(unparsed[chosen].mean()),
-                **counting_metrics(predicted[chosen], target[chosen]),
+                "unparsed": float(np.isnan(predicted[chosen]).mean()),
+                **counting_metrics(predicted[chosen], target[chosen], empty_cost),
             }
     return result
 
 
-def constant_baselines(training_counts, target) -> dict[str, dict[str, float]]:
+def constant_baselines(training_counts, target) -> dict[str, dict[str, float | None]]:
     """What a model that never looks achieves: always the training mean, or always its median."""
     constants = {"mean": np.mean(training_counts), "median": np.median(training_counts)}
     return {
@@ -74,13 +100,64 @@ def constant_baselines(training_counts, target) -> dict[str, dict[str, float]]:
     }
 
 
+def answer_histogram(predicted, target) -> dict[int, tuple[int, int]]:
+    """How often each number is the right answer and how often it is said: shows what answers cluster on.
+
+    Args:
+        predicted, target: [N] counts; None where an answer does not parse, which is left out.
+
+    Returns:
+        Number: (times true, times said), in ascending order, of all that are true or said.  A number that
+        is never said has a 0 there.
+    """
+    true, said = Counter(map(int, target)), Counter(int(number) for number in predicted if number is not None)
+    return {number: (true[number], said[number]) for number in sorted(true.keys() | said.keys())}
+
+
+def bootstrap_interval(values, statistic: Callable = np.mean, draws: int = 2000) -> tuple[float, float, float]:
+    """A statistic of a sample with its 95 % percentile bootstrap interval (Efron, 1979).
+
+    Args:
+        values: [N], or [R, N] of R runs on the same N images: then runs and images are both drawn anew
+            (Owen, "The pigeonhole bootstrap", 2007).  Over a few runs the interval is somewhat narrow.
+        statistic: of an array to a number.
+
+    Returns:
+        Low end, the statistic of `values`, high end; the same on every call.
+    """
+    values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
+    drawn = [statistic(values[np.ix_(*(rng.integers(0, n, n) for n in values.shape))]) for _ in range(draws)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(statistic(values)), float(high)
+
+
+def paired_difference(first, second, draws: int = 2000) -> tuple[float, float, float]:
+    """By how much errors of one model are above another's on the same images: the mean of `first - second`.
+
+    Args:
+        first, second: `absolute_errors` [N] of the same images in the same order, or [R, N] of R runs each,
+            run by run with the same seed.
+
+    Returns:
+        Low end of the 95 % interval, mean difference, high end.  An interval above 0: `second` is better.
+
+    Raises:
+        ValueError: the two are not of the same images and runs.
+    """
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if first.shape != second.shape or first.size == 0:
+        raise ValueError(f"errors of the same images and runs are wanted, got {first.shape} and {second.shape}")
+    return bootstrap_interval(first - second, np.mean, draws)
+
+
 def alignment(heatmap: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     """How well each heatmap A lies on its target P.
 
     Cells with objects are those whose share of the objects is at least the average, 1 / cells.
 
     Args:
-        heatmap, target: [B, 14, 14], each non-negative and summing to 1.
+        heatmap, target: [B, 14, 14], each non-negative and summing to 1; a target of zeros is an empty
+            scene's, which has none, and all its measures are NaN.
 
     Returns:
         [B] each: `kl`, KL(P || A) in nats, 0 is perfect; `mass_on_objects`, the part of A on cells with
@@ -91,9 +168,11 @@ def alignment(heatmap: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Te
     on_objects = p >= 1 / p.shape[1]
     centred_a, centred_p = (x - x.mean(dim=1, keepdim=True) for x in (a, p))
     scale = centred_a.norm(dim=1) * centred_p.norm(dim=1)
-    return {
+    measures = {
         "kl": kl_divergence(target, heatmap),
         "mass_on_objects": (a * on_objects).sum(dim=1),
         "pearson": torch.where(scale > 0, (centred_a * centred_p).sum(dim=1) / scale.clamp_min(1e-12), 0.0),
         "pointing": on_objects.gather(1, a.argmax(dim=1, keepdim=True))[:, 0].float(),
     }
+    defined = (p > 0).any(dim=1)
+    return {name: torch.where(defined, values, torch.nan) for name, values in measures.items()}

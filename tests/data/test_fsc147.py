@@ -185,9 +185,27 @@ def test_bad_density_raises_when_read(root):
 def test_allow_missing_leaves_names_out(root):
     edit(root, data.ANNOTATIONS, lambda entries: entries.pop("1.jpg"))
     assert [s.name for s in FSC147(root, allow_missing=True)] == ["2.jpg"]
-    edit(root, data.ANNOTATIONS, lambda entries: entries["2.jpg"].update(points=[]))
-    with pytest.raises(DataError, match="no-dots"):
+    edit(root, data.ANNOTATIONS, lambda entries: entries["2.jpg"].update(points=None))
+    with pytest.raises(DataError, match="bad-annotation"):
         FSC147(root, allow_missing=True)
+
+
+def test_a_scene_without_objects_is_a_sample(root):
+    edit_entry(root, points=[], box_examples_coordinates=[])
+    report, sample = check(root), FSC147(root)[0]
+    assert report.clean and report.splits["train"]["empty"] == 1 and report.splits["train"]["min"] == 0
+    edit(root, data.ANNOTATIONS, lambda entries: entries["1.jpg"].pop("box_examples_coordinates"))
+    for shown in (sample, sample.flipped(), FSC147(root)[0]):  # exemplars may be left out altogether
+        assert (shown.count, shown.points.shape, shown.boxes.shape) == (0, (0, 2), (0, 4))
+        assert shown.density.shape == SIZE and not shown.density.any()
+        assert shown.target.shape == (14, 14) and not shown.target.any()
+
+
+def test_mean_count_is_of_the_annotations_or_none(root):
+    (root / IMAGE_1).unlink()
+    assert data.mean_count(root) == 7.5
+    edit(root, data.SPLITS, lambda splits: splits.update(val=[]))
+    assert data.mean_count(root, "val") is None and data.mean_count(root, "nowhere") is None
 
 
 def test_missing_root_says_what_to_download(tmp_path):
@@ -279,7 +297,6 @@ FATAL_AT_OPENING = {
     "split twice": (lambda r: replace_text(r, S, "{", '{"train": [],'), "duplicate-key", S, "train"),
     "not annotated": (lambda r: edit(r, A, lambda e: e.pop("1.jpg")), "no-annotation", A, "1.jpg"),
     "image missing": (lambda r: (r / IMAGE_1).unlink(), "missing-image", IMAGE_1, "1.jpg"),
-    "no dots": (lambda r: edit_entry(r, points=[]), "no-dots", A, "1.jpg"),
     "entry a list": (lambda r: edit(r, A, lambda e: e.update({"1.jpg": []})), "bad-annotation", A, "1.jpg"),
     "no points": (lambda r: edit(r, A, lambda e: e["1.jpg"].pop("points")), "bad-annotation", A, "1.jpg"),
 } | {
@@ -395,9 +412,10 @@ def test_category_falls_back(root):
 def test_clean_root(root):
     report = check(root)
     assert report.clean and report.faults == []
-    assert report.splits["train"] == {"images": 2, "categories": 2, "min": 7, "median": 7.5, "mean": 7.5, "max": 8}
+    expected = {"images": 2, "empty": 0, "categories": 2, "min": 7, "median": 7.5, "mean": 7.5, "max": 8}
+    assert report.splits["train"] == expected
     assert list(report.splits) == list(SPLITS)
-    assert "train: images 2, categories 2, min 7" in str(report) and "0 faults" in str(report)
+    assert "train: images 2, empty 0, categories 2, min 7" in str(report) and "0 faults" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["clean"] is True
 
 

@@ -1,11 +1,13 @@
 import hashlib
+import json
 
 import numpy as np
 import pytest
+from fsc147lib.faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
 from PIL import Image
 
-from fsc147lib.data.fsc147 import FSC147, check
-from fsc147lib.data.scenes import CATEGORIES, COUNTS, HEIGHT, draw_scene, make_dataset
+from fsc147lib.data.drawing import COLOURS, HELD_OUT, LOOKS, SHAPES, TRAINED, Shapes
+from fsc147lib.data.scenes import COUNTS, DRAWN, HEIGHT, MAX_DISTRACTORS, draw_scene, make_dataset
 
 
 def digests(root):
@@ -14,58 +16,143 @@ def digests(root):
     }
 
 
+def read(root):
+    """Splits, annotations and categories of a root."""
+    classes = dict(line.split("\t") for line in (root / CLASSES).read_text().splitlines())
+    return json.loads((root / SPLITS).read_text()), json.loads((root / ANNOTATIONS).read_text()), classes
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return {split: [draw_scene(np.random.default_rng([i]), split) for i in range(60)] for split in ("train", "val")}
+
+
 def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
     first = make_dataset(tmp_path / "a", 3, 2, 2, seed=5, workers=1)
     second = make_dataset(tmp_path / "b", 3, 2, 2, seed=5, workers=2)
-    other = make_dataset(tmp_path / "c", 3, 2, 2, seed=6, workers=2)
+    other = make_dataset(tmp_path / "c", 3, 2, 2, seed=6)
     assert digests(first) == digests(second)
     assert digests(first) != digests(other)
 
 
-def test_a_drawn_root_is_clean_and_has_all_splits(root):
-    report = check(root)
-    assert report.clean, str(report)
-    assert {name: row["images"] for name, row in report.splits.items() if "coco" not in name} == {
-        "train": 24, "val": 8, "test": 8,
-    }  # fmt: skip
-    for split in ("val", "test"):
-        apples = {s.name for s in FSC147(root, split) if s.category == "apples"}
-        assert {s.name for s in FSC147(root, f"{split}_coco")} == apples
+def test_a_split_does_not_depend_on_the_size_of_the_others(tmp_path):
+    small, large = make_dataset(tmp_path / "a", 1, 2, 1), make_dataset(tmp_path / "b", 4, 3, 2)
+    for split in ("val", "val_seen"):
+        pixels = [[(root / IMAGES / name).read_bytes() for name in read(root)[0][split][:2]] for root in (small, large)]
+        assert pixels[0] == pixels[1]
 
 
-def test_scenes_are_within_their_limits_and_vary():
-    scenes = [draw_scene(np.random.default_rng(i)) for i in range(12)]
-    assert all(image.height == HEIGHT for image, _ in scenes)
-    assert len({image.width for image, _ in scenes}) > 2
-    assert len({scene["category"] for _, scene in scenes}) > 3
-    for image, scene in scenes:
-        assert COUNTS[0] <= len(scene["points"]) <= COUNTS[1]
-        assert (scene["points"] >= 0).all() and (scene["points"] <= [image.width, HEIGHT]).all()
-        assert scene["boxes"].shape == (3, 4)
-        centre = scene["points"][:3]  # the exemplars are the first three objects
-        assert (scene["boxes"][:, :2] < centre).all() and (centre < scene["boxes"][:, 2:]).all()
+def test_a_drawn_root_has_the_layout(root):
+    splits, annotations, classes = read(root)
+    sizes = {split: len(names) for split, names in splits.items()}
+    assert sizes == {"train": 24, "val": 8, "test": 8, "val_seen": 8, "test_seen": 8}
+    assert sorted(annotations) == sorted(classes) == sorted(name for names in splits.values() for name in names)
+    for name, entry in annotations.items():
+        assert len(entry["box_examples_coordinates"]) == min(3, len(entry["points"]))
+        with Image.open(root / IMAGES / name) as image:
+            assert image.height == HEIGHT
 
 
-def test_dots_lie_on_objects_of_the_counted_category(root):
-    """At a dot the picture looks like its category: its hue is nearer to that colour than to most others."""
-    colours = {c.name: c.colour for c in CATEGORIES}
+def test_held_out_pairs_are_new_and_their_words_are_not():
+    assert not HELD_OUT["val"] & HELD_OUT["test"]
+    for pairs in HELD_OUT.values():
+        assert not pairs & TRAINED
+        assert {look for look, _ in pairs} == set(LOOKS) and {shape for _, shape in pairs} == set(SHAPES)
+    for word in LOOKS + SHAPES:
+        assert sum(word in pair for pair in TRAINED) >= 5
+    stock = Shapes()
+    assert stock.categories("train") == stock.categories("val_seen") == stock.categories("test_seen")
 
+
+def test_no_picture_of_training_shows_a_held_out_pair(scenes):
+    held_out = {" ".join(pair) for pairs in HELD_OUT.values() for pair in pairs}
+    assert not held_out & {kind for _, s in scenes["train"] for kind in (s["category"], *s["distractors"])}
+    test = {" ".join(pair) for pair in HELD_OUT["test"]}
+    assert not test & {kind for _, s in scenes["val"] for kind in (s["category"], *s["distractors"])}
+    assert {s["category"] for _, s in scenes["val"]} <= held_out - test
+
+
+def test_counts_range_from_none_to_sixty_and_distractors_tell_nothing(monkeypatch):
+    monkeypatch.setattr("fsc147lib.data.scenes._background", lambda rng, size: Image.new("RGB", size[::-1]))
+    monkeypatch.setattr("fsc147lib.data.scenes._paste", lambda *args: [1, 2, 3, 4])  # nothing drawn: it is quick
+    monkeypatch.setattr(Shapes, "cut_out", lambda *args: (None, None))
+    monkeypatch.setattr("fsc147lib.data.scenes._light", lambda rng, image: image)
+    drawn = [draw_scene(np.random.default_rng(i))[1] for i in range(700)]
+    counts, others = (np.array([len(s[key]) for s in drawn]) for key in ("points", "distractors"))
+    assert 0.02 < (counts == 0).mean() < 0.07
+    some = counts > 0
+    assert counts[some].min() == COUNTS[0] and counts.max() > COUNTS[1] - 5 and counts.max() <= COUNTS[1]
+    assert others.min() == 0 and MAX_DISTRACTORS - 5 < others.max() <= MAX_DISTRACTORS
+    assert abs(np.corrcoef(counts[some], others[some])[0, 1]) < 0.12
+    assert others[~some].min() >= 4
+
+
+def test_distractors_share_the_look_or_the_shape_and_are_never_counted(scenes):
+    shares = []
+    for _, scene in scenes["train"] + scenes["val"]:
+        look, shape = scene["category"].split()
+        kinds = [(kind.split()[0] == look, kind.split()[1] == shape) for kind in scene["distractors"]]
+        assert (True, True) not in kinds
+        if len(scene["points"]) == 0 or len(kinds) >= 2:
+            assert {(True, False), (False, True)} <= set(kinds)
+        shares += kinds
+    assert all(np.mean(shares, axis=0) > 0.35) and all(np.mean(shares, axis=0) < 0.6)
+
+
+def test_dots_and_boxes_are_exact(scenes):
+    for image, scene in scenes["train"]:
+        size, points, boxes = [image.width, image.height], scene["points"], scene["boxes"]
+        assert boxes.shape == (min(3, len(points)), 4)
+        assert (points > 0).all() and (points < size).all()
+        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= size).all() and (boxes[:, :2] < boxes[:, 2:]).all()
+        assert ((boxes[:, :2] + boxes[:, 2:]) / 2 == points[:3]).all()
+        if len(points) > 1:  # no two on top of each other
+            gaps = np.linalg.norm(points[:, None] - points, axis=2) + 1e9 * np.eye(len(points))
+            assert gaps.min() > 12
+
+
+def test_boxes_hold_the_whole_object_and_nothing_more(monkeypatch):
+    monkeypatch.setattr("fsc147lib.data.scenes._background", lambda rng, size: Image.new("RGB", size[::-1]))
+    monkeypatch.setattr("fsc147lib.data.scenes._light", lambda rng, image: image)
+    single = 0
+    for i in range(60):
+        image, scene = draw_scene(np.random.default_rng(i))
+        if len(scene["points"]) == 1 and not scene["distractors"]:
+            seen = np.asarray(image).max(axis=2) > 24  # lighter than the ground and its shadow
+            rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+            found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+            assert np.abs(scene["boxes"][0] - found).max() <= 1
+            single += 1
+    assert single
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_objects_under_the_dots_have_the_colour_of_the_category(scenes, split):
     def hue(rgb):
-        rgb = np.asarray(rgb, dtype=float)
-        return (rgb - rgb.mean(axis=-1, keepdims=True)) / (
-            np.linalg.norm(rgb - rgb.mean(axis=-1, keepdims=True)) + 1e-9
-        )
+        centred = np.asarray(rgb, dtype=float) - np.mean(rgb)
+        return centred / (np.linalg.norm(centred) + 1e-9)
 
     right = []
-    for sample in FSC147(root, "train"):
-        if sample.category == "hex nuts":  # grey, with a hole where the dot is
-            continue
-        pixels = np.asarray(sample.image.resize((sample.size[1] // 4, sample.size[0] // 4), Image.Resampling.BOX))
-        for x, y in sample.points:
-            seen = hue(pixels[min(int(y) // 4, len(pixels) - 1), min(int(x) // 4, pixels.shape[1] - 1)])
-            scores = {name: float(seen @ hue(c)) for name, c in colours.items() if name != "hex nuts"}
-            right.append(sorted(scores, key=scores.get).index(sample.category) >= len(scores) - 2)
-    assert np.mean(right) > 0.9
+    for image, scene in scenes[split]:
+        look, shape = scene["category"].split()
+        if look in COLOURS and shape not in ("rings", "leaves"):  # a hole or a vein in the middle
+            for x, y in scene["points"]:
+                seen = hue(np.asarray(image)[int(y) - 2 : int(y) + 3, int(x) - 2 : int(x) + 3].mean(axis=(0, 1)))
+                right.append(max(COLOURS, key=lambda name: float(seen @ hue(COLOURS[name]))) == look)
+    assert len(right) > 50 and np.mean(right) > 0.95
+
+
+def test_every_shape_covers_its_middle_but_the_ring():
+    for shape in SHAPES:
+        for i in range(8):
+            pixels, mask = Shapes().cut_out(np.random.default_rng(i), f"blue {shape}", 20.0)
+            assert pixels.size == mask.size and max(mask.size) <= 42
+            assert mask.getbbox() == (0, 0, *mask.size)  # trimmed
+            assert (mask.getpixel((mask.width // 2, mask.height // 2)) > 128) == (shape != "rings")
+
+
+def test_splits_are_the_named_ones(root):
+    assert tuple(read(root)[0]) == DRAWN
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
@@ -78,4 +165,6 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 def test_an_empty_split_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--val is 0"):
         make_dataset(tmp_path / "x", 1, 0, 1)
+    with pytest.raises(ValueError, match="--seed is -1"):
+        make_dataset(tmp_path / "x", 1, 1, 1, seed=-1)
     assert not (tmp_path / "x").exists()

@@ -1,9 +1,13 @@
 import csv
 import json
+import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from fsc147lib.data.faults import ANNOTATIONS
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation import answering as evaluation
 from fsc147lib.evaluation.answering import (
@@ -90,7 +94,7 @@ def check_greedy(tiny, mixed_samples):
         assert got == expected
 
 
-def test_unparsed_answers_count_as_zero(tiny, root, monkeypatch):
+def test_unparsed_answers_cost_the_true_count(tiny, root, monkeypatch):
     samples = list(FSC147(root, "val"))
     said = [answer(sample.count) for sample in samples]
     said[2], said[5] = "a lot", "COUNT: 3.7"
@@ -102,7 +106,40 @@ def test_unparsed_answers_count_as_zero(tiny, root, monkeypatch):
     expected = [0 if i in (2, 5) else sample.count for i, sample in enumerate(samples)]
     assert result.metrics["unparsed"] == pytest.approx(2 / len(samples))
     assert result.metrics["mae"] == counting_metrics(expected, [sample.count for sample in samples])["mae"]
-    assert result.images[2].predicted is None
+    assert result.images[2].predicted is None and result.images[2].error == samples[2].count
+
+
+def emptied(sample):
+    """The same picture with nothing to count."""
+    return replace(sample, points=np.zeros((0, 2), np.float32), boxes=np.zeros((0, 4), np.float32))
+
+
+def test_empty_scenes_are_answered_and_have_no_map(tiny, root):
+    some, none = list(FSC147(root, "val"))[:3], [emptied(sample) for sample in FSC147(root, "val")[3:5]]
+    result, without = (evaluate_samples(tiny, samples, empty_cost=9) for samples in ([none[0], *some, none[1]], some))
+    assert [image.count for image in result.images] == [0, *(sample.count for sample in some), 0]
+    for key in ("kl", "mass_on_objects", "pearson", "pointing"):
+        assert getattr(result.images[0], key) is None
+        assert result.metrics[key] == pytest.approx(without.metrics[key], rel=1e-4, abs=1e-6)
+    assert result.metrics["nae"] == without.metrics["nae"] and result.bins["0"]["images"] == 2
+    assert [result.images[i].error for i in (0, 4)] == [9, 9]  # an untaught model says no number
+    alone = evaluate_samples(tiny, none)
+    assert alone.metrics["kl"] is None and alone.metrics["mae"] == 1
+    json.dumps(alone.metrics, allow_nan=False)
+
+
+def test_an_empty_scene_without_an_answer_costs_the_training_mean(root, tiny, tmp_path):
+    """The mean of the root's training split, which is not the one that is answered."""
+    copied = tmp_path / "root"
+    shutil.copytree(root, copied)
+    file = copied / ANNOTATIONS
+    entries = json.loads(file.read_text())
+    name = FSC147(copied, "val")[0].name
+    entries[name].update(points=[], box_examples_coordinates=[])
+    file.write_text(json.dumps(entries))
+    tiny.save(tmp_path / "model")
+    result = evaluate(EvaluateConfig(copied, str(tmp_path / "model"), limit=1))
+    assert result.metrics["mae"] == np.mean([sample.count for sample in FSC147(root, "train")])
 
 
 def test_numbers_do_not_depend_on_the_batch_size(tiny, root):

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from fsc147lib.data.fsc147 import FSC147
-from fsc147lib.evaluation.metrics import alignment, constant_baselines, counting_metrics, metrics_by_bin
+from fsc147lib.evaluation.metrics import (
+    absolute_errors,
+    alignment,
+    answer_histogram,
+    bootstrap_interval,
+    constant_baselines,
+    counting_metrics,
+    metrics_by_bin,
+    paired_difference,
+)
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "fsc147"
 
@@ -19,18 +28,50 @@ def test_by_hand():
     assert result["sre"] == pytest.approx(((4 / 10 + 0 + 400 / 20) / 3) ** 0.5)
 
 
-@pytest.mark.parametrize(("predicted", "target"), [([1], [1, 2]), ([], []), ([1], [0])])
+def test_an_answer_without_a_number_is_never_right():
+    """It costs the true count, and on an empty scene the training mean: nothing is gained by silence."""
+    target = [10, 1, 0, 0]
+    errors = absolute_errors([None, None, None, 0], target, empty_cost=30)
+    assert errors.tolist() == [10, 1, 30, 0]
+    assert absolute_errors([None, None, None, 0], target).tolist() == [10, 1, 11 / 4, 0]  # the mean of these
+    assert absolute_errors([float("nan")], [0]).tolist() == [1]  # not 0, though nothing is known
+    result = counting_metrics([None, None, None, 0], target, empty_cost=30)
+    assert [result[key] for key in ("exact", "within_1", "within_10_percent")] == [0.25, 0.25, 0.25]
+    assert result["mae"] == 41 / 4 and result["nae"] == 1
+
+
+def test_relative_errors_leave_empty_scenes_out():
+    result = counting_metrics([12, 5, 0, 0, 7], [10, 5, 20, 0, 0], empty_cost=3)
+    with_objects = counting_metrics([12, 5, 0], [10, 5, 20])
+    assert (result["nae"], result["sre"]) == (with_objects["nae"], with_objects["sre"])
+    assert result["mae"] == pytest.approx((2 + 0 + 20 + 0 + 7) / 5)
+    empty = counting_metrics([0, 4], [0, 0])
+    assert empty["nae"] is None and empty["sre"] is None and empty["mae"] == 2 and empty["exact"] == 0.5
+
+
+def test_how_many_are_right():
+    target = np.array([0, 9, 10, 30, 70, 200])
+    off = np.array([1, 1, 1, 3, 7, 21])
+    result = counting_metrics(target + off, target)
+    assert result["exact"] == 0 and result["within_1"] == 3 / 6 and result["within_10_percent"] == 3 / 6
+    assert counting_metrics(target - (off > 20), target)["exact"] == 5 / 6
+
+
+@pytest.mark.parametrize(("predicted", "target"), [([1], [1, 2]), ([], []), ([1], [-1]), ([1], [float("nan")])])
 def test_what_cannot_be_measured_is_refused(predicted, target):
-    with pytest.raises(ValueError, match="predicted and target|relative errors"):
+    with pytest.raises(ValueError, match="predicted and target|at least 0"):
         counting_metrics(predicted, target)
 
 
 def test_bins_hold_every_image_once():
-    target = [5, 20, 21, 50, 51, 300]
-    bins = metrics_by_bin(np.array(target) + 1, target, [True, False, False, False, False, False])
-    assert {name: row["images"] for name, row in bins.items()} == {"0-20": 2, "21-50": 2, "51-100": 1, "201+": 1}
-    assert all(row["mae"] == 1 for row in bins.values())
-    assert [row["unparsed"] for row in bins.values()] == [0.5, 0, 0, 0]
+    target = [0, 0, 5, 20, 21, 50, 51, 300]
+    bins = metrics_by_bin([1, None, None, 21, 22, 51, 52, 301], target, empty_cost=9)
+    images = {name: row["images"] for name, row in bins.items()}
+    assert images == {"0": 2, "1-20": 2, "21-50": 2, "51-100": 1, "201+": 1}
+    assert [row["mae"] for row in bins.values()] == [5, 3, 1, 1, 1]
+    assert [row["unparsed"] for row in bins.values()] == [0.5, 0.5, 0, 0, 0]
+    assert metrics_by_bin([None, 10], [0, 10])["0"]["mae"] == 5  # the mean of all, not of the bin's zeros
+    json.dumps(bins, allow_nan=False)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real annotations are not beside the project")
@@ -44,9 +85,52 @@ def test_constants_give_the_papers_rows(constant, mae, rmse):
 
 def test_baselines_use_training_counts_alone():
     rows = constant_baselines([1, 2, 9], [4, 4])
-    assert rows["mean"] == {"constant": 4, "mae": 0, "rmse": 0, "nae": 0, "sre": 0}
+    assert all(rows["mean"][key] == 0 for key in ("mae", "rmse", "nae", "sre"))
+    assert rows["mean"]["constant"] == 4 and rows["mean"]["exact"] == 1
     assert rows["median"]["constant"] == 2 and rows["median"]["mae"] == 2
     json.dumps(rows)
+
+
+def test_answers_cluster_where_a_histogram_shows_it():
+    counted = answer_histogram([12, 12, None, 12, 30], [11, 12, 12, 13, 0])
+    assert counted == {0: (1, 0), 11: (1, 0), 12: (2, 3), 13: (1, 0), 30: (0, 1)}
+
+
+@pytest.mark.parametrize("statistic", [np.mean, np.median])
+def test_the_interval_covers_the_true_value(statistic):
+    """Of a normal sample of 40, drawn 200 times, the 95 % interval holds it about 95 % of the time."""
+    rng = np.random.default_rng(0)
+    inside = []
+    for _ in range(200):
+        low, middle, high = bootstrap_interval(rng.normal(1, 0.2, 40), statistic, draws=200)
+        assert low <= middle <= high
+        inside.append(low <= 1 <= high)
+    assert 0.88 < np.mean(inside) <= 0.99
+
+
+def test_paired_difference_is_sharper_than_the_errors():
+    """Images differ far more than the models do; on the same images the difference shows all the same."""
+    rng = np.random.default_rng(1)
+    first = rng.gamma(1, 20, 100)
+    second = first - 1 + rng.normal(0, 0.5, 100)
+    low, difference, high = paired_difference(first, second)
+    assert difference == pytest.approx(np.mean(first) - np.mean(second))
+    assert 0.8 < low < difference < high < 1.2
+    deviation = np.std(first - second) / 10
+    assert (high - low) / (2 * 1.96) == pytest.approx(deviation, rel=0.1)  # as in a normal approximation
+    assert paired_difference(second, first)[1] == -difference
+
+
+def test_runs_that_disagree_widen_the_interval():
+    """Five runs on 1,000 images: the images agree, so all the doubt is between runs."""
+    gain = np.array([3.0, 1.0, 2.0, 2.5, 1.5])
+    errors = np.random.default_rng(2).gamma(1, 20, (5, 1000))
+    low, difference, high = paired_difference(errors + gain[:, None], errors, draws=400)
+    assert difference == pytest.approx(2) and 1.2 < low < 1.6 and 2.4 < high < 2.8
+    low, _, high = paired_difference((errors + gain[:, None])[:1], errors[:1], draws=400)
+    assert (low, high) == (pytest.approx(3), pytest.approx(3))
+    with pytest.raises(ValueError, match="same images and runs"):
+        paired_difference(errors, errors[:, :9])
 
 
 def one_hot(*cells):
@@ -78,6 +162,12 @@ def test_alignment_of_a_map_beside_the_objects():
     assert result["mass_on_objects"].item() == 0 and result["pointing"].item() == 0
     assert result["pearson"].item() < 0
     assert result["kl"].item() > 10
+
+
+def test_an_empty_scene_has_no_alignment():
+    target = torch.cat([one_hot((3, 4)), torch.zeros(1, 14, 14)])
+    for values in alignment(torch.full((2, 14, 14), 1 / 196), target).values():
+        assert values[0].isfinite() and values[1].isnan()
 
 
 def test_pearson_is_numpys():

@@ -11,7 +11,7 @@ from fsc147lib.model.forward import answer_logits, normalised_pixels
 from fsc147lib.model.heatmaps import METHODS, Heatmap
 from fsc147lib.model.load import load_model
 from fsc147lib.options import ConfigError
-from fsc147lib.training.loop import Run, TrainConfig, train
+from fsc147lib.training.loop import TrainConfig, lazy_weight, train
 from fsc147lib.training.losses import DualLoss
 
 TRAINABLE = [("attention", 0), ("token_gradient", 0), ("token_gradient", 2), ("input_gradient", 0)]
@@ -265,13 +265,9 @@ def test_unknown_methods_and_layers_are_named(tiny):
         Heatmap(tiny.network, "token_gradient", state_layer=4)
 
 
-def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch, root, tmp_path):
+def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
     """K steps, one of them with weight K w: their mean gradient is that of every step with weight w."""
-    config = TrainConfig(data=root, out=tmp_path / "run", heatmap="token_gradient", heatmap_every=4)
-    run = Run(config)
-    weights = []
-    for run.step in range(8):
-        weights.append(run.attention_weight())
+    weights = [lazy_weight(0.1, 4, step) for step in range(8)]
     assert weights == pytest.approx([0.4, 0, 0, 0] * 2)
     loss, sums = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, "token_gradient")), []
     for plan in (weights[:4], [0.1] * 4):

@@ -149,7 +149,7 @@ def test_it_is_dropped_when_the_encoder_unfreezes(config, tmp_path, monkeypatch)
 
     def validate(self):
         weight = self.model.network.model.visual.blocks[0].attn.proj.weight
-        seen.append((self.cache is not None, weight.detach().clone()))
+        seen.append((self.training_step.cache is not None, weight.detach().clone()))
         return real(self)
 
     monkeypatch.setattr(training.Run, "validate", validate)

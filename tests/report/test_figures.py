@@ -86,7 +86,7 @@ def test_the_live_curve_collects(capsys):
 
 def test_predictions_and_lost_answers():
     def image(count, predicted):
-        return ImageResult("x", "y", count, predicted, "", 0, 0, 0, 0)
+        return ImageResult("x", "y", count, predicted, "", 0, 0, 0, 0, 0)
 
     axes = viz.predictions_against_truth([image(10, 12), image(30, 25), image(7, None), image(9, 0)]).axes[0]
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), [[10, 12], [30, 25]])
@@ -94,7 +94,7 @@ def test_predictions_and_lost_answers():
 
 
 def test_all_answers_lost_is_a_picture_too():
-    lost = [ImageResult("x", "y", 10, None, "", 0, 0, 0, 0)]
+    lost = [ImageResult("x", "y", 10, None, "", 0, 0, 0, 0, 0)]
     assert viz.predictions_against_truth(lost).axes[0].get_legend() is not None
 
 
