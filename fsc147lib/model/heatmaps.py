@@ -26,7 +26,7 @@ from .network import CountingModel
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make a heatmap; see `register`."""
+    """A heatmap method; its fields are the arguments of `register`."""
 
     function: Callable
     trainable: bool

@@ -22,7 +22,7 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def run_layer(function, layer, *inputs, compiled: bool = False, **kwargs):
-    """`function(layer, *inputs, **kwargs)`, compiled where asked for, checkpointed where the layer says so."""
+    """`function(layer, *inputs, **kwargs)`, compiled on request, checkpointed where the layer is set to."""
     function = _compile(function) if compiled else function
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return checkpoint(function, layer, *inputs, use_reentrant=False, **kwargs)
@@ -189,8 +189,9 @@ def vision_block(
     heads = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))  # [P, 3, H, D]
     query, key, value = heads.permute(1, 0, 2, 3).unbind(0)
     query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
-    parts = [x.transpose(0, 1) for x in (query, key, value)]  # [H, P, D]
-    hidden = hidden + attention.proj(attention_by_size(*parts, bounds, attention.scaling, create_graph).flatten(1))
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [H, P, D]
+    output = attention_by_size(query, key, value, bounds, attention.scaling, create_graph)
+    hidden = hidden + attention.proj(output.flatten(1))
     return hidden + block.mlp(block.norm2(hidden))
 
 

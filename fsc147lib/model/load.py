@@ -60,7 +60,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
 
 
 def _find(name: str | Path) -> str:
-    """The folder, or the hub id; a path that is not there is told from a hub id by its form."""
+    """The folder, or the hub id; a missing path differs from a hub id by its form."""
     if Path(name).is_dir():
         if (Path(name) / "best" / "config.json").is_file():
             raise ModelError(f"{name} is the folder of a run: give one of its checkpoints, {name}/best or {name}/last")

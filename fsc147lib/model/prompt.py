@@ -18,12 +18,12 @@ _PARSED = re.compile(rf"COUNT: ([0-9]{{1,{MAX_DIGITS}}})")
 
 
 def question(category: str) -> str:
-    """What is asked about an image, for example "How many apples are in this image? ..."."""
+    """The question about an image, for example "How many apples are in this image? ..."."""
     return QUESTION.format(category=category)
 
 
 def answer(count: int) -> str:
-    """What the model is taught to say, for example "COUNT: 37"."""
+    """The target answer, for example "COUNT: 37"."""
     return ANSWER.format(count=count)
 
 

@@ -99,7 +99,7 @@ class VisionCache:
             pixels = {key: batch[key] for key in ("pixel_values", "pixel_scale", "image_sizes")}
             with accelerator.autocast():
                 encoded = encode_images(network, to_device(pixels, self.device), compiled=compiled)
-            features = torch.stack([encoded.embeddings, *encoded.deepstack], dim=1)  # [V, 1 + D, C]
+            features = torch.stack(encoded, dim=1)  # [V, 1 + D, C]
             start = 0
             for key in batch["image_keys"]:
                 first, end = self.places[key]

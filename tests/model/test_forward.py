@@ -46,9 +46,9 @@ def test_image_features_are_the_library_s(tiny, library, mixed_samples, form):
     """Of images of four sizes, with the gradients of the encoder's weights."""
     made = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
     pixels = normalised_pixels(made)
-    ours = encode_images(tiny.network, made if form == "bytes" else {**made, "pixel_values": pixels})
+    embeddings, *deepstack = encode_images(tiny.network, made if form == "bytes" else {**made, "pixel_values": pixels})
     theirs = library.model.visual(pixels, grid_thw=made["image_grid_thw"])
-    pairs = [(ours.embeddings, theirs.pooler_output), *zip(ours.deepstack, theirs.deepstack_features, strict=True)]
+    pairs = [(embeddings, theirs.pooler_output), *zip(deepstack, theirs.deepstack_features, strict=True)]
     for got, expected in pairs:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     sum((got**2).sum() for got, _ in pairs).backward()

@@ -69,8 +69,8 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, state_laye
 
     def watched_images(*args, **kwargs):
         images = plain_images(*args, **kwargs)
-        for i in range(state_layer, len(images.deepstack)):
-            images.deepstack[i] = watch(f"deepstack {i}", images.deepstack[i])
+        for i in range(state_layer, len(images) - 1):
+            images[1 + i] = watch(f"deepstack {i}", images[1 + i])
         return images
 
     plain_images, plain_layer = forward.encode_images, forward.text_layer

@@ -97,8 +97,7 @@ def test_a_part_that_is_not_finite_is_named(tiny, batch, part):
 def test_a_part_of_a_batch_is_a_batch(tiny, mixed_samples):
     """Rows 3 and 1 of bytes, of numbers and of kept features give the losses that they give in the whole."""
     batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
-    encoded = encode_images(tiny.network, batch)
-    features = torch.stack([encoded.embeddings, *encoded.deepstack], dim=1)
+    features = torch.stack(encode_images(tiny.network, batch), dim=1)
     whole, rows = answer_logits(tiny.network, batch)[0], [3, 1]
     for form in (batch, {**batch, "pixel_values": normalised_pixels(batch)}, {**batch, "image_features": features}):
         part = select_rows(form, rows)
