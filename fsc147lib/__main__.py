@@ -13,9 +13,11 @@ from .data.fsc147 import CheckConfig
 from .data.scenes import SynthConfig
 from .evaluation.answering import EvaluateConfig
 from .files import write_text
+from .options import split_preset
 from .report.overhead import OverheadConfig
 from .report.throughput import ThroughputConfig
-from .training.loop import TrainConfig
+from .training.loop import PRESETS, TrainConfig
+from .training.sweep import SweepConfig
 
 
 def run_check(config: CheckConfig) -> int:
@@ -53,6 +55,17 @@ def run_evaluate(config: EvaluateConfig) -> int:
     return 0
 
 
+def run_sweep(config: SweepConfig) -> int:
+    from .report.sweeps import sweep_figure, sweep_table
+    from .training import sweep
+
+    rows = sweep.run_sweep(config)
+    print(sweep_table(rows))
+    sweep_figure(rows).savefig(config.out / "sweep.png", dpi=120)
+    print(f"all of it in {config.out}/sweep.json, drawn in {config.out}/sweep.png")
+    return 0 if all(row["finished"] for row in rows) else 1
+
+
 def run_overhead(config: OverheadConfig) -> int:
     from .report.overhead import measure_overhead
 
@@ -77,15 +90,25 @@ COMMANDS = {
     SynthConfig: ("synth", run_synth),
     TrainConfig: ("train", run_train),
     EvaluateConfig: ("evaluate", run_evaluate),
+    SweepConfig: ("sweep", run_sweep),
     OverheadConfig: ("overhead", run_overhead),
     ThroughputConfig: ("throughput", run_throughput),
 }
 
 
 def main() -> int:
-    choices = [Annotated[config, tyro.conf.subcommand(name)] for config, (name, _) in COMMANDS.items()]
+    words, preset = sys.argv[1:], {}
     try:
-        config = tyro.cli(tyro.conf.OmitSubcommandPrefixes[Union[tuple(choices)]], prog="python -m fsc147lib")  # noqa: UP007
+        if words[:1] == ["train"]:
+            words, preset = split_preset(words, PRESETS)
+        defaults = {TrainConfig: {"default": TrainConfig(data=tyro.MISSING, **preset)}}
+        choices = [
+            Annotated[config, tyro.conf.subcommand(name, **defaults.get(config, {}))]
+            for config, (name, _) in COMMANDS.items()
+        ]
+        config = tyro.cli(
+            tyro.conf.OmitSubcommandPrefixes[Union[tuple(choices)]], args=words, prog="python -m fsc147lib"
+        )  # noqa: UP007
         return COMMANDS[type(config)][1](config)
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

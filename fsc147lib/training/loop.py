@@ -36,10 +36,20 @@ from .run import RunFolder, TrainResult
 from .step import TrainingStep, make_optimizer
 from .tracker import start_tracker
 
+PRESETS = {
+    "seed": {"attention_weight": 0.1, "learning_rate": 2e-6, "accumulation": 8},
+    "quick": {"epochs": 1, "limit": 200},
+    "full": {"epochs": 10},
+}
+"""Other defaults: `train --preset seed` trains as this project's first script did, quick and full as its two launches.
+
+In a program: `TrainConfig(data=ROOT, **PRESETS["seed"])`.
+"""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune with both losses."""
+    """Fine-tune with both losses; --preset seed, quick or full gives the options below other defaults."""
 
     data: Path
     """Folder in FSC147's official layout."""
@@ -58,7 +68,9 @@ class TrainConfig:
     weight_decay: float = 0.05
     """AdamW's pull of matrices towards 0, times the learning rate; norms and biases are spared."""
     warmup: float = 0.1
-    """Part of all steps on which the learning rate rises; it falls along a cosine after."""
+    """Part of all steps on which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls to 0 after the warmup, or that it does not."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     attention_weight: float = 0.1
@@ -166,12 +178,13 @@ class TrainConfig:
         return json.dumps(asdict(self), indent=1, default=str)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear rise over the first part of the steps, then half a cosine to 0; step counts from 0."""
+def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
+    """Linear rise over the first part of the steps, then half a cosine or a line to 0, or 1; step counts from 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    done = (step - rising) / max(1, steps - rising)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
 
 
 def lazy_weight(weight: float, every: int, step: int) -> float:
@@ -287,7 +300,8 @@ class Run:
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
         for window in windows(self.loader, config.accumulation):
-            rate = config.resolved_learning_rate * learning_rate_factor(self.step, self.total_steps, config.warmup)
+            factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
+            rate = config.resolved_learning_rate * factor
             for group in step.optimizer.param_groups:
                 group["lr"] = rate
             losses, norm = step(window, lazy_weight(config.attention_weight, every, self.step))
