@@ -7,6 +7,7 @@ Left out: the options themselves.
 """
 
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -23,17 +24,21 @@ def need(config, name: str, holds: bool, rule: str) -> None:
         raise ConfigError(f"{name} ({flag}) is {getattr(config, name)}, but must be {rule}")
 
 
-def split_preset(words: Sequence[str], presets: dict[str, dict]) -> tuple[list[str], dict]:
-    """Take `--preset NAME` out of a command's words.
+def parse_options(config: type, words: Sequence[str], program: str):
+    """A command's options from a command line; `--preset NAME` gives those that `config.PRESETS` has another default.
 
-    Returns:
-        The other words, and the preset's values, which are defaults for them; none without a preset.
+    Raises:
+        SystemExit: the words make no options; the reason is printed.
+        ConfigError: there is no such preset.
     """
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--preset=") else [word])]
-    if "--preset" not in words:
-        return words, {}
-    at = words.index("--preset")
-    name = "".join(words[at + 1 : at + 2])
-    if name not in presets:
-        raise ConfigError(f"preset (--preset) is {name!r}, but must be one of {', '.join(presets)}")
-    return words[:at] + words[at + 2 :], presets[name]
+    import tyro  # takes a third of a second
+
+    words, presets, preset = list(words), getattr(config, "PRESETS", {}), {}
+    if presets and "--preset" in words:
+        at = words.index("--preset")
+        name = "".join(words[at + 1 : at + 2])
+        if name not in presets:
+            raise ConfigError(f"preset (--preset) is {name!r}, but must be one of {', '.join(presets)}")
+        required = {field.name: tyro.MISSING for field in fields(config) if field.default is MISSING}
+        words[at : at + 2], preset = [], {"default": config(**required, **presets[name])}
+    return tyro.cli(config, args=words, prog=program, **preset)

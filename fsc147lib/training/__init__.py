@@ -3,13 +3,13 @@
 Left out: what a person looks at (`report`).
 """
 
-from .loop import PRESETS, TrainConfig, train
+from .loop import TrainConfig, train
 from .losses import ATTENTION_LOSSES, DualLoss
 from .run import TrainResult
 from .step import TrainingStep
 from .sweep import SweepConfig, run_sweep
 
 __all__ = [
-    "ATTENTION_LOSSES", "PRESETS", "DualLoss", "SweepConfig", "TrainConfig", "TrainResult", "TrainingStep",
+    "ATTENTION_LOSSES", "DualLoss", "SweepConfig", "TrainConfig", "TrainResult", "TrainingStep",
     "run_sweep", "train",
 ]  # fmt: skip

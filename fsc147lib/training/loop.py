@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -36,20 +36,17 @@ from .run import RunFolder, TrainResult
 from .step import TrainingStep, make_optimizer
 from .tracker import start_tracker
 
-PRESETS = {
-    "seed": {"attention_weight": 0.1, "learning_rate": 2e-6, "accumulation": 8},
-    "quick": {"epochs": 1, "limit": 200},
-    "full": {"epochs": 10},
-}
-"""Other defaults: `train --preset seed` trains as this project's first script did, quick and full as its two launches.
-
-In a program: `TrainConfig(data=ROOT, **PRESETS["seed"])`.
-"""
-
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Fine-tune with both losses; --preset seed, quick or full gives the options below other defaults."""
+
+    PRESETS: ClassVar[dict[str, dict]] = {
+        "seed": {"attention_weight": 0.1, "learning_rate": 2e-6, "accumulation": 8},
+        "quick": {"epochs": 1, "limit": 200},
+        "full": {"epochs": 10},
+    }
+    """What this project's first script trained with, and its two launches."""
 
     data: Path
     """Folder in FSC147's official layout."""

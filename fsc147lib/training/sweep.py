@@ -19,8 +19,8 @@ from pathlib import Path
 import tyro
 
 from ..files import write_text
-from ..options import ConfigError, need, split_preset
-from .loop import PRESETS, TrainConfig
+from ..options import ConfigError, need, parse_options
+from .loop import TrainConfig
 from .run import need_same_run
 
 
@@ -93,8 +93,7 @@ def grid_runs(config: SweepConfig) -> list[GridRun]:
             switches = {"True": [f"--{flag}"], "False": [f"--no-{flag}"]}
             words += switches.get(value, [f"--{flag}", *value.split()])
         words += ["--out", str(config.out / name)]
-        rest, preset = split_preset(words, PRESETS)
-        settings = tyro.cli(TrainConfig, args=rest, prog="train", default=TrainConfig(data=tyro.MISSING, **preset))
+        settings = parse_options(TrainConfig, words, "train")
         options = json.loads(settings.to_json())
         runs.append(GridRun(name, words, {key: options[key] for key in point}, settings))
     return runs

@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from fsc147lib.options import ConfigError, split_preset
+from fsc147lib.options import ConfigError
 from fsc147lib.report.sweeps import sweep_figure, sweep_groups, sweep_table
 from fsc147lib.training import sweep
-from fsc147lib.training.loop import PRESETS
 from fsc147lib.training.sweep import SweepConfig, grid_runs, run_sweep
 
 
@@ -33,9 +32,8 @@ def test_the_grid_is_every_combination(config):
 def test_presets_are_defaults_that_options_override(config):
     (run,) = grid_runs(config("seed=0", words=("--preset", "seed", "--accumulation", "1")))
     assert (run.config.learning_rate, run.config.attention_weight, run.config.accumulation) == (2e-6, 0.1, 1)
-    assert split_preset(["train", "--preset=quick", "--limit", "9"], PRESETS)[0] == ["train", "--limit", "9"]
-    with pytest.raises(ConfigError, match="--preset.* is 'slow', but must be one of seed, quick, full"):
-        split_preset(["train", "--preset", "slow"], PRESETS)
+    with pytest.raises(ConfigError, match="preset.*is 'slow', but must be one of seed, quick, full"):
+        grid_runs(config("seed=0", words=("--preset", "slow")))
 
 
 @pytest.mark.parametrize("axis", ["seeds=0,1", "epochs=0"])
