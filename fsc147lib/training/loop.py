@@ -180,8 +180,10 @@ def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
-    done = (step - rising) / max(1, steps - rising)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    done, falling = step - rising, max(1, steps - rising)
+    return {
+        "cosine": 0.5 * (1 + math.cos(math.pi * done / falling)), "linear": 1 - done / falling, "constant": 1.0,
+    }[schedule]  # fmt: skip
 
 
 def lazy_weight(weight: float, every: int, step: int) -> float:

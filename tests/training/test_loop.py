@@ -409,6 +409,8 @@ def test_schedule():
     assert max(factors) == pytest.approx(1) and factors[-1] < 0.001
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert learning_rate_factor(0, 1, 0.0) == 1
+    assert learning_rate_factor(55, 100, 0.1, "linear") == pytest.approx(0.5)
+    assert learning_rate_factor(9, 100, 0.1, "constant") == learning_rate_factor(99, 100, 0.1, "constant") == 1
 
 
 def test_windows_lose_nothing():
