@@ -18,8 +18,9 @@ from fsc147lib.model.pixels import PixelStore
 from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
 from fsc147lib.training.batches import SizeBatches, training_loader, windows
-from fsc147lib.training.loop import TrainConfig, learning_rate_factor, train
+from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss, NonFiniteLoss
+from fsc147lib.training.schedule import learning_rate_factor
 
 
 @pytest.fixture
