@@ -10,7 +10,7 @@ Left out: the model itself, and pixels (`pixels`).
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Annotated, TypedDict, get_type_hints
+from typing import Annotated, TypedDict, cast, get_type_hints
 
 import numpy as np
 import torch
@@ -160,10 +160,11 @@ def _mrope(head: int, y: torch.Tensor, x: torch.Tensor, tail: int) -> torch.Tens
 
 def to_device(batch: Batch, device) -> Batch:
     """The batch with its tensors on a device; all else stays as it is."""
-    return {
+    moved = {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
+    return cast(Batch, moved)
 
 
 def select_rows(batch: Batch, rows: list[int]) -> Batch:
@@ -182,8 +183,8 @@ def select_rows(batch: Batch, rows: list[int]) -> Batch:
         start = starts[layout[axis]]
         return torch.cat([value.narrow(axis, start[row], start[row + 1] - start[row]) for row in rows], dim=axis)
 
-    selected = {name: select(batch[name], layout) for name, layout in LAYOUTS.items() if name in batch}
+    selected = {name: select(value, LAYOUTS[name]) for name, value in batch.items() if name in LAYOUTS}
     shifts = torch.tensor([(new - row) * length for new, row in enumerate(rows)])
     shifts = shifts.repeat_interleave(torch.tensor([tokens[row + 1] - tokens[row] for row in rows]))
     selected["visual_index"] = selected["visual_index"] + shifts.to(index.device)
-    return selected
+    return cast(Batch, selected)

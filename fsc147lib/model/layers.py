@@ -216,8 +216,8 @@ def _by_size(query, key, value, bounds, scaling: float) -> torch.Tensor:
     lengths = [length * number for length, number in runs]
     outputs = []
     for (length, _), *parts in zip(runs, *(x.split(lengths, dim=1) for x in (query, key, value)), strict=True):
-        parts = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in parts)  # [images, H, length, D]
-        outputs.append(F.scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(0, 1))
+        q, k, v = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in parts)  # [images, H, length, D]
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
