@@ -126,7 +126,8 @@ def _write(path: Path, config: SweepConfig, rows: dict[str, dict]) -> None:
 
 def processes(runs: list[GridRun], logs: Path, parallel: int) -> Iterator[tuple[GridRun, float, str | None]]:
     """Run some at once; yields each that ended, its seconds and what went wrong.  Interrupted, it ends them all."""
-    waiting, running = list(runs), {}
+    waiting = list(runs)
+    running: dict[str, tuple[GridRun, float, subprocess.Popen]] = {}
     threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, len(runs))))
     try:
         while waiting or running:
