@@ -9,7 +9,8 @@ from typing import Annotated, Union
 
 import tyro
 
-from .data.fsc147 import CheckConfig
+from .data.checking import CheckConfig
+from .data.own import ImportConfig
 from .data.scenes import SynthConfig
 from .evaluation.answering import EvaluateConfig
 from .files import write_text
@@ -19,13 +20,22 @@ from .training.loop import TrainConfig
 
 
 def run_check(config: CheckConfig) -> int:
-    from .data.fsc147 import check
+    from .data.checking import check
 
-    report = check(config.root)
+    report = check(config.root, config.category)
     print(report)
     if config.json is not None:
         write_text(config.json, json.dumps(report.to_dict(), indent=1))
     return 0 if report.clean else 1
+
+
+def run_import(config: ImportConfig) -> int:
+    from .data.own import import_pictures
+
+    sizes = import_pictures(config)
+    print(f"{config.out}: " + ", ".join(f"{size} pictures in {split}" for split, size in sizes.items()))
+    print(f"look at it with: python -m fsc147lib check {config.out}")
+    return 0
 
 
 def run_synth(config: SynthConfig) -> int:
@@ -74,6 +84,7 @@ def print_metrics(metrics: dict[str, float]) -> None:
 
 COMMANDS = {
     CheckConfig: ("check", run_check),
+    ImportConfig: ("import", run_import),
     SynthConfig: ("synth", run_synth),
     TrainConfig: ("train", run_train),
     EvaluateConfig: ("evaluate", run_evaluate),
