@@ -43,18 +43,24 @@ def run_synth(config) -> int:
 
 
 def run_train(config) -> int:
+    from .evaluation import metrics_table
     from .training import train
 
-    result = train(config)
-    print_metrics(result.epochs[-1]["val"])
-    print(f"weights in {config.out}/best and {config.out}/last, losses in {config.out}/metrics.jsonl")
+    summary = train(config).summary()
+    columns = {"before": summary["before"]}
+    columns |= {f"{name}, epoch {summary[name]['epoch']}": summary[name] for name in ("best", "last")}
+    title = f"{summary['images']['val']} images of the split val of {config.data}, {config.model} trained on"
+    print(metrics_table(f"{title} {summary['images']['train']}", columns, summary["baselines"]))
+    print(f"\nweights in {config.out}/best and {config.out}/last, losses in {config.out}/metrics.jsonl")
     return 0
 
 
 def run_evaluate(config) -> int:
-    from .evaluation import evaluate
+    from .evaluation import evaluate, metrics_table
 
-    print_metrics(evaluate(config).metrics)
+    found = evaluate(config)
+    title = f"{len(found.images)} images of the split {config.split} of {config.data}, answered by {config.model}"
+    print(metrics_table(title, {"model": found.metrics}, found.baselines, found.bins))
     return 0
 
 
@@ -70,11 +76,6 @@ def run_throughput(config) -> int:
 
     measure_throughput(config)
     return 0
-
-
-def print_metrics(metrics: dict[str, float]) -> None:
-    for name, value in metrics.items():
-        print(f"{name:>18} " + ("      none" if value is None else f"{value:10.4f}"))
 
 
 COMMANDS = {  # name: (the dataclass of its options and the module it lies in, what runs, a line of help)

@@ -32,7 +32,7 @@ def metrics_table(
         baselines: of `constant_baselines`; may be empty.
         bins: of `metrics_by_bin`, printed below.
     """
-    constants = {f"always {row['constant']:.1f} ({name})": row for name, row in baselines.items()}
+    constants = {f"{name} {row['constant']:.1f}": row for name, row in baselines.items()}
     columns = {**columns, **constants}
     widths = [max(9, len(heading)) + 2 for heading in columns]
     lines = [title, "", f"{'':40}{'good':>6}" + _row(columns, widths)]
@@ -40,7 +40,10 @@ def metrics_table(
         if any(key in metrics for metrics in columns.values()):
             lines.append(f"{words:40}{good:>6}" + _row((_cell(row, key, form) for row in columns.values()), widths))
     if constants:
-        lines.append("\nalways ...: one number for every picture, training's mean or median; who counts beats both")
+        lines += [
+            "",
+            "mean, median: a model that never looks and always answers so; one that counts beats both",
+        ]
     if bins:
         headings = ["images", *BIN_MEASURES.values()]
         widths = [max(9, len(heading)) + 2 for heading in headings]
