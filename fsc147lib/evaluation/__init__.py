@@ -13,7 +13,7 @@ from .metrics import (
     counting_metrics,
     paired_difference,
 )
-from .table import metrics_table
+from .tables import metrics_table
 
 __all__ = [
     "EvaluateConfig", "Evaluation", "ImageResult", "absolute_errors", "alignment", "answer_histogram",

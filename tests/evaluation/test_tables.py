@@ -1,6 +1,6 @@
 from fsc147lib.evaluation import constant_baselines, counting_metrics, metrics_table
 from fsc147lib.evaluation.metrics import metrics_by_bin
-from fsc147lib.evaluation.table import MEASURES
+from fsc147lib.evaluation.tables import MEASURES
 
 PREDICTED, TRUE = [10, None, 30, 60], [10, 20, 40, 60]
 
