@@ -77,7 +77,8 @@ def import_pictures(config: ImportConfig) -> dict[str, int]:
         raise DataError(f"{config.points or config.coco} names no picture to count {config.category or 'anything'} in")
     draft = new_draft(config.out)
     (draft / IMAGES).mkdir(parents=True)
-    entries, sources = {}, {}
+    entries: dict[str, dict] = {}
+    sources: dict[str, Path] = {}
     for name, label in tqdm(labels.items(), desc="import", leave=False):
         source = find_picture(config.images, name)
         stored = f"{source.stem}.jpg"
@@ -116,7 +117,8 @@ def choose_splits(names: list[str], val: float, test: float, seed: int) -> dict[
     sizes = {split: max(1, round(part * len(names))) for split, part in (("val", val), ("test", test)) if part}
     if sum(sizes.values()) >= len(names):
         raise DataError(f"too few pictures for train and {' and '.join(sizes)}: there is {len(names)}, label more")
-    splits, start = {"train": []}, 0
+    splits: dict[str, list[str]] = {"train": []}
+    start = 0
     for split, size in sizes.items():
         splits[split], start = sorted(order[start : start + size]), start + size
     splits["train"] = sorted(order[start:])
@@ -218,7 +220,7 @@ def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
         names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         pictures = {entry["id"]: entry for entry in content["images"]}
         annotations = list(content["annotations"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is no COCO file ({type(error).__name__}: {error}): see docs/data.md") from error
     if category not in (None, *names.values()):
         raise DataError(f"{path} has no category {category!r}, only {', '.join(sorted(names.values()))}")
@@ -234,15 +236,15 @@ def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
             kinds[kind] = None
         elif kinds.setdefault(kind, []) is not None:
             kinds[kind].append((x + width / 2, y + height / 2))
-    labels = {}
+    labels: dict[str, Labels] = {}
     for number, kinds in found.items():
         try:
-            name, size = (
-                Path(pictures[number]["file_name"]).name,
-                tuple(int(pictures[number][k]) for k in ("width", "height")),
-            )
+            entry = pictures[number]
+            name, size = Path(entry["file_name"]).name, (int(entry["width"]), int(entry["height"]))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: an image cannot be used ({error!r}): {pictures[number]!r:.200}") from error
+        if name in labels:
+            raise DataError(f"{path}: two images are called {name}: rename one, and its file")
         if category is None and len(kinds) > 1:
             raise DataError(f"{path}: {name} shows {', '.join(sorted(kinds))}: choose one with --category")
         kind = category or next(iter(kinds), only)

@@ -51,5 +51,5 @@ def shrunk(image: Image.Image, short_side: int = SHORT_SIDE) -> Image.Image:
     scale = short_side / min(image.size)
     if scale >= 1:
         return image
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)

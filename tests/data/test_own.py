@@ -136,6 +136,8 @@ def test_bad_csv_is_refused_in_a_sentence(tmp_path, images, lines, message):
         ({"categories": [{"id": 7}]}, "is no COCO file (KeyError: 'name')"),
         ({"annotations": [{"image_id": 9, "category_id": 7, "bbox": [1, 2, 3, 4]}]}, "cannot be used (KeyError(9))"),
         ({"annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3]}]}, "an annotation cannot be used"),
+        ({"images": [{"id": i, "file_name": f"{i}/a.jpg", "width": 1, "height": 1} for i in (1, 2)],
+          "annotations": []}, "two images are called a.jpg"),
         ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "image cannot be used (KeyError('width'))"),
         ({"images": [{"id": 1, "file_name": "a.jpg", "width": 768, "height": 1536}], "annotations": []},
          "1536 x 768 pixels, but its labels are of 768 x 1536"),
