@@ -18,8 +18,9 @@ from fsc147lib.model.pixels import PixelStore
 from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
 from fsc147lib.training.batches import SizeBatches, training_loader, windows
-from fsc147lib.training.loop import TrainConfig, learning_rate_factor, train
+from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss, NonFiniteLoss
+from fsc147lib.training.schedule import learning_rate_factor
 
 
 @pytest.fixture
@@ -55,6 +56,29 @@ def test_logged_losses_are_those_of_the_batch(config):
     assert first["attention_loss"] == pytest.approx(parts.attention.item(), rel=1e-5)
     assert first["total"] == pytest.approx(parts.count.item() + 0.1 * parts.attention.item(), rel=1e-5)
     assert first["attention_loss"] > 0.1 and first["count_loss"] > 0.1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 1, "accumulation": 2},
+        {"heatmap": "token_gradient", "heatmap_every": 2, "heatmap_images": 3},
+        {"attention_loss": "mse", "attention_weight": 1.0},
+    ],
+)
+def test_empty_scenes_train_and_are_answered(half_empty_root, config, changes):
+    """Half of the pictures, in windows of any kind: nothing is NaN, and a window without a target says so."""
+    train(config(data=half_empty_root, **changes))
+    steps, epochs = ([line for line in lines(config().out) if ("val" in line) == val] for val in (False, True))
+    assert all(math.isfinite(line["total"]) and math.isfinite(line["gradient_norm"]) for line in steps)
+    looked_at = [line["attention_loss"] is not None for line in steps]
+    assert all(line["attention_loss"] > 0 for line in steps if line["attention_loss"] is not None)
+    assert any(looked_at) and all(looked_at) == ("attention_loss" in changes)
+    mean = sum(sample.count for sample in FSC147(half_empty_root)) / 24
+    assert epochs[0]["val"]["unparsed"] == 1
+    counts = [sample.count for sample in FSC147(half_empty_root, "val")]
+    assert epochs[0]["val"]["mae"] == pytest.approx(sum(count or mean for count in counts) / len(counts))
+    assert all(math.isfinite(value) for line in epochs for value in line["val"].values())
 
 
 def test_logged_validation_is_that_of_the_checkpoint(config):
@@ -409,6 +433,8 @@ def test_schedule():
     assert max(factors) == pytest.approx(1) and factors[-1] < 0.001
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert learning_rate_factor(0, 1, 0.0) == 1
+    assert learning_rate_factor(55, 100, 0.1, "linear") == pytest.approx(0.5)
+    assert learning_rate_factor(9, 100, 0.1, "constant") == learning_rate_factor(99, 100, 0.1, "constant") == 1
 
 
 def test_windows_lose_nothing():
