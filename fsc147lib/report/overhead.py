@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ from ..model.adapt import freeze_vision
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
 from ..model.device import make_accelerator
-from ..model.forward import compile_layers
-from ..model.heatmaps import HEATMAP_EVERY, HEATMAP_IMAGES, Heatmap, TrainableHeatmap
+from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.network import CountingModel, random_network
 from ..options import Precision, need
@@ -41,7 +39,7 @@ class OverheadConfig:
 
     model: str = "tiny"
     """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
-    methods: tuple[TrainableHeatmap, ...] = get_args(TrainableHeatmap)
+    methods: tuple[str, ...] = method_names(trainable=True)
     """Heatmaps to time."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
@@ -142,8 +140,8 @@ def variants_of(methods: tuple[str, ...], batch_size: int) -> list[Variant]:
     variants = [Variant()]
     for method in methods:
         variants += [Variant(method), Variant(method, True)]
-        if HEATMAP_IMAGES.get(method, batch_size) < batch_size:
-            variants.append(Variant(method, True, HEATMAP_IMAGES[method]))
+        if (METHODS[method].images or batch_size) < batch_size:
+            variants.append(Variant(method, True, METHODS[method].images))
     return variants
 
 
@@ -151,29 +149,29 @@ class HeatmapBesideCount(DualLoss):
     """The count loss alone, of a pass whose heatmap is computed and thrown away."""
 
     def forward(self, batch: Batch, tokens=None, images=None, weight=None) -> LossParts:
-        logits, _ = self.heatmap.with_logits(batch)
+        logits, *_ = self.heatmap.with_logits(batch)
         count = count_loss(logits, batch["answer_labels"]) / tokens
         return LossParts(count, count, torch.zeros_like(count))
 
 
-def step_of(variant: Variant, batches: list[Batch], heatmap_layer: int, network, optimizer, accelerator) -> Callable:
+def step_of(variant: Variant, batches: list[Batch], heatmap: Heatmap, optimizer, accelerator) -> Callable:
     """A training step of a variant, as a function of the turn's number, on batches in turn."""
-    plain = variant.method == "none"
-    heatmap = Heatmap(network, "attention" if plain else variant.method, entering=heatmap_layer)
-    loss = DualLoss if plain or variant.trained else HeatmapBesideCount
-    step = TrainingStep(loss(network, heatmap=heatmap, heatmap_images=variant.images), optimizer, accelerator)
+    loss = DualLoss if variant.method == "none" or variant.trained else HeatmapBesideCount
+    loss = loss(heatmap.network, heatmap=heatmap, heatmap_images=variant.images)
+    step = TrainingStep(loss, optimizer, accelerator)
     return lambda turn: step([batches[turn % len(batches)]], WEIGHT if variant.trained else 0)
 
 
 def time_losses(
     model: CountingModel,
     samples: list[Sample],
-    methods: tuple[str, ...] = get_args(TrainableHeatmap),
+    methods: tuple[str, ...] = method_names(trainable=True),
     batch_size: int = 8,
     rounds: int = 20,
     heatmap_layer: int = 0,
     train_vision: bool = True,
     precision: str = "auto",
+    compiled: bool = False,
 ) -> list[dict]:
     """Time a step with the count loss alone against one with each heatmap, computed only, and trained.
 
@@ -185,6 +183,7 @@ def time_losses(
         heatmap_layer: of token_gradient.
         train_vision: whether the vision encoder trains as well.
         precision: as in TrainConfig.
+        compiled: compile the layers.
 
     Returns:
         A row for each variant: `name`, `method`, `trained`, `images` (of a batch; None for all), `every` (the
@@ -210,7 +209,9 @@ def time_losses(
     variants = variants_of(methods, batch_size)
     trials, peaks = {}, {}
     for variant in variants:
-        step = step_of(variant, batches, heatmap_layer, network, optimizer, accelerator)
+        method = "attention" if variant.method == "none" else variant.method
+        heatmap = Heatmap(network, method, state_layer=heatmap_layer, compiled=compiled)
+        step = step_of(variant, batches, heatmap, optimizer, accelerator)
         try:
             step(0)  # before it is measured: the first step allocates what stays
             peaks[variant] = peak_memory(partial(step, 0), device)
@@ -227,7 +228,7 @@ def _row(variant: Variant, seconds: dict[Variant, np.ndarray], peaks: dict[Varia
     low, median, high = np.quantile(seconds[variant], (0.25, 0.5, 0.75)).tolist() if fits else (None,) * 3
     row = {
         "name": variant.name, "method": variant.method, "trained": variant.trained, "images": variant.images,
-        "every": HEATMAP_EVERY.get(variant.method, 1), "out_of_memory": not fits,
+        "every": METHODS[variant.method].every if variant.method in METHODS else 1, "out_of_memory": not fits,
         "seconds_low": low, "seconds_median": median, "seconds_high": high, "peak_memory": peaks.get(variant),
     }  # fmt: skip
     known = fits and base is not None
@@ -240,12 +241,11 @@ def _row(variant: Variant, seconds: dict[Variant, np.ndarray], peaks: dict[Varia
 def measure_overhead(config: OverheadConfig) -> list[dict]:
     """Rows of `time_losses` on drawn pictures, printed and written; `python -m fsc147lib overhead` calls this."""
     model = load_or_shape(config.model, make_accelerator(config.precision).device.type)
-    compile_layers(model.network, config.compile)
     with tempfile.TemporaryDirectory() as folder:
         samples = drawn_samples(config.batches * config.batch_size, Path(folder), config.image_size)
         rows = time_losses(
             model, samples, config.methods, config.batch_size, config.rounds, config.heatmap_layer,
-            config.model == "tiny", config.precision,
+            config.model == "tiny", config.precision, config.compile,
         )  # fmt: skip
     if config.json is not None:
         write_report(config.json, {"rows": rows}, config)

@@ -1,31 +1,15 @@
-"""What `throughput` compares with: the network, batches and loss of a plain transformers training loop.
+"""What `throughput` compares with: the batches and the loss of a plain transformers training loop.
 
 Left out: the step, which is `TrainingStep` here too.
 """
-
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ..data.fsc147 import Sample
-from ..model.attention import use_fast_attention
 from ..model.collate import Batch, Collate
 from ..model.network import CountingModel
 from ..training.losses import LossParts
-
-
-@contextmanager
-def plain_network(network):
-    """The network as transformers loads it: its own attention and its own patch embedding."""
-    patch_embed = network.model.visual.patch_embed
-    fast = patch_embed.__dict__.pop("forward")
-    network.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        patch_embed.forward = fast
-        use_fast_attention(network)
 
 
 class PlainCollate:

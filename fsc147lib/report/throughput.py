@@ -25,7 +25,6 @@ from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..model.adapt import add_lora, freeze_vision
 from ..model.collate import Batch, to_device
 from ..model.device import default_workers, make_accelerator
-from ..model.forward import compile_layers
 from ..model.heatmaps import Heatmap
 from ..model.network import CountingModel
 from ..model.pixels import PixelStore
@@ -35,7 +34,7 @@ from ..training.batches import training_loader
 from ..training.losses import DualLoss
 from ..training.step import TrainingStep, make_optimizer
 from .overhead import WEIGHT, load_or_shape
-from .plain_loop import PlainCollate, PlainLoss, plain_network
+from .plain_loop import PlainCollate, PlainLoss
 from .timing import measured_peak, peak_memory, seconds_of, step_flops, table, take_turns, write_report
 
 
@@ -129,7 +128,7 @@ class Runner:
             setup.samples["train"], model, None if cache else setup.store, batch_size, by_size=variant.by_size,
             workers=setup.workers,
         )  # fmt: skip
-        loss = DualLoss(model.network)
+        loss = DualLoss(model.network, heatmap=Heatmap(model.network, compiled=variant.compiled))
         if variant.plain:
             loss, optimizer = PlainLoss(model.network), torch.optim.AdamW(model.network.parameters(), lr=1e-6)
             self.loader = DataLoader(
@@ -167,13 +166,8 @@ class Runner:
             self.release()
 
     def step(self, batch: Batch) -> None:
-        batch, network = to_device(batch, self.setup.accelerator.device), self.setup.model.network
-        compile_layers(network, self.variant.compiled)
-        if self.variant.plain:
-            with plain_network(network):
-                self.training_step([batch], 0)
-        else:
-            self.training_step([batch], WEIGHT)
+        batch = to_device(batch, self.setup.accelerator.device)
+        self.training_step([batch], 0 if self.variant.plain else WEIGHT)
 
     def trial(self, steps: int, _: int) -> dict[str, float]:
         """Some steps, after one that allocates what stays: images, tokens, patches, seconds, those of waiting."""
@@ -253,9 +247,8 @@ def measure_training(setup: Setup, config: ThroughputConfig) -> list[dict]:
 
 def measure_validation(setup: Setup, config: ThroughputConfig) -> list[dict]:
     """Images a second of validation: losses, maps, greedy answers; without the first pass: it compiles and decodes."""
-    samples, heatmap = setup.samples["val"], Heatmap(setup.model.network)
+    samples, heatmap = setup.samples["val"], Heatmap(setup.model.network, compiled=setup.device == "cuda")
     batch_size = answering_batch_size(config.batch_size, heatmap)
-    compile_layers(setup.model.network, setup.device == "cuda")
 
     def trial(cache: VisionCache | None, _: int) -> dict[str, float]:
         answer = partial(
@@ -313,9 +306,10 @@ def make_setup(config: ThroughputConfig, folder: Path) -> Setup:
     if not workers:  # as from the second epoch on
         for sample in train:
             store.patches(sample)
-    compile_layers(network, accelerator.device.type == "cuda")
-    everything = [*train, *(sample.flipped() for sample in train), *samples["val"]]
-    cache = VisionCache(model, everything, accelerator, config.vision_cache, folder, workers) if frozen else None
+    everything, cache = [*train, *(sample.flipped() for sample in train), *samples["val"]], None
+    if frozen:
+        compiled = accelerator.device.type == "cuda"
+        cache = VisionCache(model, everything, accelerator, config.vision_cache, folder, workers, compiled=compiled)
     return Setup(model, samples, accelerator, make_optimizer(network, 1e-6), store, cache, workers)
 
 

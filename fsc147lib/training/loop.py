@@ -24,8 +24,7 @@ from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
 from ..model.adapt import add_lora, freeze_vision
 from ..model.device import default_workers, make_accelerator
-from ..model.forward import compile_layers
-from ..model.heatmaps import HEATMAP_EVERY, HEATMAP_IMAGES, Heatmap, TrainableHeatmap
+from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
@@ -65,8 +64,8 @@ class TrainConfig:
     """Weight w of the attention loss; 0 trains on counts alone."""
     attention_loss: Literal["kl", "mse"] = "kl"
     """How heatmap and target are compared: KL(target || heatmap) in nats, or the squared error summed over cells."""
-    heatmap: TrainableHeatmap = "attention"
-    """What is held against the target: where the attention goes, or what the answer's gradient depends on."""
+    heatmap: str = "attention"
+    """What is held against the target: attention, token_gradient, input_gradient, or a method of your own."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter; higher is cheaper."""
     heatmap_every: int | None = None
@@ -109,6 +108,7 @@ class TrainConfig:
     """Remove an earlier run in `out`."""
 
     def __post_init__(self):
+        need(self, "heatmap", self.heatmap in method_names(True), f"one of {', '.join(method_names(True))}")
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
             need(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("heatmap_every", "heatmap_images"):
@@ -141,11 +141,11 @@ class TrainConfig:
 
     @property
     def resolved_heatmap_every(self) -> int:
-        return self.heatmap_every or HEATMAP_EVERY.get(self.heatmap, 1)
+        return self.heatmap_every or METHODS[self.heatmap].every
 
     @property
     def resolved_heatmap_images(self) -> int | None:
-        return self.heatmap_images or HEATMAP_IMAGES.get(self.heatmap)
+        return self.heatmap_images or METHODS[self.heatmap].images
 
     def vision_trains(self, epoch: int) -> bool:
         """Whether the vision encoder trains in this epoch (from 0)."""
@@ -203,12 +203,12 @@ class Run:
         network = self.model.network
         if config.lora:
             add_lora(network, config.lora, narrow=self.accelerator.mixed_precision == "bf16")
-        compile_layers(network, torch.cuda.is_available() if config.compile is None else config.compile)
         if config.gradient_checkpointing:
             network.activation_checkpointing_enable({"use_reentrant": False})
         self.heatmap = Heatmap(
-            network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer
-        )
+            network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
+            compiled=torch.cuda.is_available() if config.compile is None else config.compile,
+        )  # fmt: skip
         loss = DualLoss(
             network, config.attention_weight, config.attention_loss, self.heatmap, config.resolved_heatmap_images
         )
@@ -248,6 +248,7 @@ class Run:
             self.training_step.cache = VisionCache(
                 self.model, [*train, *mirrored, *self.samples["val"]], self.accelerator,
                 config.vision_cache, config.out.parent / "vision-cache", self.workers,
+                compiled=self.heatmap.compiled,
             )  # fmt: skip
 
     def close(self) -> None:

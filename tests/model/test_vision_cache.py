@@ -53,7 +53,7 @@ def no_encoder(monkeypatch):
     """Call it, and encoding fails from then on."""
 
     def forbid():
-        def fail(*_):
+        def fail(*_, **__):
             raise RuntimeError("the encoder ran")
 
         monkeypatch.setattr(vision_cache, "encode_images", fail)
@@ -99,7 +99,7 @@ def test_a_stale_or_torn_file_is_never_used(frozen, mixed_samples, tmp_path, cha
     make(frozen, mixed_samples, folder)
     samples = change(frozen, mixed_samples, folder)
     calls, real = [], vision_cache.encode_images
-    monkeypatch.setattr(vision_cache, "encode_images", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(vision_cache, "encode_images", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     cache = make(frozen, samples, folder)
     assert calls
     live = Collate(frozen.tokenizer, frozen.image_processor)(samples)

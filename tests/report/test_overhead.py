@@ -53,10 +53,10 @@ def test_rows_and_files(tiny, root, tmp_path):
 def test_out_of_memory_is_a_row(tiny, root, monkeypatch):
     real = Heatmap.with_logits
 
-    def full(self, batch, keep_graph=False):
-        if self.method == "input_gradient" and keep_graph:
+    def full(self, batch, create_graph=False):
+        if self.method == "input_gradient" and create_graph:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(self, batch, keep_graph)
+        return real(self, batch, create_graph)
 
     monkeypatch.setattr(Heatmap, "with_logits", full)
     rows = time_losses(tiny, list(FSC147(root, "train"))[:2], ("input_gradient",), batch_size=2, rounds=1)

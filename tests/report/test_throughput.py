@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
 from fsc147lib.report import throughput
-from fsc147lib.report.plain_loop import plain_network
 from fsc147lib.report.throughput import (
     ThroughputConfig,
     fp32_share,
@@ -96,13 +95,3 @@ def test_fp32_parameters_are_weighed_where_training_is_in_bfloat16(root, monkeyp
     report = measure_throughput(ThroughputConfig(data=root, precision=precision, lora=lora, limit=2, validation=False))
     assert (report["fp32_parameters"] == {"share": 0.057}) == weighed
     assert ("fp32 parameters and optimizer take 5.7%" in capsys.readouterr().out) == weighed
-
-
-def test_the_plain_network_is_given_back(tiny, batch):
-    fast = tiny.network.model.visual.patch_embed.forward
-    with pytest.raises(RuntimeError, match="in between"), plain_network(tiny.network):
-        assert tiny.network.model.language_model.config._attn_implementation == "sdpa"
-        assert tiny.network.model.visual.config._attn_implementation == "sdpa"
-        raise RuntimeError("in between")
-    assert tiny.network.model.visual.patch_embed.forward is fast
-    assert torch.isfinite(DualLoss(tiny.network)(batch).attention)
