@@ -64,6 +64,12 @@ def run_throughput(config) -> int:
     return 0
 
 
+def run_verify(config) -> int:
+    from .report.verify import verify
+
+    return 0 if all(line.passed for line in verify(config)) else 1
+
+
 def print_metrics(metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
         print(f"{name:>18} " + ("      none" if value is None else f"{value:10.4f}"))
@@ -72,6 +78,7 @@ def print_metrics(metrics: dict[str, float]) -> None:
 COMMANDS = {  # name: (the dataclass of its options and the module it lies in, what runs, a line of help)
     "check": ("data.fsc147:CheckConfig", run_check, "count what an FSC147 root holds and list every fault"),
     "synth": ("data.scenes:SynthConfig", run_synth, "draw a small data set in FSC147's layout"),
+    "verify": ("report.verify:VerifyConfig", run_verify, "see whether a model works on this machine"),
     "train": ("training.loop:TrainConfig", run_train, "train to count and to look, and keep the best weights"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
     "overhead": ("report.overhead:OverheadConfig", run_overhead, "measure what the attention loss costs"),

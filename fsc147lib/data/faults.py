@@ -168,8 +168,8 @@ def parse_classes(text: str, faults: Faults) -> dict[str, str]:
     classes = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name, _, category = (part.strip() for part in line.partition("\t"))
-        if name and category and ("<|" in category or not category.isprintable()):
-            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category!r:.60} would be read as control tokens")
+        if name and category and ("<" in category or not category.isprintable()):  # "<|im_end|>", "<think>"
+            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category!r:.60} may be read as control tokens")
         elif name and category:
             classes[name] = category
         elif line.strip():

@@ -31,6 +31,23 @@ def answer(count: int) -> str:
     return ANSWER.format(count=count)
 
 
+def chat_text(tokenizer, category: str) -> str:
+    """The question about an image in the model's own chat template, up to where the answer begins.
+
+    Raises:
+        ValueError: the category holds the text of a control token, such as "<think>".
+    """
+    control = [token for token in tokenizer.get_added_vocab() if token in category]
+    if control:
+        raise ValueError(
+            f"the category {category!r:.60} holds {control[0]}, which the model reads as a control token: "
+            "name the objects in words"
+        )
+    content = [{"type": "image"}, {"type": "text", "text": question(category)}]
+    messages = [{"role": "user", "content": content}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
 def parse_count(text: str) -> int | None:
     """The number in an answer, or None.
 
@@ -81,18 +98,9 @@ def tokenize(tokenizer, category: str, count: int) -> Tokens:
         count: the right answer.
 
     Raises:
-        ValueError: the category holds the text of a control token, or the chat template does not put exactly one
-            image token into the prompt.
+        ValueError: as `chat_text`, or the chat template does not put exactly one image token into the prompt.
     """
-    control = [token for token in tokenizer.get_added_vocab() if token in category]
-    if control:
-        raise ValueError(
-            f"the category {category!r:.60} holds {control[0]}, which the model reads as a control token: "
-            "name the objects in words"
-        )
-    content = [{"type": "image"}, {"type": "text", "text": question(category)}]
-    messages = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = chat_text(tokenizer, category)
     if text.count(IMAGE_TOKEN) != 1:
         raise ValueError(
             f"the tokenizer's chat template made {text.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of one image: "
