@@ -17,19 +17,15 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 
 from ..data import GRID, Sample
 from ..data.targets import resample_map
-from ..evaluation import evaluate_samples
 from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
 from ..model.adapt import add_lora, freeze_vision, merged_weights
 from ..model.answers import agreement, greedy_tokens
 from ..model.load import TINY
-from ..model.prompt import IMAGE_TOKEN, answer, chat_text
+from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..training import DualLoss
 from ..training.step import TrainingStep, make_optimizer
 from .overhead import load_or_shape
 from .timing import peak_memory, seconds_of
-
-LONGEST = 64
-"""Tokens that an untrained model may say."""
 
 
 class Subject:
@@ -47,11 +43,13 @@ class Subject:
         self.model = load_or_shape(config.model, self.device.type)
         self.network, self.tokenizer = self.model.network.to(self.device).eval(), self.model.tokenizer
 
+    def batch_of(self, samples: list[Sample]) -> Batch:
+        return to_device(Collate(self.tokenizer, self.model.image_processor)(samples), self.device)
+
     @cached_property
     def batch(self) -> Batch:
         """The first four samples, as the library takes them."""
-        collate = Collate(self.tokenizer, self.model.image_processor)
-        return to_device(collate(self.samples[:4]), self.device)
+        return self.batch_of(self.samples[:4])
 
     @cached_property
     def plain(self) -> list[tuple[dict[str, torch.Tensor], int]]:
@@ -83,6 +81,14 @@ class Subject:
         """The same as the library computes them."""
         logits, _ = answer_logits(self.network, self.batch)
         return logits[self.batch["answer_labels"] >= 0].float()
+
+    def greedy_rows(self, batch: Batch, longest: int) -> list[list[int]]:
+        """The answers to a batch's prompts, each up to its end."""
+        end = self.tokenizer.eos_token_id
+        logits, trace = answer_logits(self.network, batch, keep_keys=True)
+        agreed = agreement(batch, logits, end)
+        rows = greedy_tokens(self.network, batch, logits, trace.keys_values, agreed, longest, end).tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 @contextmanager
@@ -122,15 +128,16 @@ def prompt(subject: Subject):
         ids[mask > 0] for ids, mask in zip(subject.batch["input_ids"], subject.batch["attention_mask"], strict=True)
     ]
     same = [torch.equal(ids, inputs["input_ids"][0]) for ids, (inputs, _) in zip(ours, subject.plain, strict=True)]
-    return all(same), f"{text!r}: ids as of the whole text encoded at once on {sum(same)} of {len(same)} pictures"
+    return all(same), f"{text!r}: ids are those of the text encoded in one piece on {sum(same)} of {len(same)} pictures"
 
 
 def answer_tokens(subject: Subject):
-    tokens, digits = (
-        [subject.tokenizer.decode([token]) for token in subject.tokenizer.encode(text, add_special_tokens=False)]
-        for text in (answer(37), answer(1234567890))
-    )
-    return digits[-10:] == list("1234567890") and "".join(tokens) == answer(37), f"{answer(37)!r} is {tokens}"
+    passed = True
+    for count in (1234567890, 37):
+        ids = subject.tokenizer.encode(answer(count), add_special_tokens=False)
+        tokens, digits = [subject.tokenizer.decode([token]) for token in ids], list(str(count))
+        passed &= tokens[-len(digits) :] == digits and "".join(tokens) == answer(count)
+    return passed, f"{answer(count)!r} is {tokens}"
 
 
 @full_float32()
@@ -197,40 +204,39 @@ def attention_heatmap(subject: Subject, allowed: float = 1e-3):
         expected = resample_map(mass.reshape(height, width), (GRID, GRID)) / mass.sum()
         of_maps.append(np.abs(maps[k].cpu().numpy() - expected).max() / expected.max())
     return bool(np.max([of_rows, of_maps]) <= allowed), (
-        f"largest difference to eager attention {np.max(of_rows):.1e} of the largest probability, {np.max(of_maps):.1e} "
-        f"of the map's largest cell, layers {heatmap.layers}; {allowed:.0e} is allowed"
+        f"largest difference to eager attention {np.max(of_rows):.1e} of the largest probability, "
+        f"{np.max(of_maps):.1e} of the map's largest cell, layers {heatmap.layers}; {allowed:.0e} is allowed"
     )
 
 
 @full_float32()
 @torch.no_grad()
 def greedy_answers(subject: Subject, longest: int = 12):
-    network, end, pad = subject.network, subject.tokenizer.eos_token_id, subject.tokenizer.pad_token_id
-    logits, trace = answer_logits(network, subject.batch, keep_keys=True)
-    agreed = agreement(subject.batch, logits, end)
-    ours = greedy_tokens(network, subject.batch, logits, trace.keys_values, agreed, longest, end)
     how = GenerationConfig(
-        max_new_tokens=longest, do_sample=False, repetition_penalty=1.0, eos_token_id=end, pad_token_id=pad
-    )
-    different = []
-    for row, (inputs, start) in zip(ours.tolist(), subject.plain, strict=True):
+        max_new_tokens=longest, do_sample=False, repetition_penalty=1.0,
+        eos_token_id=subject.tokenizer.eos_token_id, pad_token_id=subject.tokenizer.pad_token_id,
+    )  # fmt: skip
+    ours, different = subject.greedy_rows(subject.batch, longest), []
+    for row, (inputs, start) in zip(ours, subject.plain, strict=True):
         prompts = {key: x[:, :start] if key in ("input_ids", "mm_token_type_ids") else x for key, x in inputs.items()}
-        generated = network.generate(**prompts, generation_config=how)[0, start:].tolist()
-        if row[: len(generated)] != generated:
+        generated = subject.network.generate(**prompts, generation_config=how)[0, start:].tolist()
+        if row != generated:
             different.append(f"{subject.tokenizer.decode(row)!r} is {subject.tokenizer.decode(generated)!r} there")
     return not different, "; ".join(different) or f"{len(ours)} answers as `generate` has them, token by token"
 
 
-def untrained_answers(subject: Subject):
-    found = evaluate_samples(subject.model, subject.samples, accelerator=subject.accelerator, longest=LONGEST)
-    strict, lenient = (1 - found.metrics[key] for key in ("unparsed", "unparsed_leniently"))
-    lines = [
-        f"{strict:.0%} parse strictly, {lenient:.0%} leniently, of {len(found.images)} answers, cut at {LONGEST} tokens"
-    ]
-    for image in found.images:
-        read = f"{image.count} {image.category}, read {image.predicted}, leniently {image.predicted_leniently}"
-        lines.append(f"{image.answer!r:.160} ({read})")
-    return any(image.answer.strip() for image in found.images), "\n        ".join(lines)
+@torch.no_grad()
+def untrained_answers(subject: Subject, longest: int = 64):
+    with subject.accelerator.autocast():
+        rows = subject.greedy_rows(subject.batch_of(subject.samples), longest)
+    texts = subject.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    end = subject.tokenizer.eos_token_id
+    leniently = [parse_count_leniently(text, complete=end in row) for row, text in zip(rows, texts, strict=True)]
+    rates = [sum(number is not None for number in read) for read in (map(parse_count, texts), leniently)]
+    lines = [f"{rates[0]} of {len(rows)} parse, {rates[1]} leniently, in at most {longest} tokens"]
+    for sample, text, number in zip(subject.samples, texts, leniently, strict=True):
+        lines.append(f"{sample.count} {sample.category}: {text!r:.160}, read leniently as {number}")
+    return any(row[0] != end for row in rows), "\n        ".join(lines)
 
 
 def training_step(subject: Subject):
@@ -277,11 +283,13 @@ def checkpoint(subject: Subject):
             folder, dtype=subject.network.dtype, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = plain.state_dict()
+    found, head, first = plain.state_dict(), plain.get_output_embeddings(), plain.get_input_embeddings()
     wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
     wrong |= {name for name in expected.keys() & found.keys() if not torch.equal(expected[name].cpu(), found[name])}
     if tokenizer.get_vocab() != subject.tokenizer.get_vocab():
         wrong.add("the tokenizer")
+    if plain.config.tie_word_embeddings != (head.weight is first.weight):
+        wrong.add("lm_head.weight, tied or not")
     return not wrong, (
         f"of {len(expected)} tensors and the tokenizer, plain transformers reads {len(wrong) or 'none'} otherwise than "
         f"they were written {', '.join(sorted(wrong)[:5])}".rstrip()

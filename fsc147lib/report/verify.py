@@ -37,8 +37,8 @@ CHECKS = (  # a check, and what to do where it fails
     ),
     (
         checks.checkpoint,
-        "lm_head alone: tie_word_embeddings in config.json contradicts the weights; no room: let TMPDIR name a disk "
-        f"that holds the model once more; else {_VERSIONS}",
+        "lm_head: set tie_word_embeddings in config.json to whether it is the embedding's own matrix; no room: let "
+        f"TMPDIR name a disk that holds the model once more; else {_VERSIONS}",
     ),
 )
 
