@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,14 @@ def test_no_public_function_has_a_modules_name():
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         defined = {node.name for node in tree.body if isinstance(node, kinds) and node.name[0] != "_"}
         assert not defined & modules, path.relative_to(HERE)
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_use_names_that_the_package_and_its_rooms_hand_on(path):
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        for node in ast.walk(ast.parse("".join(line for line in cell["source"] if not line.startswith("%")))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fsc147lib"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert alias.name in module.__all__, f"{node.module} does not hand on {alias.name}"
