@@ -65,9 +65,9 @@ def run_throughput(config) -> int:
 
 
 def run_verify(config) -> int:
-    from .report.verify import verify
+    from .report.verify import verify_model
 
-    return 0 if all(line.passed for line in verify(config)) else 1
+    return 0 if all(line.passed for line in verify_model(config)) else 1
 
 
 def print_metrics(metrics: dict[str, float]) -> None:

@@ -122,7 +122,7 @@ def special_tokens(subject: Subject):
     )
 
 
-def prompt(subject: Subject):
+def rendered_prompt(subject: Subject):
     text = chat_text(subject.tokenizer, subject.samples[0].category)
     ours = [
         ids[mask > 0] for ids, mask in zip(subject.batch["input_ids"], subject.batch["attention_mask"], strict=True)
@@ -274,7 +274,7 @@ def _some(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().flatten()[:: max(1, weight.numel() // 256)].clone()
 
 
-def checkpoint(subject: Subject):
+def saved_model(subject: Subject):
     expected = merged_weights(subject.network) or subject.network.state_dict()
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"

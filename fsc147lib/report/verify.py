@@ -23,7 +23,7 @@ TRIED = {"torch": ("2.11", "2.13"), "transformers": ("5.23",)}
 _VERSIONS = "install the versions of requirements.lock: transformers may compute something else by now"
 CHECKS = (  # a check, and what to do where it fails
     (checks.special_tokens, "take all files of one model's folder: tokenizer and weights are of different models"),
-    (checks.prompt, "take the tokenizer and the chat template that lie beside a Qwen3-VL's weights"),
+    (checks.rendered_prompt, "take the tokenizer and the chat template that lie beside a Qwen3-VL's weights"),
     (checks.answer_tokens, "take the tokenizer of a Qwen3-VL: each digit must be a token of its own"),
     (checks.logits_in_float32, _VERSIONS),
     (checks.logits_in_training_precision, f"train with --precision fp32, or {_VERSIONS}"),
@@ -36,7 +36,7 @@ CHECKS = (  # a check, and what to do where it fails
         "not finite, or weights that stand still: --precision fp32",
     ),
     (
-        checks.checkpoint,
+        checks.saved_model,
         "lm_head: set tie_word_embeddings in config.json to whether it is the embedding's own matrix; no room: let "
         f"TMPDIR name a disk that holds the model once more; else {_VERSIONS}",
     ),
@@ -81,7 +81,7 @@ class Line:
         return f"{'passed' if self.passed else 'FAILED'}  {self.name}: {self.sentence}{cure}"
 
 
-def verify(config: VerifyConfig) -> list[Line]:
+def verify_model(config: VerifyConfig) -> list[Line]:
     """Run all checks on a model, and print and return a line for each; `fsc147lib verify` calls this.
 
     Raises:

@@ -13,6 +13,8 @@ from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import answer_logits
 from fsc147lib.model.prompt import parse_count, parse_count_leniently, question, tokenize
 
+pytestmark = pytest.mark.slow  # half a minute to write the vocabulary
+
 CATEGORIES = [
     "apples",
     "hot air balloons",

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from tokenizers import AddedToken
 from transformers.models.qwen3_vl import modeling_qwen3_vl
@@ -9,13 +10,13 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 from fsc147lib.__main__ import main
 from fsc147lib.model import forward
 from fsc147lib.report import checks
-from fsc147lib.report.verify import VerifyConfig, verify
+from fsc147lib.report.verify import VerifyConfig, verify_model
 
 
 def failed(model, monkeypatch, root, **options):
     """The names of the lines that fail for a model; all others pass."""
     monkeypatch.setattr(checks, "load_or_shape", lambda name, device: model)
-    return [line.name for line in verify(VerifyConfig(data=root, **options)) if not line.passed]
+    return [line.name for line in verify_model(VerifyConfig(data=root, **options)) if not line.passed]
 
 
 def test_all_lines_pass_on_tiny(tmp_path, capsys):
@@ -29,11 +30,13 @@ def test_all_lines_pass_on_tiny(tmp_path, capsys):
     assert [row["passed"] for row in recorded["rows"]] == [True] * 9 and recorded["tried"]["torch"]
 
 
+@pytest.mark.slow
 def test_all_lines_pass_over_qwen_s_vocabulary(qwen_folder, root, capsys):
     assert main(["verify", "--model", str(qwen_folder), "--data", str(root)]) == 0
     assert "end 151645 <|im_end|>, pad 151643 <|endoftext|>, 151669 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_with_adapters(tiny, monkeypatch, root, capsys):
     """Its logits are a line more; the narrow weights, adapters added in, are read as they were written."""
     assert not failed(tiny, monkeypatch, root, precision="bf16", lora=4, gradient_checkpointing=True)
@@ -49,6 +52,7 @@ def test_a_wrong_image_token(tiny, monkeypatch, root, capsys):
     assert "model: image [6]" in printed and "cure: take all files" in printed
 
 
+@pytest.mark.slow
 def test_digits_that_are_no_single_tokens(tiny, monkeypatch, root, capsys):
     tiny.tokenizer.add_tokens([AddedToken("37", special=False)])
     tiny.network.resize_token_embeddings(len(tiny.tokenizer))
@@ -56,6 +60,7 @@ def test_digits_that_are_no_single_tokens(tiny, monkeypatch, root, capsys):
     assert "is ['COUNT', ':', ' ', '37']" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_eager_mask_that_is_off_by_one(tiny, monkeypatch, root):
     """Each query sees its next token too."""
     plain = modeling_qwen3_vl.eager_attention_forward
@@ -69,13 +74,15 @@ def test_an_eager_mask_that_is_off_by_one(tiny, monkeypatch, root):
     assert failed(tiny, monkeypatch, root) == ["attention heatmap"]
 
 
+@pytest.mark.slow
 def test_a_head_that_is_not_tied(tiny, monkeypatch, root, capsys):
     """Though the model's config says that it is."""
     tiny.network.lm_head.weight = torch.nn.Parameter(tiny.network.lm_head.weight.detach() * 1.5)
-    assert failed(tiny, monkeypatch, root) == ["checkpoint"]
+    assert failed(tiny, monkeypatch, root) == ["saved model"]
     assert "they were written lm_head.weight" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_not_transformers_own(tiny, monkeypatch, root):
     embed = forward._embed_tokens
     monkeypatch.setattr(forward, "_embed_tokens", lambda network, tokens: embed(network, tokens) * 1.01)
