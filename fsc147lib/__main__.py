@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from .files import write_text
+from .options import parse_options
 
 
 def run_check(config) -> int:
@@ -50,6 +51,17 @@ def run_evaluate(config) -> int:
     return 0
 
 
+def run_sweep(config) -> int:
+    from . import training
+    from .report.sweeps import sweep_figure, sweep_table
+
+    rows = training.run_sweep(config)
+    print(sweep_table(rows))
+    sweep_figure(rows).savefig(config.out / "sweep.png", dpi=120)
+    print(f"all of it in {config.out}/sweep.json, drawn in {config.out}/sweep.png")
+    return 0 if all(row["finished"] for row in rows) else 1
+
+
 def run_overhead(config) -> int:
     from .report.overhead import measure_overhead
 
@@ -80,6 +92,7 @@ COMMANDS = {  # name: (the dataclass of its options and the module it lies in, w
     "synth": ("data.scenes:SynthConfig", run_synth, "draw a small data set in FSC147's layout"),
     "verify": ("report.verify:VerifyConfig", run_verify, "see whether a model works on this machine"),
     "train": ("training.loop:TrainConfig", run_train, "train to count and to look, and keep the best weights"),
+    "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
     "overhead": ("report.overhead:OverheadConfig", run_overhead, "measure what the attention loss costs"),
     "throughput": ("report.throughput:ThroughputConfig", run_throughput, "measure training, variant by variant"),
@@ -106,10 +119,8 @@ def main(words: list[str] | None = None) -> int:
     options, run, _ = COMMANDS[words[0]]
     module, config = options.split(":")
     try:
-        import tyro
-
         config = getattr(importlib.import_module(f"fsc147lib.{module}"), config)
-        return run(tyro.cli(config, prog=f"{program} {words[0]}", args=words[1:]))
+        return run(parse_options(config, words[1:], f"{program} {words[0]}"))
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
