@@ -1,4 +1,4 @@
-"""The command line: `python -m fsc147lib check|synth|train|evaluate|benchmark ...`; `--help` lists the options.
+"""The command line: `python -m fsc147lib COMMAND ...`; `--help` lists the commands, and each one's options.
 
 Left out: everything that a command does; each calls one function.
 """
@@ -13,7 +13,8 @@ from .data.fsc147 import CheckConfig
 from .data.scenes import SynthConfig
 from .evaluation.answering import EvaluateConfig
 from .files import write_text
-from .report.overhead import BenchmarkConfig
+from .report.overhead import OverheadConfig
+from .report.throughput import ThroughputConfig
 from .training.loop import TrainConfig
 
 
@@ -52,11 +53,17 @@ def run_evaluate(config: EvaluateConfig) -> int:
     return 0
 
 
-def run_benchmark(config: BenchmarkConfig) -> int:
-    from .report.overhead import benchmark
-    from .report.throughput import throughput
+def run_overhead(config: OverheadConfig) -> int:
+    from .report.overhead import measure_overhead
 
-    throughput(config) if config.throughput else benchmark(config)
+    measure_overhead(config)
+    return 0
+
+
+def run_throughput(config: ThroughputConfig) -> int:
+    from .report.throughput import measure_throughput
+
+    measure_throughput(config)
     return 0
 
 
@@ -70,7 +77,8 @@ COMMANDS = {
     SynthConfig: ("synth", run_synth),
     TrainConfig: ("train", run_train),
     EvaluateConfig: ("evaluate", run_evaluate),
-    BenchmarkConfig: ("benchmark", run_benchmark),
+    OverheadConfig: ("overhead", run_overhead),
+    ThroughputConfig: ("throughput", run_throughput),
 }
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,16 +22,23 @@ from tqdm import tqdm
 
 from ..data.fsc147 import Sample, mean_count, open_split
 from ..files import write_text
-from ..model.answers import Later, agreement, count_loss, greedy_tokens
-from ..model.collate import Batch, Collate, to_device
-from ..model.device import default_workers, make_accelerator
-from ..model.forward import compile_layers
-from ..model.heatmaps import Heatmap, TrainableHeatmap
-from ..model.load import load_model
-from ..model.network import CountingModel
-from ..model.pixels import PixelStore
+from ..model import (
+    Batch,
+    Collate,
+    CountingModel,
+    Heatmap,
+    PixelStore,
+    VisionCache,
+    count_loss,
+    default_workers,
+    load_model,
+    make_accelerator,
+    method_names,
+    to_device,
+)
+from ..model.answers import DeferredCopy, agreement, greedy_tokens
+from ..model.layers import KeysValues
 from ..model.prompt import MAX_DIGITS, parse_count
-from ..model.vision_cache import VisionCache
 from ..options import Precision, need
 from .metrics import absolute_errors, alignment, counting_metrics, metrics_by_bin
 
@@ -52,8 +58,8 @@ class EvaluateConfig:
     limit: int | None = None
     """Only so many images."""
     precision: Precision = "auto"
-    heatmap: Literal[TrainableHeatmap, "attention_x_gradient"] = "attention"
-    """What is held against the target."""
+    heatmap: str = "attention"
+    """What is held against the target: attention, token_gradient, input_gradient, attention_x_gradient, or your own."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
     attention_layers: tuple[int, ...] | None = None
@@ -69,6 +75,7 @@ class EvaluateConfig:
         if self.json is not None:
             need(self, "json", self.json.suffix != ".csv", "another name: the images go to the .csv beside it")
             need(self, "json", not self.json.is_dir(), "a file, not a folder")
+        need(self, "heatmap", self.heatmap in method_names(), f"one of {', '.join(method_names())}")
         need(self, "batch_size", self.batch_size >= 1, "at least 1")
         need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
         need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
@@ -158,10 +165,11 @@ def evaluate_samples(
     )
     passes = forced_passes(model, tqdm(loader, desc="evaluate", leave=False), heatmap, accelerator, cache)
     found = []  # stays on the device until the end: nothing waits for it
-    for (batch, logits, looked, agreed), _ in pairwise(chain(passes, [None])):  # the GPU has the next pass to do
+    for forced in one_ahead(passes):
         with accelerator.autocast():
-            answers = generate_answers(model, batch, logits, agreed)
-        found.append((answers, count_loss(logits, batch["answer_labels"]), alignment(looked, batch["target"])))
+            answers = generate_answers(model, forced, heatmap.compiled)
+        summed = count_loss(forced.logits, forced.batch["answer_labels"])
+        found.append((answers, summed, alignment(forced.heatmap, forced.batch["target"])))
     empty_cost = float(np.mean([sample.count for sample in samples])) if empty_cost is None else empty_cost
     results, loss = [], 0.0
     for chunk, (answers, summed, maps) in zip(chunks, found, strict=True):
@@ -183,8 +191,8 @@ def evaluate_samples(
 def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
     """How many images to answer at once where `batch_size` of them are trained on.
 
-    Twice as many have room, unless the heatmap needs a backward pass itself; and each token that is said
-    costs the CPU the same for many images as for few.
+    Twice as many have room, unless the heatmap needs a backward pass itself; and each decoded token costs the
+    CPU the same for many images as for few.
     """
     return 2 * batch_size if heatmap.method == "attention" else batch_size
 
@@ -204,47 +212,66 @@ def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Eva
     return Evaluation(metrics, metrics_by_bin(*counts), images)
 
 
+@dataclass
+class ForcedPass:
+    """A pass over a batch with the right answers."""
+
+    batch: Batch
+    logits: torch.Tensor  # [B, A, V]
+    heatmap: torch.Tensor  # [B, 14, 14]
+    keys_values: list[KeysValues]  # of each layer
+    agreed: DeferredCopy  # `agreement` of logits and right answers
+
+
 def forced_passes(
     model: CountingModel,
     batches: Iterable[Batch],
     heatmap: Heatmap,
     accelerator: Accelerator,
     cache: VisionCache | None,
-) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, Later]]:
-    """Passes with the right answers: the batch with its keys, logits [B, A, V], heatmaps and `agreement`."""
+) -> Iterator[ForcedPass]:
+    """The forced pass of each batch."""
     for batch in batches:
-        batch = {**to_device(batch, accelerator.device), "keys": []}
+        batch = to_device(batch, accelerator.device)
         batch = cache.add_to(batch) if cache else batch
         with accelerator.autocast():
-            logits, looked = heatmap.with_logits(batch)
-        yield batch, logits, looked, agreement(batch, logits, model.tokenizer.eos_token_id)
+            logits, looked, trace = heatmap.with_logits(batch, keep_keys=True)
+        agreed = agreement(batch, logits, model.tokenizer.eos_token_id)
+        yield ForcedPass(batch, logits, looked, trace.keys_values, agreed)
 
 
-def generate_answers(model: CountingModel, batch: Batch, logits: torch.Tensor, agreed: Later) -> torch.Tensor:
+def one_ahead(items: Iterator) -> Iterator:
+    """The same items, each after the next one was made: so a GPU has the next pass to do while one is waited for."""
+    return (item for item, _ in pairwise(chain(items, [None])))
+
+
+def generate_answers(model: CountingModel, forced: ForcedPass, compiled: bool = False) -> torch.Tensor:
     """Greedy answers, at most as long as the longest number that parses.
 
     Args:
         model: its network in eval mode.
-        batch: with the keys that its forward pass has kept.
-        logits: [B, A, V] of that pass.
-        agreed: its `agreement`.
+        forced: the forced pass of the batch, whose keys are used up.
+        compiled: compile the layers.
 
     Returns:
         [B, tokens] on the device; after an end-of-turn token only those.
     """
     longest = len(model.tokenizer.encode("COUNT: " + "0" * MAX_DIGITS, add_special_tokens=False)) + 1
-    return greedy_tokens(model.network, batch, logits, agreed, longest, model.tokenizer.eos_token_id)
+    return greedy_tokens(
+        model.network, forced.batch, forced.logits, forced.keys_values, forced.agreed, longest,
+        model.tokenizer.eos_token_id, compiled,
+    )  # fmt: skip
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Load a model, evaluate a split, write what was asked for; `python -m fsc147lib evaluate` calls this."""
+    """Load a model, evaluate a split, write the files named; `python -m fsc147lib evaluate` calls this."""
     samples = open_split(config.data, config.split, config.limit)
     model = load_model(config.model)
     accelerator = make_accelerator(config.precision)
+    compiled = torch.cuda.is_available() if config.compile is None else config.compile
     heatmap = Heatmap(
-        model.network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer
+        model.network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer, compiled
     )
-    compile_layers(model.network, torch.cuda.is_available() if config.compile is None else config.compile)
     workers = default_workers() if config.workers is None else config.workers
     empty_cost = None if all(sample.count for sample in samples) else mean_count(config.data)
     result = evaluate_samples(model, samples, config.batch_size, heatmap, accelerator, workers, empty_cost=empty_cost)

@@ -1,15 +1,31 @@
-"""`Sample` to answer, and what was looked at: Qwen3-VL with its prompt and pixels, the direct forward pass, greedy
-answers, and heatmaps (several methods, one signature).
+"""`Sample` to answer, and where the model looked: Qwen3-VL with its prompt and pixels, the direct forward pass and its
+trace, greedy answers, and heatmaps (several methods, one signature).
 
 Left out: whether answer and heatmap are right (`evaluation`), and how they become so (`training`).
 """
 
-from .collate import Batch, Collate
-from .heatmaps import METHODS, Heatmap, corner_share, default_layers, look, mean_map
+from .answers import count_loss
+from .collate import Batch, Collate, select_rows, to_device
+from .device import default_workers, make_accelerator
+from .forward import Trace, answer_logits
+from .heatmaps import (
+    METHODS,
+    Heatmap,
+    corner_share,
+    default_layers,
+    look,
+    mean_map,
+    method_names,
+    register,
+    visual_mass,
+)
 from .load import load_model
 from .network import CountingModel, ModelError
+from .pixels import PixelStore
+from .vision_cache import VisionCache
 
 __all__ = [
-    "METHODS", "Batch", "Collate", "CountingModel", "Heatmap", "ModelError", "corner_share", "default_layers",
-    "load_model", "look", "mean_map",
+    "METHODS", "Batch", "Collate", "CountingModel", "Heatmap", "ModelError", "PixelStore", "Trace", "VisionCache",
+    "answer_logits", "corner_share", "count_loss", "default_layers", "default_workers", "load_model", "look",
+    "make_accelerator", "mean_map", "method_names", "register", "select_rows", "to_device", "visual_mass",
 ]  # fmt: skip

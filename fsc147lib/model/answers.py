@@ -1,4 +1,4 @@
-"""What a model says by itself: greedy decoding that goes on where the forced pass stops agreeing.
+"""The model's own answer: greedy decoding that goes on where the forced pass stops agreeing; and the loss of an answer.
 
 Left out: parsing (`prompt`), and the pass itself (`forward`).
 """
@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from .collate import Batch
-from .forward import _compiled, _is_compiled, _narrow, text_layer
+from .forward import next_token_logits
+from .layers import KeysValues
 
 
-class Later:
-    """A small tensor on its way to the CPU; `value` waits for it alone, not for what the device is told meanwhile."""
+class DeferredCopy:
+    """A small tensor's copy on the CPU; `value` waits for the tensor alone, not for what the device does after it."""
 
     def __init__(self, tensor: torch.Tensor):
         self.copy = tensor.to("cpu", non_blocking=True)
@@ -26,55 +27,59 @@ class Later:
         return self.copy
 
 
-def agreement(batch: Batch, logits: torch.Tensor, end: int) -> Later:
-    """How many of the answer's tokens the model says as it was told, before the first that differs or ends it.
+def agreement(batch: Batch, logits: torch.Tensor, end: int) -> DeferredCopy:
+    """How many of the answer's tokens are predicted right before the first that is not, or that ends the answer.
 
     Args:
-        logits: [B, A, V] of a forward pass.
+        logits: [B, A, V] of a forward pass over the right answers.
         end: token that ends an answer.
 
     Returns:
         The least number of all rows, [].
     """
-    said, told = logits.argmax(dim=-1), batch["answer_labels"]  # [B, A]
-    return Later(((said == told) & (told != end)).cumprod(dim=1).sum(dim=1).min())
+    predicted, target = logits.argmax(dim=-1), batch["answer_labels"]  # [B, A]
+    return DeferredCopy(((predicted == target) & (target != end)).cumprod(dim=1).sum(dim=1).min())
 
 
 @torch.no_grad()
-def greedy_tokens(network, batch: Batch, logits: torch.Tensor, agreed: Later, longest: int, end: int) -> torch.Tensor:
-    """Go on greedily from the prompts of a batch whose pass kept its keys: what the model says by itself.
+def greedy_tokens(
+    network,
+    batch: Batch,
+    logits: torch.Tensor,
+    past: list[KeysValues],
+    agreed: DeferredCopy,
+    longest: int,
+    end: int,
+    compiled: bool = False,
+) -> torch.Tensor:
+    """Greedy answers to the prompts of a batch, decoded from where its forced pass stops agreeing with them.
 
-    That pass has shown already what the model says as long as this is what it was told; "COUNT: " at
-    least, once it is trained.  The keys of all that it was told after that are masked out.
+    The forced pass has shown already what the model predicts as long as this is the right answer; "COUNT: " at
+    least, once it is trained.  The keys of the right answer after that are masked out.
 
     Args:
-        batch: whose "keys" an `answer_logits` pass has filled; they are used up.
-        logits: [B, A, V] of that pass.
+        batch: on the network's device.
+        logits: [B, A, V] of its `answer_logits` pass.
+        past: the keys and values of that pass; they are used up.
         agreed: its `agreement`.
         longest: tokens at the most.
         end: token that ends an answer.
+        compiled: compile the layers.
 
     Returns:
         [B, up to longest] tokens; after an end only ends.
     """
-    model = network.model.language_model
     known = int(agreed.value)
     tokens = list(logits[:, : known + 1].argmax(dim=-1).unbind(1))
     last = batch["answer_positions"][:, :1]  # where the answer's first token is predicted
     length = batch["input_ids"].shape[1]
     position = batch["position_ids"].gather(2, last.expand(3, -1, -1))  # [3, B, 1]
-    mask = (torch.arange(length, device=last.device) <= last + known)[:, None, None]  # [B, 1, 1, T]
-    past = batch["keys"]
-    run = _compiled(text_layer) if _is_compiled(network) else text_layer
-    unasked = 3 if last.is_cuda else 0  # steps before a GPU, which may have another pass to do first, is waited for
-    while len(tokens) < longest and not (len(tokens) > known + unasked and (tokens[-1] == end).all()):
-        hidden = _narrow(model.embed_tokens(tokens[-1][:, None]))
-        cos, sin = model.rotary_emb(hidden, position + len(tokens))
-        mask = F.pad(mask, (0, 1), value=True)
-        for i, layer in enumerate(model.layers):
-            hidden, _, past[i] = run(layer, hidden, cos, sin, mask, past=past[i], keep=True)
-        token = network.lm_head(model.norm(hidden[:, 0])).argmax(dim=-1)
-        tokens.append(torch.where(tokens[-1] == end, end, token))
+    seen = (torch.arange(length, device=last.device) <= last + known)[:, None, None]  # [B, 1, 1, T]
+    unchecked = 3 if last.is_cuda else 0  # steps before a GPU, which may have another pass to do first, is waited for
+    while len(tokens) < longest and not (len(tokens) > known + unchecked and (tokens[-1] == end).all()):
+        seen = F.pad(seen, (0, 1), value=True)
+        after = next_token_logits(network, tokens[-1], position + len(tokens), seen, past, compiled=compiled)
+        tokens.append(torch.where(tokens[-1] == end, end, after.argmax(dim=-1)))
     past.clear()
     return torch.stack(tokens, dim=1)
 

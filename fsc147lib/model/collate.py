@@ -10,13 +10,12 @@ Left out: the model itself, and pixels (`pixels`).
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TypedDict
+from typing import Annotated, TypedDict, get_type_hints
 
 import numpy as np
 import torch
 
-from ..data.fsc147 import Sample
-from ..data.targets import GRID, area_weights
+from ..data import GRID, Sample, area_weights
 from .pixels import PixelStore, resized_size
 from .prompt import IMAGE_TOKEN, Tokens, tokenize
 
@@ -24,32 +23,41 @@ from .prompt import IMAGE_TOKEN, Tokens, tokenize
 class Batch(TypedDict, total=False):
     """A plain dict of tensors; B images, T positions, A answer tokens at the most, P patches, V visual tokens in all.
 
+    Beside each field stands its layout: the sizes of its axes.  One of B, P and V is the axis that runs over images,
+    their patches or their visual tokens; a field with none of them belongs to all images.
+
     Sequences end with the answer and are padded on the right; there the causal mask alone keeps padding
     out of sight.
     """
 
-    names: list[str]
-    count: torch.Tensor  # [B] the true counts
-    input_ids: torch.Tensor  # [B, T]
-    attention_mask: torch.Tensor  # [B, T] 1 on tokens, 0 on padding
-    mm_token_type_ids: torch.Tensor  # [B, T] 1 on visual tokens
-    visual_index: torch.Tensor  # [V] their places in the flattened sequences, image after image
-    pixel_values: torch.Tensor  # [P, 3 * 16 * 16] uint8 patches of all images, one after the other
-    pixel_scale: torch.Tensor  # [2, 3] mean and standard deviation of the colours, in 0..1
-    image_sizes: list[tuple[int, int]]  # rows and columns of each image's patches
-    image_grid_thw: torch.Tensor  # [B, 3] the same after a 1, as transformers wants it
-    image_keys: list[tuple[str, bool]]  # which image, and whether mirrored
-    image_features: torch.Tensor  # [V, 1 + D, C] in place of pixels, where `vision_cache` holds them
-    position_ids: torch.Tensor  # [3, B, T] M-RoPE: time, height, width; 0 on padding
-    labels: torch.Tensor  # [B, T] the token at each answer position, -100 elsewhere
-    answer_positions: torch.Tensor  # [B, A] positions whose next token belongs to the answer (0 where unused)
-    answer_labels: torch.Tensor  # [B, A] those next tokens, -100 where unused
+    names: Annotated[list[str], "B"]
+    count: Annotated[torch.Tensor, "B"]  # the true counts
+    input_ids: Annotated[torch.Tensor, "B T"]
+    attention_mask: Annotated[torch.Tensor, "B T"]  # 1 on tokens, 0 on padding
+    mm_token_type_ids: Annotated[torch.Tensor, "B T"]  # 1 on visual tokens
+    visual_index: Annotated[torch.Tensor, "V"]  # their places in the flattened sequences, image after image
+    pixel_values: Annotated[torch.Tensor, "P 3*16*16"]  # uint8 patches of all images, one after the other
+    pixel_scale: Annotated[torch.Tensor, "2 3"]  # mean and standard deviation of the colours, in 0..1
+    image_sizes: Annotated[list[tuple[int, int]], "B"]  # rows and columns of each image's patches
+    image_grid_thw: Annotated[torch.Tensor, "B 3"]  # the same after a 1, as transformers wants it
+    image_keys: Annotated[list[tuple[str, bool]], "B"]  # which image, and whether mirrored
+    image_features: Annotated[torch.Tensor, "V 1+D C"]  # in place of pixels, where `vision_cache` holds them
+    position_ids: Annotated[torch.Tensor, "3 B T"]  # M-RoPE: time, height, width; 0 on padding
+    labels: Annotated[torch.Tensor, "B T"]  # the token at each answer position, -100 elsewhere
+    answer_positions: Annotated[torch.Tensor, "B A"]  # whose next token belongs to the answer (0 where unused)
+    answer_labels: Annotated[torch.Tensor, "B A"]  # those next tokens, -100 where unused
     answer_tokens: int  # how many those are
-    digit_weights: torch.Tensor  # [B, A] 1 / digits where the next token is a digit, else 0
-    row_weights: torch.Tensor  # [B, 14, T] how much of a visual token's height lies in each heatmap row
-    column_weights: torch.Tensor  # [B, 14, T] and of its width in each column; 0 on all other tokens
-    target: torch.Tensor  # [B, 14, 14] target heatmaps
-    keys: list  # where it is there, empty: the forward pass fills in each layer's keys and values
+    digit_weights: Annotated[torch.Tensor, "B A"]  # 1 / digits where the next token is a digit, else 0
+    row_weights: Annotated[torch.Tensor, "B 14 T"]  # how much of a visual token's height lies in each heatmap row
+    column_weights: Annotated[torch.Tensor, "B 14 T"]  # and of its width in each column; 0 on all other tokens
+    target: Annotated[torch.Tensor, "B 14 14"]  # target heatmaps
+
+
+LAYOUTS = {
+    name: field.__metadata__[0].split()
+    for name, field in get_type_hints(Batch, include_extras=True).items()
+    if hasattr(field, "__metadata__")
+}
 
 
 class Collate:
@@ -158,29 +166,24 @@ def to_device(batch: Batch, device) -> Batch:
     }
 
 
-def take(batch: Batch, rows: list[int]) -> Batch:
-    """Some rows of a batch as a batch, with their share of patches and image features, and the same padding."""
-    length, sizes = batch["input_ids"].shape[1], batch["image_sizes"]
-    patches = [0, *accumulate(height * width for height, width in sizes)]
-    merged = patches[-1] // len(batch["visual_index"])  # patches of a token
+def select_rows(batch: Batch, rows: list[int]) -> Batch:
+    """Some images of a batch as a batch, with the same padding; `answer_tokens`, a sum over all, is left out."""
+    length, index = batch["input_ids"].shape[1], batch["visual_index"]
+    patches = [0, *accumulate(height * width for height, width in batch["image_sizes"])]
+    tokens = [first * len(index) // patches[-1] for first in patches]
+    starts = {"B": range(len(patches)), "P": patches, "V": tokens}  # where each image begins
 
-    def part(value, scale: int):
-        return torch.cat([value[patches[row] // scale : patches[row + 1] // scale] for row in rows])
+    def select(value, layout: list[str]):
+        axis = next((i for i, size in enumerate(layout) if size in starts), None)
+        if axis is None:
+            return value
+        if isinstance(value, list):
+            return [value[row] for row in rows]
+        start = starts[layout[axis]]
+        return torch.cat([value.narrow(axis, start[row], start[row + 1] - start[row]) for row in rows], dim=axis)
 
-    taken = {key: [value[row] for row in rows] for key, value in batch.items() if isinstance(value, list)}
-    for key, value in batch.items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        if key == "pixel_scale":
-            taken[key] = value
-        elif key == "pixel_values":
-            taken[key] = part(value, 1)
-        elif key == "image_features":
-            taken[key] = part(value, merged)
-        elif key == "visual_index":
-            shifts = [(new - row) * length for new, row in enumerate(rows)]
-            counts = torch.tensor([(patches[row + 1] - patches[row]) // merged for row in rows])
-            taken[key] = part(value, merged) + torch.tensor(shifts).repeat_interleave(counts).to(value.device)
-        else:
-            taken[key] = value[:, rows] if key == "position_ids" else value[rows]
-    return taken
+    selected = {name: select(batch[name], layout) for name, layout in LAYOUTS.items() if name in batch}
+    shifts = torch.tensor([(new - row) * length for new, row in enumerate(rows)])
+    shifts = shifts.repeat_interleave(torch.tensor([tokens[row + 1] - tokens[row] for row in rows]))
+    selected["visual_index"] = selected["visual_index"] + shifts.to(index.device)
+    return selected

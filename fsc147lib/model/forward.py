@@ -1,62 +1,32 @@
-"""One forward pass, as training and evaluation need it: the library's layers, called without detours.
+"""One forward pass, as training and evaluation need it: transformers' modules, called without detours.
 
-The sums are those of `network(...)` in transformers, against which the tests hold them.  What differs is
-what stands between the layers: visual tokens are put in their places by an index that `collate` computed,
-images of one size share one attention call, the last layer and the wide output head see the answer's
-positions alone, and nothing on the way waits for the GPU.
+The sums are those of `network(...)` in transformers, against which the tests hold them.  What differs is what
+stands between the layers: visual tokens are put in their places by an index that `collate` computed, images of one
+size share one attention call, the last layer and the wide output head see the answer's positions alone, and nothing
+waits for the GPU.
 
-Left out: attention itself (`attention`), loading (`model`), what probed rows mean (`heatmaps`), keeping
-image features (`vision_cache`).
+Left out: the layers themselves (`layers`), what attention rows mean (`heatmaps`), keeping image features
+(`vision_cache`).
 """
 
-import inspect
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-    Qwen3VLTextDecoderLayer,
-    Qwen3VLVisionBlock,
-    apply_rotary_pos_emb,
-)
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from .attention import attention_rows, up_to, weigh_values
 from .collate import Batch
+from .layers import KeysValues, run_layer, select_positions, text_layer, vision_block
 
 VISION = -1
 """The vision encoder's place among the layers: below the language model's layer 0."""
 
 
 @dataclass
-class Probe:
-    """Asks a forward pass for what it would not keep: attention rows, and the state that enters a layer.
-
-    Attributes:
-        queries: [B, R] positions of the rows in each sequence.
-        layers: which layers of the language model to look at.
-        rows: filled by the pass: layer -> [B, heads, R, T] float32, each row summing to 1 over the T
-            keys up to its own position; part of the autograd graph where the pass has one.
-        in_path: let the pass go on from these rows, so that its outputs have gradients with respect to
-            them.  The numbers stay the same.
-        entering: a layer whose incoming state is wanted, made differentiable; None for none.
-        state: filled by the pass: that state, [B, T, C].
-    """
-
-    queries: torch.Tensor
-    layers: tuple[int, ...] = ()
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
-    in_path: bool = False
-    entering: int | None = None
-    state: torch.Tensor | None = None
-
-
-@dataclass
 class ImageFeatures:
-    """What the vision encoder says about a batch's V visual tokens, image after image.
+    """Outputs of the vision encoder for a batch's V visual tokens, image after image.
 
     `embeddings` [V, C] stand in the sequence; `deepstack` [V, C] each are added after the language
     model's first layers.
@@ -66,82 +36,127 @@ class ImageFeatures:
     deepstack: list[torch.Tensor]
 
 
-# --- Layers, plain and compiled
+@dataclass
+class Trace:
+    """What a forward pass computed beside its logits, as far as `answer_logits` was asked for it.
 
-# without the library's checkpointing around them, which would forget the note
-_plain_text_layer = inspect.unwrap(Qwen3VLTextDecoderLayer.forward)
-_plain_vision_block = inspect.unwrap(Qwen3VLVisionBlock.forward)
+    Attributes:
+        rows: layer -> [B, H, A, T] float32 attention probabilities at the answer's positions, each row summing
+            to 1 over the T keys up to its own position; part of the autograd graph where the pass has one.
+        inputs: what enters the layers from `gradient_from` on: the hidden state [B, T, C], and the deepstack
+            features [V, C] that are added after that layer or a later one; differentiable.
+        keys_values: of each layer.
+    """
+
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    keys_values: list[KeysValues] = field(default_factory=list)
 
 
-def text_layer(layer, hidden, cos, sin, mask=None, queries=None, in_path=False, twice=False, past=None, keep=False):
-    """A layer of the language model.
+def answer_logits(
+    network,
+    batch: Batch,
+    *,
+    rows_of: tuple[int, ...] = (),
+    rows_in_output: bool = False,
+    gradient_from: int | None = None,
+    create_graph: bool = False,
+    keep_keys: bool = False,
+    compiled: bool = False,
+) -> tuple[torch.Tensor, Trace]:
+    """One forward pass; the wide output head is applied at the answer's positions alone.
 
     Args:
-        layer: its module; hidden: [B, T, C]; cos, sin: [B, T, D] of the positions.
-        mask: [B, 1, T, keys] True where attended; None for causal.
-        queries: [B, R] positions whose attention rows are wanted.
-        in_path, twice: see `Probe` and `answer_logits`.
-        past: keys and values [B, Hk, K, D] that come before those of `hidden`.
-        keep: return all keys and values.
+        network: from `load_model`.
+        batch: from `collate.Collate`, on the network's device.
+        rows_of: layers of the language model whose attention rows are traced.
+        rows_in_output: let the pass go on from these rows, so that its logits have gradients with respect to
+            them.  The numbers stay the same.
+        gradient_from: first layer (VISION: the vision encoder) that the caller differentiates before the backward
+            pass; from there on nothing is compiled.
+        create_graph: let these layers have a second derivative; those below stay on the fast attention.
+        keep_keys: trace all layers' keys and values.
+        compiled: compile the layers, at the first pass of each kind.
 
     Returns:
-        hidden [B, T, C]; rows [B, H, R, K + T] or None; (keys, values) or None.
+        [B, A, V] logits of the tokens in `batch["answer_labels"]`, and the trace.
     """
-    note = {"queries": queries, "in_path": in_path, "twice": twice, "past": past, "keep": keep}
-    hidden = _plain_text_layer(layer, hidden, position_embeddings=(cos, sin), attention_mask=mask, note=note)
-    return hidden, note.get("rows"), note.get("kept")
+    model, trace = network.model.language_model, Trace()
+    answer, visual = batch["answer_positions"], batch["visual_index"]
+    images = encode_images(network, batch, create_graph=create_graph and gradient_from == VISION, compiled=compiled)
+    if gradient_from is not None and gradient_from != VISION:
+        images.deepstack[gradient_from:] = map(_differentiable, images.deepstack[gradient_from:])
+    hidden = _embed_tokens(network, batch["input_ids"])  # [B, T, C]
+    hidden = hidden.flatten(0, 1).index_copy(0, visual, images.embeddings.to(hidden)).view_as(hidden)
+    cos, sin = model.rotary_emb(hidden, batch["position_ids"])
+    for i, layer in enumerate(model.layers):
+        if i == gradient_from:
+            hidden = _differentiable(hidden)
+            trace.inputs = [hidden, *images.deepstack[i:]]
+        differentiated = gradient_from is not None and i >= gradient_from
+        last = i + 1 == len(model.layers) and i >= len(images.deepstack)
+        hidden, rows, keys_values = run_layer(
+            text_layer, layer, hidden, cos, sin, compiled=compiled and not differentiated,
+            only_at=answer if last else None, rows_at=answer if i in rows_of and not last else None,
+            rows_in_output=rows_in_output, create_graph=create_graph and differentiated, keep_keys=keep_keys,
+        )  # fmt: skip
+        if i in rows_of:
+            trace.rows[i] = rows
+        if keep_keys:
+            trace.keys_values.append(keys_values)
+        if i < len(images.deepstack):
+            hidden = hidden.flatten(0, 1).index_add(0, visual, images.deepstack[i].to(hidden)).view_as(hidden)
+    hidden = hidden if last else select_positions(hidden, answer)
+    return network.lm_head(model.norm(hidden)), trace
 
 
-def last_text_layer(layer, hidden, cos, sin, positions, keep=False):
-    """The language model's last layer at the answer's positions [B, A] alone: nobody asks for the others.
+def next_token_logits(
+    network,
+    tokens: torch.Tensor,
+    position_ids: torch.Tensor,
+    seen: torch.Tensor,
+    past: list[KeysValues],
+    *,
+    compiled: bool = False,
+) -> torch.Tensor:
+    """One step of decoding after a pass that kept its keys.
 
-    Keys and values are those of all positions; queries, and all that comes after the attention, are few.
+    Args:
+        tokens: [B] the last ones.
+        position_ids: [3, B, 1] of these.
+        seen: [B, 1, 1, K + 1] which of the past's K positions, and of the tokens, are attended to.
+        past: keys and values of each layer; those of the tokens are put behind them.
 
     Returns:
-        hidden [B, A, C]; rows [B, H, A, T]; (keys, values) if `keep`, else None.
+        [B, V].
     """
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    key = attention.k_norm(attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
-    value = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    query = attention.q_proj(_rows_at(normed, positions)).unflatten(-1, (-1, attention.head_dim))
-    query = attention.q_norm(query).transpose(1, 2)  # [B, H, A, D]
-    query, _ = apply_rotary_pos_emb(query, query, _rows_at(cos, positions), _rows_at(sin, positions))
-    _, key = apply_rotary_pos_emb(key[:, :1], key, cos, sin)
-    rows = attention_rows(attention, query, key, up_to(positions, hidden.shape[1]))
-    read = weigh_values(rows, value).to(hidden).flatten(2)
-    hidden = _rows_at(hidden, positions) + attention.o_proj(read)
-    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return hidden, rows, (key, value) if keep else None
+    model = network.model.language_model
+    hidden = _embed_tokens(network, tokens[:, None])
+    cos, sin = model.rotary_emb(hidden, position_ids)
+    for i, layer in enumerate(model.layers):
+        hidden, _, past[i] = run_layer(
+            text_layer, layer, hidden, cos, sin, compiled=compiled, past=past[i], seen=seen, keep_keys=True
+        )
+    return network.lm_head(model.norm(hidden[:, 0]))
 
 
-def _rows_at(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """[B, T, C] -> [B, A, C]."""
-    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[-1]))
+def _embed_tokens(network, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> [B, T, C]."""
+    return _in_autocast_dtype(network.model.language_model.embed_tokens(tokens))
 
 
-def vision_block(block, hidden, cos, sin, bounds):
-    """A block of the vision encoder: hidden [P, C] of all images, bounds [images + 1] on the CPU -> [P, C]."""
-    return _plain_vision_block(block, hidden, cu_seqlens=bounds, max_seqlen=0, position_embeddings=(cos, sin))
+def _differentiable(x: torch.Tensor) -> torch.Tensor:
+    """x itself where a gradient can reach it; else, below frozen weights, a new leaf of the same values."""
+    return x if x.requires_grad else x.detach().requires_grad_()
 
 
-@lru_cache
-def _compiled(function):
-    """Compiled once for all layers and sizes: a layer's weights are inputs, and no layer reads its own index."""
-    torch._dynamo.config.recompile_limit = 32  # a dozen kinds of pass: with gradients or without, probed or not ...
-    return torch.compile(function, dynamic=True)
+def _in_autocast_dtype(hidden: torch.Tensor) -> torch.Tensor:
+    """In autocast's type, so that the sum which runs through all layers is as narrow as their products."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
-def compile_layers(network, on: bool = True) -> None:
-    """Let this module's passes through `network` compile its layers, at the first pass of each kind."""
-    network.compiled_layers = on
-
-
-def _is_compiled(network) -> bool:
-    return getattr(network, "compiled_layers", False)
-
-
-# --- The pass
+# --- Vision encoder
 
 
 def normalised_pixels(batch: Batch) -> torch.Tensor:
@@ -154,50 +169,50 @@ def normalised_pixels(batch: Batch) -> torch.Tensor:
     return ((colours - mean[:, None, None]) / std[:, None, None]).expand(-1, -1, 2, -1).flatten(1)
 
 
-def encode_images(network, batch: Batch, twice: bool = False) -> ImageFeatures:
-    """The vision encoder's word on a batch's images, or what the batch brings along (`vision_cache`).
+def encode_images(network, batch: Batch, *, create_graph: bool = False, compiled: bool = False) -> ImageFeatures:
+    """Outputs of the vision encoder for a batch's images, or those that the batch brings along (`vision_cache`).
 
     Args:
         network: from `load_model`.
         batch: from `collate.Collate`, on the network's device.
-        twice: make it differentiable twice.
+        create_graph: make it differentiable twice.
+        compiled: compile the blocks, where they need no gradient.
     """
     if "image_features" in batch:  # [V, 1 + D, C]
         embeddings, *deepstack = batch["image_features"].unbind(1)
         return ImageFeatures(embeddings, deepstack)
     tower = network.model.visual
-    hidden = _narrow(_embed_patches(tower, batch))  # [P, hidden]
+    hidden = _in_autocast_dtype(_embed_patches(tower, batch))  # [P, hidden]
     learned, (cos, sin) = _patch_positions(tower, batch["image_sizes"], hidden)
     hidden = hidden + learned
     bounds = torch.tensor([0, *accumulate(h * w for h, w in batch["image_sizes"])])
-    compiled = _is_compiled(network) and not hidden.requires_grad
+    compiled = compiled and not hidden.requires_grad
     deepstack = []
     for i, block in enumerate(tower.blocks):
-        if compiled:
-            hidden = _compiled(vision_block)(block, hidden, cos, sin, bounds)
-        else:
-            hidden = block(hidden, cu_seqlens=bounds, max_seqlen=0, position_embeddings=(cos, sin), twice=twice)
+        hidden = run_layer(vision_block, block, hidden, cos, sin, bounds, compiled=compiled, create_graph=create_graph)
         if i in tower.deepstack_visual_indexes:
             deepstack.append(tower.deepstack_merger_list[len(deepstack)](hidden))
     return ImageFeatures(tower.merger(hidden), deepstack)
 
 
 def _embed_patches(tower, batch: Batch) -> torch.Tensor:
-    """Patches as vectors [P, hidden].  Bytes need no scaling and no second frame: both go into the weights."""
-    pixels = batch["pixel_values"]
+    """Patches as vectors [P, hidden], by a matrix product: the Conv3d covers each patch with exactly one kernel.
+
+    Bytes need no scaling and no second frame: both go into the weights.
+    """
+    pixels, projection = batch["pixel_values"], tower.patch_embed.proj
     if pixels.is_floating_point():
-        return tower.patch_embed(pixels.to(tower.dtype))
+        return F.linear(pixels.to(projection.weight), projection.weight.flatten(1), projection.bias)
     mean, std = (255 * batch["pixel_scale"]).repeat_interleave(pixels.shape[1] // 3, dim=1)  # [3 * 16 * 16] each
-    projection = tower.patch_embed.proj
     weight = projection.weight.sum(dim=2).flatten(1) / std  # [hidden, 3 * 16 * 16]: the two frames are the same
     centred = pixels.to(weight.dtype).sub_(mean)  # a mean of 127.5 leaves numbers that bfloat16 holds exactly
     return F.linear(centred, weight.to(centred), projection.bias)
 
 
 def _patch_positions(tower, sizes: list[tuple[int, int]], hidden: torch.Tensor):
-    """What all patches' places say, as `hidden` [P, hidden] is: learned [P, hidden], rotary cos and sin [P, D].
+    """Position embeddings of all patches, as `hidden` [P, hidden] is: learned [P, hidden], rotary cos and sin [P, D].
 
-    Worked out once for all images of one size.
+    Computed once for all images of one size.
     """
     distinct = list(dict.fromkeys(sizes))
     tables = [_tables_of_one(*size, tower.num_grid_per_side, hidden.device) for size in distinct]
@@ -220,71 +235,3 @@ def _tables_of_one(height: int, width: int, side: int, device) -> tuple[torch.Te
         grid, side, "bilinear", align_corners=True, spatial_merge_size=2
     )
     return tuple(table.to(device) for table in (indices, weights, get_vision_position_ids(grid, 2)))
-
-
-def _narrow(hidden: torch.Tensor) -> torch.Tensor:
-    """In autocast's type, so that the sum which runs through all layers is as narrow as their products."""
-    kind = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
-
-
-def answer_logits(
-    network,
-    batch: Batch,
-    probe: Probe | None = None,
-    plain_from: int | None = None,
-    twice: bool = False,
-    images: ImageFeatures | None = None,
-) -> torch.Tensor:
-    """One forward pass; the wide output head is applied at the answer's positions alone.
-
-    Args:
-        network: from `load_model`.
-        batch: from `collate.Collate`, on the network's device.
-        probe: filled on the way.
-        plain_from: first layer (VISION: the vision encoder) that is left as it is where the others are
-            compiled, because somebody asks for its gradient before the backward pass.
-        twice: let these layers have a second derivative; those below stay on the fast attention.
-        images: None for `encode_images`.
-
-    Returns:
-        [B, A, V] logits of the tokens in `batch["answer_labels"]`.
-    """
-    model, index = network.model.language_model, batch["visual_index"]
-    images = images or encode_images(network, batch, twice and plain_from == VISION)
-    hidden = _narrow(model.embed_tokens(batch["input_ids"]))  # [B, T, C]
-    hidden = hidden.flatten(0, 1).index_copy(0, index, images.embeddings.to(hidden)).view_as(hidden)
-    cos, sin = model.rotary_emb(hidden, batch["position_ids"])
-    answer = batch["answer_positions"]
-    for i, layer in enumerate(model.layers):
-        if probe and probe.entering == i:
-            hidden = probe.state = differentiable(hidden)
-        queries = probe.queries if probe and i in probe.layers else None
-        plain = plain_from is not None and i >= plain_from
-        asked = {"keep": "keys" in batch}
-        last = i + 1 == len(model.layers) and i >= len(images.deepstack)
-        if last and (queries is None or queries is answer):
-            run = last_text_layer
-            asked["positions"] = answer
-        else:
-            run = text_layer
-            asked |= {"queries": queries, "in_path": queries is not None and probe.in_path, "twice": plain and twice}
-        whole = run is text_layer
-        run = _compiled(run) if _is_compiled(network) and not plain else run
-        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
-            hidden, rows, kept = checkpoint(run, layer, hidden, cos, sin, use_reentrant=False, **asked)
-        else:
-            hidden, rows, kept = run(layer, hidden, cos, sin, **asked)
-        if queries is not None:
-            probe.rows[i] = rows
-        if kept is not None:
-            batch["keys"].append(kept)
-        if i < len(images.deepstack):
-            features = images.deepstack[i].to(hidden)
-            hidden = hidden.flatten(0, 1).index_add(0, index, features).view_as(hidden)
-    return network.lm_head(model.norm(_rows_at(hidden, answer) if whole else hidden))
-
-
-def differentiable(x: torch.Tensor) -> torch.Tensor:
-    """x itself where a gradient can reach it; else, below frozen weights, a new leaf of the same values."""
-    return x if x.requires_grad else x.detach().requires_grad_()

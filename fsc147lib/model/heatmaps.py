@@ -5,79 +5,124 @@ visual tokens.  The gradient methods ask which visual tokens (or pixels) the log
 depends on.  All are moved to 14x14 by exact areas and renormalised, and all but `attention_x_gradient`
 can keep their graph, so that a loss on them trains the network.
 
-A new method is a function and a line in METHODS.
+A new method is a function given to `register`, from any file.
 
-Left out: the losses, and how attention rows are caught (`forward.Probe`).
+Left out: the losses, and how attention rows are computed (`layers`).
 """
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from ..data.fsc147 import Sample
+from ..data import Sample
 from ..options import ConfigError
 from .collate import Batch, Collate, to_device
 from .device import make_accelerator
-from .forward import VISION, Probe, answer_logits, differentiable, encode_images, normalised_pixels
+from .forward import VISION, Trace, answer_logits, normalised_pixels
 from .network import CountingModel
 
-HEATMAP_EVERY = {"token_gradient": 32, "input_gradient": 64}
-"""Default K of methods that cannot be paid on each step: spread over K steps they are within 6.5 % (notebook 02)."""
 
-HEATMAP_IMAGES = {"token_gradient": 8, "input_gradient": 4}
-"""How many images of a batch they look at by default; more would not fit beside a large batch."""
+@dataclass(frozen=True)
+class Method:
+    """A way to make a heatmap; see `register`."""
 
-TrainableHeatmap = Literal["attention", "token_gradient", "input_gradient"]
+    function: Callable
+    trainable: bool
+    every: int
+    images: int | None
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(name: str, function: Callable, trainable: bool = True, every: int = 1, images: int | None = None) -> None:
+    """Make a heatmap method known under a name, to `Heatmap`, `TrainConfig(heatmap=name)` and `evaluate --heatmap`.
+
+    Args:
+        name: a known one is replaced.
+        function: `(heatmap, batch, create_graph, **kwargs) -> logits [B, A, V], mass [B, 14, 14], trace`, logits
+            and trace from one `answer_logits(heatmap.network, batch, ..., **kwargs)`.  The mass is non-negative,
+            and is scaled to sum 1 afterwards; with `create_graph` it has a gradient with respect to the weights.
+        trainable: whether it has.
+        every, images: of `TrainConfig`, by default: look on each K-th step, at so many images of a batch (None: all).
+    """
+    METHODS[name] = Method(function, trainable, every, images)
+
+
+def method_names(trainable: bool = False) -> tuple[str, ...]:
+    """All methods, or those that can be trained."""
+    return tuple(name for name, method in METHODS.items() if method.trainable or not trainable)
 
 
 class Heatmap:
     """A method with its choices; call it with a batch.
 
     Args:
-        network: a Qwen3-VL with this library's attention (`load_model`).
+        network: a Qwen3-VL (`load_model`).
         method: a name in METHODS.
         layers, heads: whose attention is averaged; None for `default_layers` and all heads.
-        entering: of `token_gradient`: the layer whose incoming hidden states are looked at, from 0, the
+        state_layer: of `token_gradient`: the layer whose incoming hidden states are looked at, from 0, the
             visual embeddings themselves, to the last.  The higher, the less of the network has to be
             differentiated twice.
+        compiled: compile the layers in passes through the network.
 
     Raises:
         ConfigError: no such method, layer or head.
     """
 
-    def __init__(self, network, method: str = "attention", layers=None, heads=None, entering: int = 0):
+    def __init__(
+        self,
+        network,
+        method: str = "attention",
+        layers: tuple[int, ...] | None = None,
+        heads: tuple[int, ...] | None = None,
+        state_layer: int = 0,
+        compiled: bool = False,
+    ):
         depth = network.config.text_config.num_hidden_layers
         if method not in METHODS:
             raise ConfigError(f"heatmap is {method!r}, but must be one of {', '.join(METHODS)}")
-        if not 0 <= entering < depth:
-            raise ConfigError(f"heatmap_layer is {entering}, but this model has 0 to {depth - 1}")
-        self.network, self.method, self.heads, self.entering = network, method, heads, entering
-        self.layers = choose(network, layers, heads)
+        if not 0 <= state_layer < depth:
+            raise ConfigError(f"heatmap_layer is {state_layer}, but this model has 0 to {depth - 1}")
+        self.network, self.method, self.heads, self.state_layer = network, method, heads, state_layer
+        self.layers, self.compiled = choose_layers(network, layers, heads), compiled
 
-    def __call__(self, batch: Batch, keep_graph: bool = False) -> torch.Tensor:
+    def __call__(self, batch: Batch, create_graph: bool = False) -> torch.Tensor:
         """One forward pass and its heatmap.
 
         Args:
             batch: from `Collate`, on the network's device.
-            keep_graph: make the heatmap differentiable with respect to the network's weights.
+            create_graph: make the heatmap differentiable with respect to the network's weights.
 
         Returns:
             [B, 14, 14], non-negative, each summing to 1.
+
+        Raises:
+            ConfigError: `create_graph`, and the method cannot be trained.
         """
-        return self.with_logits(batch, keep_graph)[1]
+        return self.with_logits(batch, create_graph)[1]
 
-    def with_logits(self, batch: Batch, keep_graph: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, with the answer's logits [B, A, V] of that one pass, whose graph is kept where gradients are on."""
-        logits, mass = METHODS[self.method](self, batch, keep_graph)
-        if not keep_graph:
+    def with_logits(
+        self, batch: Batch, create_graph: bool = False, keep_keys: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, Trace]:
+        """The same between the answer's logits [B, A, V] and the trace of that one pass.
+
+        The logits' graph is kept where gradients are on.
+        """
+        method = METHODS[self.method]
+        if create_graph and not method.trainable:
+            choices = ", ".join(method_names(trainable=True))
+            raise ConfigError(f"{self.method} is for looking, it has no useful gradient; train with one of {choices}")
+        logits, mass, trace = method.function(self, batch, create_graph, compiled=self.compiled, keep_keys=keep_keys)
+        if not create_graph:
             mass = mass.detach()
-        return logits, mass / mass.sum(dim=(1, 2), keepdim=True)
+        return logits, mass / mass.sum(dim=(1, 2), keepdim=True), trace
 
 
-def choose(network, layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The layers to look at: those asked for, or `default_layers`.
+def choose_layers(network, layers: tuple[int, ...] | None, heads: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The layers to look at: those given, or `default_layers`.
 
     Raises:
         ConfigError: the language model has no such layer or head.
@@ -119,33 +164,33 @@ def _on_digits(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
     return (weights.unsqueeze(-1) * rows).sum(dim=-2)
 
 
-def layer_head_maps(probe: Probe, batch: Batch) -> torch.Tensor:
-    """What each layer and head looks at while it predicts the digits.
+def layer_head_maps(trace: Trace, batch: Batch, layers: tuple[int, ...]) -> torch.Tensor:
+    """Attention mass on the image of each layer and head while the digits are predicted.
 
     Args:
-        probe: after a forward pass that it asked for rows at `batch["answer_positions"]`.
+        trace: of a forward pass with the attention rows of these layers.
 
     Returns:
-        [B, L, H, 14, 14] attention mass, layers in the probe's order; sums are at most 1.
+        [B, L, H, 14, 14]; sums are at most 1.
     """
-    rows = torch.stack([probe.rows[layer] for layer in probe.layers], dim=1)  # [B, L, H, A, T]
+    rows = torch.stack([trace.rows[layer] for layer in layers], dim=1)  # [B, L, H, A, T]
     return visual_mass(_on_digits(rows, batch), batch)
 
 
-# --- Methods: (heatmap, batch, keep_graph) -> logits [B, A, V], mass [B, 14, 14] before it is scaled to sum 1
+# --- Methods, see `register`
 
 
-def attention(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_mass(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
     """Attention mass from the digits' positions, averaged over digits, layers and heads.
 
     Only the answer's query rows are computed a second time, so this costs next to nothing.
     """
-    probe = Probe(batch["answer_positions"], heatmap.layers)
-    logits = answer_logits(heatmap.network, batch, probe)
-    return logits, visual_mass(_on_digits(_chosen_rows(probe.rows, heatmap).mean(dim=(0, 2)), batch), batch)
+    logits, trace = answer_logits(heatmap.network, batch, rows_of=heatmap.layers, **kwargs)
+    rows = _chosen_rows(trace.rows, heatmap).mean(dim=(0, 2))
+    return logits, visual_mass(_on_digits(rows, batch), batch), trace
 
 
-def token_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def token_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
     """|g * e| of each visual token, summed over channels: its state e entering a layer, and the digits' gradient g.
 
     The gradient is that of their log-probability (gradient x input: Shrikumar et al., 2016).  Deepstack
@@ -153,57 +198,56 @@ def token_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[to
     layers read a state only after normalising it, so that g . e, the effect of scaling the whole state,
     vanishes towards the last layers.
     """
-    first, probe = heatmap.entering, Probe(batch["answer_positions"], entering=heatmap.entering)
     with torch.enable_grad():
-        images = encode_images(heatmap.network, batch)
-        images.deepstack[first:] = [differentiable(features) for features in images.deepstack[first:]]  # [V, C] each
-        logits = answer_logits(heatmap.network, batch, probe, first, keep_graph, images)
-        inputs = [probe.state, *images.deepstack[first:]]
-        gradients = _gradients(logits, batch, inputs, keep_graph)
-        hidden, *deepstack = ((x * gradient).abs().sum(dim=-1) for x, gradient in zip(inputs, gradients, strict=True))
+        logits, trace = answer_logits(
+            heatmap.network, batch, gradient_from=heatmap.state_layer, create_graph=create_graph, **kwargs
+        )
+        gradients = _gradients(logits, batch, trace.inputs, create_graph)
+        products = ((x * gradient).abs().sum(dim=-1) for x, gradient in zip(trace.inputs, gradients, strict=True))
+        hidden, *deepstack = products  # [B, T], [V] each
         tokens = hidden.flatten()[batch["visual_index"]] + sum(deepstack)  # [V]
-    return logits, visual_mass(_on_sequence(tokens, batch), batch)
+    return logits, visual_mass(_on_sequence(tokens, batch), batch), trace
 
 
-def input_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def input_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
     """|gradient| of the digits' log-probability with respect to the pixels, summed over each visual token's pixels.
 
     The first script's heatmap.  To train it the whole network is differentiated twice, frozen or not.
     """
     pixels = normalised_pixels(batch).detach().requires_grad_()  # [P, 3 * 2 * 16 * 16]
+    batch = {**batch, "pixel_values": pixels}
     with torch.enable_grad():
-        logits = answer_logits(heatmap.network, {**batch, "pixel_values": pixels}, None, VISION, keep_graph)
-        (gradient,) = _gradients(logits, batch, [pixels], keep_graph)
+        logits, trace = answer_logits(heatmap.network, batch, gradient_from=VISION, create_graph=create_graph, **kwargs)
+        (gradient,) = _gradients(logits, batch, [pixels], create_graph)
         merged = heatmap.network.config.vision_config.spatial_merge_size**2
         tokens = gradient.abs().sum(dim=-1).unflatten(0, (-1, merged)).sum(dim=-1)  # [V]: patches come token by token
-    return logits, visual_mass(_on_sequence(tokens, batch), batch)
+    return logits, visual_mass(_on_sequence(tokens, batch), batch), trace
 
 
-def attention_x_gradient(heatmap: Heatmap, batch: Batch, keep_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_x_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
     """Attention that helps: each probability times its gradient where that is positive, averaged over heads.
 
-    After Chefer et al., "Generic Attention-model Explainability" (ICCV 2021), without their roll-out.
+    After Chefer et al., "Generic Attention-model Explainability" (ICCV 2021), without their roll-out.  Its sign
+    changes leave no useful gradient to train with.
     """
-    if keep_graph:
-        raise ConfigError(
-            "attention_x_gradient is for looking: its sign change has no useful gradient; "
-            "train with attention, token_gradient or input_gradient"
-        )
-    probe = Probe(batch["answer_positions"], heatmap.layers, in_path=True)
     with torch.enable_grad():
-        logits = answer_logits(heatmap.network, batch, probe, min(heatmap.layers))
-        rows = [probe.rows[layer] for layer in heatmap.layers]
-        helpful = [(row * g).relu() for row, g in zip(rows, _gradients(logits, batch, rows, False), strict=True)]
-    mean = _chosen_rows(dict(zip(heatmap.layers, helpful, strict=True)), heatmap).mean(dim=(0, 2))
-    return logits, visual_mass(_on_digits(mean, batch), batch)
+        logits, trace = answer_logits(
+            heatmap.network, batch, rows_of=heatmap.layers, rows_in_output=True, gradient_from=min(heatmap.layers),
+            **kwargs,
+        )  # fmt: skip
+        gradients = _gradients(logits, batch, list(trace.rows.values()), False)
+    helpful = {
+        layer: (row * gradient).relu() for (layer, row), gradient in zip(trace.rows.items(), gradients, strict=True)
+    }
+    rows = _chosen_rows(helpful, heatmap).mean(dim=(0, 2))
+    return logits, visual_mass(_on_digits(rows, batch), batch), trace
 
 
-METHODS: dict[str, Callable] = {
-    "attention": attention,
-    "token_gradient": token_gradient,
-    "input_gradient": input_gradient,
-    "attention_x_gradient": attention_x_gradient,
-}
+# Spread over K steps the gradient methods cost at most 6.5 % (notebook 02); more images would not fit beside a batch.
+register("attention", attention_mass)
+register("token_gradient", token_gradient, every=32, images=8)
+register("input_gradient", input_gradient, every=64, images=4)
+register("attention_x_gradient", attention_x_gradient, trainable=False)
 
 
 def _chosen_rows(rows: dict[int, torch.Tensor], heatmap: Heatmap) -> torch.Tensor:
@@ -212,13 +256,13 @@ def _chosen_rows(rows: dict[int, torch.Tensor], heatmap: Heatmap) -> torch.Tenso
     return stacked if heatmap.heads is None else stacked[:, :, list(heatmap.heads)]
 
 
-def _gradients(logits: torch.Tensor, batch: Batch, inputs: list[torch.Tensor], keep_graph: bool) -> list[torch.Tensor]:
+def _gradients(logits, batch: Batch, inputs: list[torch.Tensor], create_graph: bool) -> list[torch.Tensor]:
     """Gradients of the digits' log-probability; samples do not meet, so the sum over the batch serves them all."""
     log_probability = logits.float().log_softmax(dim=-1)
     labels = batch["answer_labels"].clamp_min(0).unsqueeze(-1)
     digits = batch["digit_weights"] > 0  # [B, A]
     score = (log_probability.gather(-1, labels)[..., 0] * digits).sum()
-    return list(torch.autograd.grad(score, inputs, create_graph=keep_graph, retain_graph=True))
+    return list(torch.autograd.grad(score, inputs, create_graph=create_graph, retain_graph=True))
 
 
 def _on_sequence(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -231,7 +275,7 @@ def _on_sequence(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
 def look(
     model: CountingModel, samples: list[Sample], layers: tuple[int, ...] | None = None, batch_size: int = 16
 ) -> torch.Tensor:
-    """Where a model's attention goes on some samples while it is told the right answer.
+    """Where a model's attention goes on some samples while the right answer is forced.
 
     Args:
         model: is moved to this machine's accelerator, if it has one, and put in eval mode.
@@ -243,15 +287,14 @@ def look(
     """
     accelerator = make_accelerator("auto")
     network = model.network.to(accelerator.device).eval()
-    layers = choose(network, layers)
+    layers = choose_layers(network, layers)
     collate = Collate(model.tokenizer, model.image_processor)
     maps = []
     for start in tqdm(range(0, len(samples), batch_size), desc="look", leave=False):
         batch = to_device(collate(samples[start : start + batch_size]), accelerator.device)
-        probe = Probe(batch["answer_positions"], layers)
         with accelerator.autocast():
-            answer_logits(network, batch, probe)
-        maps.append(layer_head_maps(probe, batch).float().cpu())
+            _, trace = answer_logits(network, batch, rows_of=layers)
+        maps.append(layer_head_maps(trace, batch, layers).float().cpu())
     return torch.cat(maps)
 
 

@@ -13,16 +13,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
-from .attention import use_fast_attention
-from .network import CountingModel, ModelError, _embed_patches_fast
+from .network import CountingModel, ModelError
 from .tiny import tiny_model
 
 TINY = "tiny"
@@ -61,8 +56,6 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
             "If it is a hub id: is it spelled right, and is the hub reachable? With no network, copy the model's "
             "folder to this machine and give its path, or use 'tiny', which needs no download."
         ) from error
-    use_fast_attention(network)
-    _embed_patches_fast(network)
     return CountingModel(network, tokenizer, image_processor)
 
 

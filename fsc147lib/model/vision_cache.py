@@ -1,4 +1,4 @@
-"""Keep what the vision encoder says about each image, so that a frozen encoder runs once and not each epoch.
+"""Kept outputs of the vision encoder, so that a frozen encoder runs once and not each epoch.
 
 Left out: when to use it (`train`).
 """
@@ -38,6 +38,7 @@ class VisionCache:
         folder: where files are kept; the file's name is a key made of the encoder's weights, the images'
             bytes and the preprocessing, so that another encoder or another image never finds it.
         workers: processes that read images.
+        compiled: compile the encoder's blocks.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class VisionCache:
         folder: Path = Path("runs/vision-cache"),
         workers: int = 0,
         batch_size: int = 32,
+        compiled: bool = False,
     ):
         self.device, network = accelerator.device, model.network.to(accelerator.device)
         samples = list(samples)
@@ -74,7 +76,7 @@ class VisionCache:
         order = sorted(range(len(samples)), key=lambda i: sizes[i])
         chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
         loader = DataLoader(chunks, batch_size=None, collate_fn=collate, num_workers=workers)
-        self._fill(network, accelerator, loader)
+        self._fill(network, accelerator, loader, compiled)
         if path:
             mapped.flush()
             draft.rename(path)
@@ -92,11 +94,11 @@ class VisionCache:
         return _map_file(draft, self.shape, self.dtype, mode="r+")
 
     @torch.no_grad()
-    def _fill(self, network, accelerator: Accelerator, loader: DataLoader) -> None:
+    def _fill(self, network, accelerator: Accelerator, loader: DataLoader, compiled: bool) -> None:
         for batch in tqdm(loader, desc="encode images", leave=False):
             pixels = {key: batch[key] for key in ("pixel_values", "pixel_scale", "image_sizes")}
             with accelerator.autocast():
-                encoded = encode_images(network, to_device(pixels, self.device))
+                encoded = encode_images(network, to_device(pixels, self.device), compiled=compiled)
             features = torch.stack([encoded.embeddings, *encoded.deepstack], dim=1)  # [V, 1 + D, C]
             start = 0
             for key in batch["image_keys"]:

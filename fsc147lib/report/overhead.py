@@ -1,134 +1,69 @@
 """What the attention loss costs: the same training step with and without it, timed side by side.
 
-Variants take turns on the same batches, so that a machine whose speed drifts slows all of them alike,
-and the overhead is a median of ratios taken within a turn.  The large models can be timed at their true
-shapes with random weights, on drawn pictures: nothing is downloaded.
+The large models can be timed at their true shapes with random weights, on drawn pictures: nothing is downloaded.
 
-Left out: throughput on a data set (`throughput`).
+Left out: images a second on a data set (`throughput`), the clock and the table (`timing`).
 """
 
-import json
-import platform
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import torch
-import transformers
 from transformers import Qwen3VLConfig
 
 from ..data.fsc147 import Sample
 from ..data.scenes import draw_scene
-from ..evaluation.answering import to_csv
 from ..evaluation.metrics import bootstrap_interval
-from ..files import write_text
 from ..model.adapt import freeze_vision
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
 from ..model.device import make_accelerator
-from ..model.forward import compile_layers
-from ..model.heatmaps import HEATMAP_EVERY, HEATMAP_IMAGES, Heatmap, TrainableHeatmap
+from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.network import CountingModel, random_network
 from ..options import Precision, need
-from ..training.losses import DualLoss
+from ..training.losses import DualLoss, LossParts
+from ..training.step import TrainingStep, make_optimizer
+from .timing import peak_memory, seconds_of, table, take_turns, write_report
+
+WEIGHT = 0.1  # of the attention loss, where it is trained; its size costs nothing
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class OverheadConfig:
     """Time a training step with the count loss alone against one with each heatmap, computed only, and trained."""
 
     model: str = "tiny"
     """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
-    methods: tuple[TrainableHeatmap, ...] = get_args(TrainableHeatmap)
+    methods: tuple[str, ...] = method_names(trainable=True)
+    """Heatmaps to time."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
     image_size: tuple[int, int] = (384, 576)
     """Height and width of the drawn pictures."""
     batch_size: int = 8
-    """Of --throughput: at the most; a way that has no room for it takes the half."""
+    """Images of a step."""
     batches: int = 4
     """Different batches, used in turn."""
     rounds: int = 20
-    """Timed steps of each variant; of --throughput: timed blocks of each way."""
+    """Timed steps of each variant."""
     precision: Precision = "auto"
+    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
     compile: bool = False
     """Compile the layers; a gradient heatmap that is trained leaves those plain that it differentiates twice."""
-    throughput: Path | None = None
-    """A data root: measure instead how many of its images a second are trained and answered."""
-    steps: int = 8
-    """Steps of a block of --throughput."""
-    limit: int | None = None
-    """Only so many images of the root."""
-    vision_cache: Literal["auto", "gpu", "host", "disk"] = "auto"
-    validation: bool = True
-    """Time validation as well."""
-    gradient_checkpointing: bool = False
-    lora: int | None = None
-    workers: int | None = None
     json: Path | None = None
     """Write the rows here, and to the same name with .csv."""
 
     def __post_init__(self):
-        for name in ("batch_size", "batches", "rounds", "steps"):
+        for name in ("batch_size", "batches", "rounds"):
             need(self, name, getattr(self, name) >= 1, "at least 1")
         need(self, "image_size", min(self.image_size) >= 32, "at least 32 pixels each")
         if self.json is not None:
             need(self, "json", self.json.suffix != ".csv", "another name: the rows also go to the .csv beside it")
-
-
-def time_variants(
-    variants: dict[Hashable, Callable[[int], None]], rounds: int, warmup: int = 2, device: str = "cpu"
-) -> dict[Hashable, np.ndarray]:
-    """Time functions in turn: A B C A B C ...
-
-    Args:
-        variants: name -> function of the round's number.
-        rounds: counted rounds, after `warmup` ones.
-        device: on "cuda" each call is waited for.
-
-    Returns:
-        name -> [rounds] seconds.
-    """
-    seconds = {name: np.zeros(rounds) for name in variants}
-    for turn in range(-warmup, rounds):
-        for name, run in variants.items():
-            _wait(device)
-            started = time.perf_counter()
-            run(turn)
-            _wait(device)
-            if turn >= 0:
-                seconds[name][turn] = time.perf_counter() - started
-    return seconds
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(run: Callable[[], None], device: str = "cpu") -> float | None:
-    """MiB at the highest point of a call: of the GPU, or else of the whole process.
-
-    The process's peak can be asked anew on Linux alone; elsewhere the answer is None.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
-    except OSError:
-        return None
-    run()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 SHAPES = {  # name: (text, vision), as in the models' own config.json
@@ -205,38 +140,38 @@ def variants_of(methods: tuple[str, ...], batch_size: int) -> list[Variant]:
     variants = [Variant()]
     for method in methods:
         variants += [Variant(method), Variant(method, True)]
-        if HEATMAP_IMAGES.get(method, batch_size) < batch_size:
-            variants.append(Variant(method, True, HEATMAP_IMAGES[method]))
+        if (METHODS[method].images or batch_size) < batch_size:
+            variants.append(Variant(method, True, METHODS[method].images))
     return variants
 
 
-def training_step(loss: DualLoss, variant: Variant, batches: list[Batch], optimizer, accelerator):
-    """A whole step as `train` makes it: both passes in its precision, and an update; on batches in turn."""
+class HeatmapBesideCount(DualLoss):
+    """The count loss alone, of a pass whose heatmap is computed and thrown away."""
 
-    def step(turn: int) -> None:
-        batch = batches[turn % len(batches)]
-        with accelerator.autocast():
-            if variant.method != "none" and not variant.trained:
-                logits, _ = loss.heatmap.with_logits(batch)
-                total = count_loss(logits, batch["answer_labels"]) / batch["answer_tokens"]
-            else:
-                total = loss(batch).total
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def forward(self, batch: Batch, tokens=None, images=None, weight=None) -> LossParts:
+        logits, *_ = self.heatmap.with_logits(batch)
+        count = count_loss(logits, batch["answer_labels"]) / tokens
+        return LossParts(count, count, torch.zeros_like(count))
 
-    return step
+
+def step_of(variant: Variant, batches: list[Batch], heatmap: Heatmap, optimizer, accelerator) -> Callable:
+    """A training step of a variant, as a function of the turn's number, on batches in turn."""
+    loss = DualLoss if variant.method == "none" or variant.trained else HeatmapBesideCount
+    loss = loss(heatmap.network, heatmap=heatmap, heatmap_images=variant.images)
+    step = TrainingStep(loss, optimizer, accelerator)
+    return lambda turn: step([batches[turn % len(batches)]], WEIGHT if variant.trained else 0)
 
 
 def time_losses(
     model: CountingModel,
     samples: list[Sample],
-    methods: tuple[str, ...] = get_args(TrainableHeatmap),
+    methods: tuple[str, ...] = method_names(trainable=True),
     batch_size: int = 8,
     rounds: int = 20,
     heatmap_layer: int = 0,
     train_vision: bool = True,
     precision: str = "auto",
+    compiled: bool = False,
 ) -> list[dict]:
     """Time a step with the count loss alone against one with each heatmap, computed only, and trained.
 
@@ -248,12 +183,14 @@ def time_losses(
         heatmap_layer: of token_gradient.
         train_vision: whether the vision encoder trains as well.
         precision: as in TrainConfig.
+        compiled: compile the layers.
 
     Returns:
         A row for each variant: `name`, `method`, `trained`, `images` (of a batch; None for all), `every` (the
         method's default K), `seconds_median`, `seconds_low` and
-        `seconds_high` (quartiles), `peak_memory` (MiB); and from the ratios to "count only" within a round
-        `overhead_median`, `overhead_low` and `overhead_high` (95 % bootstrap interval), 0.03 for 3 %.
+        `seconds_high` (quartiles), `peak_memory` (MiB); and from the ratios to "count only" within a turn
+        `overhead_median`, `overhead_low` and `overhead_high` (95 % bootstrap interval), 0.03 for 3 %, and
+        `overhead_lazy`, the median spread over K steps, where the heatmap is trained.
         A variant that ran out of memory has None for all of these and `out_of_memory` true.
 
     Raises:
@@ -265,24 +202,24 @@ def time_losses(
     device = accelerator.device.type
     network = model.network.to(device).train()
     freeze_vision(network, not train_vision)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)  # one for all: less memory
+    optimizer = make_optimizer(network, 1e-6)  # one for all: less memory
     collate = Collate(model.tokenizer, model.image_processor)
     starts = range(0, len(samples) - batch_size + 1, batch_size)
     batches = [to_device(collate(samples[start : start + batch_size]), device) for start in starts]
     variants = variants_of(methods, batch_size)
-    steps, peaks = {}, {}
+    trials, peaks = {}, {}
     for variant in variants:
-        heatmap = Heatmap(network, "attention" if variant.method == "none" else variant.method, entering=heatmap_layer)
-        loss = DualLoss(network, 0.1 if variant.trained else 0, heatmap=heatmap, heatmap_images=variant.images)
-        step = training_step(loss, variant, batches, optimizer, accelerator)
+        method = "attention" if variant.method == "none" else variant.method
+        heatmap = Heatmap(network, method, state_layer=heatmap_layer, compiled=compiled)
+        step = step_of(variant, batches, heatmap, optimizer, accelerator)
         try:
-            step(0)  # once before it is measured: the first step allocates what stays
+            step(0)  # before it is measured: the first step allocates what stays
             peaks[variant] = peak_memory(partial(step, 0), device)
-            steps[variant] = step
+            trials[variant] = lambda turn, step=step: {"seconds": seconds_of(partial(step, turn), device)}
         except torch.cuda.OutOfMemoryError:
             optimizer.zero_grad()
             torch.cuda.empty_cache()
-    seconds = time_variants(steps, rounds, device=device)
+    seconds = {variant: found["seconds"] for variant, found in take_turns(trials, rounds, warmup=2).items()}
     return [_row(variant, seconds, peaks) for variant in variants]
 
 
@@ -291,82 +228,26 @@ def _row(variant: Variant, seconds: dict[Variant, np.ndarray], peaks: dict[Varia
     low, median, high = np.quantile(seconds[variant], (0.25, 0.5, 0.75)).tolist() if fits else (None,) * 3
     row = {
         "name": variant.name, "method": variant.method, "trained": variant.trained, "images": variant.images,
-        "every": HEATMAP_EVERY.get(variant.method, 1), "out_of_memory": not fits,
+        "every": METHODS[variant.method].every if variant.method in METHODS else 1, "out_of_memory": not fits,
         "seconds_low": low, "seconds_median": median, "seconds_high": high, "peak_memory": peaks.get(variant),
     }  # fmt: skip
     known = fits and base is not None
     interval = bootstrap_interval(seconds[variant] / base - 1, np.median) if known else (None,) * 3
-    return row | dict(zip(("overhead_low", "overhead_median", "overhead_high"), interval, strict=True))
+    lazy = interval[1] / row["every"] if known and variant.trained else None
+    names = ("overhead_low", "overhead_median", "overhead_high", "overhead_lazy")
+    return row | dict(zip(names, (*interval, lazy), strict=True))
 
 
-def table(rows: list[dict]) -> str:
-    """The rows of `time_losses` as text."""
-    lines = [
-        f"{'variant':<30}{'ms per step (quartiles)':>26}{'overhead (95 % interval)':>30}{'peak MiB':>10}{'over K':>14}"
-    ]
-    for row in rows:
-        if row["out_of_memory"]:
-            lines.append(f"{row['name']:<30}{'out of memory':>26}")
-            continue
-        low, median, high = (1000 * row[f"seconds_{key}"] for key in ("low", "median", "high"))
-        overhead = "unknown"
-        if row["overhead_median"] is not None:
-            overhead = "{overhead_median:.1%} ({overhead_low:.1%} to {overhead_high:.1%})".format(**row)
-        peak = "unknown" if row["peak_memory"] is None else f"{row['peak_memory']:.0f}"
-        spread = ""
-        if row["trained"] and row["overhead_median"] is not None:
-            spread = f"{row['overhead_median'] / row['every']:.1%} (K={row['every']})"
-        time_taken = f"{median:.0f} ({low:.0f} to {high:.0f})"
-        lines.append(f"{row['name']:<30}{time_taken:>26}{overhead:>30}{peak:>10}{spread:>16}")
-    return "\n".join(lines)
-
-
-def write_rows(path: str | Path, rows: list[dict], **about) -> None:
-    """Write timings as JSON, with what they were measured on and `about`; the rows alone also as .csv beside it."""
-    path = Path(path)
-    write_text(path, json.dumps({**about, **machine(), "rows": rows}, indent=1))
-    write_text(path.with_suffix(".csv"), to_csv(rows))
-
-
-def machine() -> dict:
-    """What a timing was measured on, and when."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def read_report(path: str | Path) -> tuple[dict, str]:
-    """A file of `write_rows`, and a line that says on what, when and how it was measured."""
-    report = json.loads(Path(path).read_text())
-    processor = report["gpu"] or f"{report['threads']} cores of {report['processor']}"
-    versions = f"torch {report['torch']}, transformers {report['transformers']}"
-    return report, f"{processor}, {versions}, {report['date']}: {report['command']}"
-
-
-def write_report(path: Path, config: BenchmarkConfig, report: dict) -> None:
-    """Write a benchmark's rows with the machine, the command and its settings; the rows also as .csv."""
-    about = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    command = "python -m fsc147lib " + " ".join(sys.argv[1:])
-    report = {**about, **report}
-    write_rows(path, report.pop("rows"), command=command, **report)
-
-
-def benchmark(config: BenchmarkConfig) -> list[dict]:
-    """Time what was asked for, print the table and write the files; `python -m fsc147lib benchmark` calls this."""
+def measure_overhead(config: OverheadConfig) -> list[dict]:
+    """Rows of `time_losses` on drawn pictures, printed and written; `python -m fsc147lib overhead` calls this."""
     model = load_or_shape(config.model, make_accelerator(config.precision).device.type)
-    compile_layers(model.network, config.compile)
     with tempfile.TemporaryDirectory() as folder:
         samples = drawn_samples(config.batches * config.batch_size, Path(folder), config.image_size)
         rows = time_losses(
             model, samples, config.methods, config.batch_size, config.rounds, config.heatmap_layer,
-            config.model == "tiny", config.precision,
+            config.model == "tiny", config.precision, config.compile,
         )  # fmt: skip
     if config.json is not None:
-        write_report(config.json, config, {"rows": rows})
+        write_report(config.json, {"rows": rows}, config)
     print(table(rows))
     return rows

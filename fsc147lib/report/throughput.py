@@ -1,41 +1,83 @@
 """How many images a second `train` trains, and `evaluate` answers, and what each part of the fast step bought.
 
-The first way is a plain transformers loop; each further way adds one thing, the last are what `train`
-does.  All ways take turns in one process, on the same weights and the same images, in blocks of some
-steps, so that a machine whose speed drifts slows all of them alike.  Steps are those of `train.Run`.
+The first variant is a plain transformers loop; each further one adds one thing, the last are what `train`
+does.  All train the same weights on the same images, by `TrainingStep`.
 
-Left out: the cost of each heatmap (`benchmark`).
+Left out: the cost of each heatmap (`overhead`), the clock and the table (`timing`).
 """
 
-import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from ..data.fsc147 import Sample
+from ..data.fsc147 import Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
-from ..model.adapt import freeze_vision
-from ..model.attention import use_fast_attention
-from ..model.collate import Batch, Collate, to_device
-from ..model.forward import compile_layers
+from ..model.adapt import add_lora, freeze_vision
+from ..model.collate import Batch, to_device
+from ..model.device import default_workers, make_accelerator
+from ..model.heatmaps import Heatmap
 from ..model.network import CountingModel
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
+from ..options import Precision, need
 from ..training.batches import training_loader
-from ..training.loop import Run, TrainConfig
-from .overhead import BenchmarkConfig, load_or_shape, peak_memory, write_report
+from ..training.losses import DualLoss
+from ..training.step import TrainingStep, make_optimizer
+from .overhead import WEIGHT, load_or_shape
+from .plain_loop import PlainCollate, PlainLoss
+from .timing import measured_peak, peak_memory, seconds_of, step_flops, table, take_turns, write_report
 
 
 @dataclass(frozen=True)
-class Way:
+class ThroughputConfig:
+    """Measure how many of a root's images a second are trained and answered, and what each part of the step bought."""
+
+    data: Path
+    """Folder in FSC147's official layout."""
+    model: str = "tiny"
+    """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
+    batch_size: int = 8
+    """Images of a step, at the most; a variant that has no room for them takes the half."""
+    rounds: int = 20
+    """Timed trials of each variant."""
+    steps: int = 8
+    """Steps of a trial."""
+    limit: int | None = None
+    """Only so many images of each split."""
+    precision: Precision = "auto"
+    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    vision_cache: Literal["auto", "gpu", "host", "disk"] = "auto"
+    """Where a frozen encoder's outputs are kept; auto: the first with room."""
+    validation: bool = True
+    """Time validation as well."""
+    gradient_checkpointing: bool = False
+    """Less memory for more time."""
+    lora: int | None = None
+    """Train low-rank adapters of this rank."""
+    workers: int | None = None
+    """Processes that read images; None: up to 8 on a GPU, else 0."""
+    json: Path | None = None
+    """Write what was measured here, and the rows to the same name with .csv."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "rounds", "steps"):
+            need(self, name, getattr(self, name) >= 1, "at least 1")
+        if self.json is not None:
+            need(self, "json", self.json.suffix != ".csv", "another name: the rows also go to the .csv beside it")
+
+
+@dataclass(frozen=True)
+class Variant:
     """One way to train; the switches are those of `TrainConfig`."""
 
     name: str
@@ -45,74 +87,55 @@ class Way:
     cached: bool = False
 
 
-def ways(on_gpu: bool, frozen: bool) -> list[Way]:
-    """The way from a plain loop to what `train` does: compiled layers on a GPU, a cache if the encoder is frozen."""
-    steps = [
-        Way("plain transformers loop", plain=True, by_size=False),
-        Way("layers called directly", by_size=False),
-        Way("+ batches by size"),
+def variants_of(on_gpu: bool, frozen: bool) -> list[Variant]:
+    """From a plain loop to what `train` does: compiled layers on a GPU, a cache if the encoder is frozen."""
+    variants = [
+        Variant("plain transformers loop", plain=True, by_size=False),
+        Variant("layers called directly", by_size=False),
+        Variant("+ batches by size"),
     ]
     if on_gpu:
-        steps.append(Way("+ compiled layers", compiled=True))
+        variants.append(Variant("+ compiled layers", compiled=True))
     if frozen:
-        steps.append(Way("+ vision cache", compiled=on_gpu, cached=True))
-    return steps
+        variants.append(Variant("+ vision cache", compiled=on_gpu, cached=True))
+    return variants
 
 
-@contextmanager
-def plain_network(network):
-    """The network as transformers loads it: its own attention and its own patch embedding."""
-    patch_embed = network.model.visual.patch_embed
-    fast = patch_embed.__dict__.pop("forward")
-    network.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        patch_embed.forward = fast
-        use_fast_attention(network)
+@dataclass
+class Setup:
+    """What all variants share."""
+
+    model: CountingModel
+    samples: dict[str, list[Sample]]  # of "train" and "val"
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    store: PixelStore
+    cache: VisionCache | None
+    workers: int
+
+    @property
+    def device(self) -> str:
+        return self.accelerator.device.type
 
 
-class PlainCollate:
-    """What a plain loop feeds to transformers: pixels from the library's processor, anew for each batch."""
+class Runner:
+    """A variant with its loader, which goes on from trial to trial; call `close` at the end."""
 
-    def __init__(self, model: CountingModel):
-        self.collate = Collate(model.tokenizer, model.image_processor, pixels=False)
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        keys = ("names", "input_ids", "attention_mask", "mm_token_type_ids", "labels", "image_sizes")
-        batch = self.collate(samples)
-        pixels = self.collate.image_processor(images=[sample.image for sample in samples], return_tensors="pt")
-        return {**{key: batch[key] for key in keys}, **pixels}
-
-
-def plain_step(run: Run, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    """Forward with all logits, backward, clip, update: the count loss alone."""
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "pixel_values", "image_grid_thw")
-    with run.accelerator.autocast():
-        loss = run.model.network(**{key: batch[key] for key in keys}, use_cache=False).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.network.parameters(), run.config.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-class Lane:
-    """A way with its loader, which goes on from block to block; call `close` at the end."""
-
-    def __init__(self, way: Way, run: Run, cache: VisionCache | None, store: PixelStore, batch_size: int):
-        self.way, self.run, self.batch_size = way, run, batch_size
-        self.cache = cache if way.cached else None
-        store = None if self.cache else store
+    def __init__(self, variant: Variant, setup: Setup, batch_size: int):
+        self.variant, self.setup, self.batch_size = variant, setup, batch_size
+        model, optimizer, cache = setup.model, setup.optimizer, setup.cache if variant.cached else None
         self.loader = training_loader(
-            run.samples["train"], run.model, store, batch_size, run.config.seed, run.config.flip, way.by_size,
-            run.workers,
+            setup.samples["train"], model, None if cache else setup.store, batch_size, by_size=variant.by_size,
+            workers=setup.workers,
         )  # fmt: skip
-        if way.plain:
+        loss = DualLoss(model.network, heatmap=Heatmap(model.network, compiled=variant.compiled))
+        if variant.plain:
+            loss, optimizer = PlainLoss(model.network), torch.optim.AdamW(model.network.parameters(), lr=1e-6)
             self.loader = DataLoader(
-                self.loader.dataset, batch_sampler=self.loader.batch_sampler, collate_fn=PlainCollate(run.model),
-                num_workers=run.workers, pin_memory=self.loader.pin_memory, persistent_workers=run.workers > 0,
+                self.loader.dataset, batch_sampler=self.loader.batch_sampler, collate_fn=PlainCollate(model),
+                num_workers=setup.workers, pin_memory=self.loader.pin_memory, persistent_workers=setup.workers > 0,
             )  # fmt: skip
-            self.optimizer = torch.optim.AdamW(run.model.network.parameters(), lr=1e-6)
+        self.training_step = TrainingStep(loss, optimizer, setup.accelerator, cache=cache)
         self.padding = self.loader.batch_sampler.padding()
         self.batches = self._forever()
 
@@ -129,246 +152,195 @@ class Lane:
         self.loader = None
 
     def fits(self) -> bool:
-        """Whether a step on the longest images has room; notes the memory at its peak, and leaves nothing behind."""
+        """Whether a step on the longest images has room; keeps the memory at its peak, and leaves nothing behind."""
         lengths = self.loader.batch_sampler.lengths
         longest = sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-self.batch_size :]
         batch = self.loader.collate_fn([self.loader.dataset[i, False] for i in longest])
-        compile_layers(self.run.model.network, self.way.compiled)
-        self.run.cache = self.cache
         try:
-            batch = to_device(batch, self.run.accelerator.device)
             self.step(batch)  # the first step allocates what stays
-            self.peak = peak_memory(partial(self.step, batch), self.run.accelerator.device.type)
+            self.peak = peak_memory(partial(self.step, batch), self.setup.device)
             return True
         except torch.cuda.OutOfMemoryError:
             return False
         finally:
             self.release()
 
-    def block(self, steps: int) -> dict:
-        """Take some steps; returns seconds, images, tokens, patches and seconds of waiting for the loader."""
-        counts = {"images": 0, "tokens": 0, "patches": 0, "waited": 0.0}
-        compile_layers(self.run.model.network, self.way.compiled)
-        self.run.cache = self.cache
-        started = time.perf_counter()
-        for _ in range(steps):
-            asked = time.perf_counter()
-            batch = next(self.batches)
-            counts["waited"] += time.perf_counter() - asked
-            counts["images"] += len(batch["names"])
-            counts["tokens"] += int(batch["attention_mask"].sum())
-            counts["patches"] += sum(h * w for h, w in batch["image_sizes"])
-            self.step(to_device(batch, self.run.accelerator.device))
-        self.run.check()
-        if self.run.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return {**counts, "seconds": time.perf_counter() - started}
-
     def step(self, batch: Batch) -> None:
-        if self.way.plain:
-            with plain_network(self.run.model.network):
-                plain_step(self.run, self.optimizer, batch)
-        else:
-            self.run.train_step([batch])
+        batch = to_device(batch, self.setup.accelerator.device)
+        self.training_step([batch], 0 if self.variant.plain else WEIGHT)
+
+    def trial(self, steps: int, _: int) -> dict[str, float]:
+        """Some steps, after one that allocates what stays: images, tokens, patches, seconds, those of waiting."""
+        self.step(next(self.batches))
+        counts = {"images": 0, "tokens": 0, "patches": 0, "waited": 0.0}
+
+        def run() -> None:
+            for _ in range(steps):
+                waiting_since = time.perf_counter()
+                batch = next(self.batches)
+                counts["waited"] += time.perf_counter() - waiting_since
+                counts["images"] += len(batch["names"])
+                counts["tokens"] += int(batch["attention_mask"].sum())
+                counts["patches"] += sum(h * w for h, w in batch["image_sizes"])
+                self.step(batch)
+            self.training_step.check()
+
+        counts["seconds"] = seconds_of(run, self.setup.device)
+        self.release()
+        return counts
 
     def release(self) -> None:
         """Give back the gradients' memory, and that of the plain loop's own optimizer."""
-        self.run.model.network.zero_grad()
-        if self.way.plain:
-            self.optimizer.state.clear()
-        if self.run.accelerator.device.type == "cuda":
+        self.setup.model.network.zero_grad()
+        if self.variant.plain:
+            self.training_step.optimizer.state.clear()
+        if self.setup.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def open_lane(way: Way, run: Run, cache: VisionCache | None, store: PixelStore, batch_size: int) -> Lane:
-    """A way at the batch size asked for, or at the half, the quarter ... that has room."""
+def open_runner(variant: Variant, setup: Setup, batch_size: int) -> Runner:
+    """A variant at the batch size wanted, or at the half, the quarter ... that has room."""
     while True:
-        lane = Lane(way, run, cache, store, batch_size)
-        if lane.fits():
-            return lane
-        lane.close()
+        runner = Runner(variant, setup, batch_size)
+        if runner.fits():
+            return runner
+        runner.close()
         if batch_size == 1:
-            raise ValueError(f"not even one image has room in a step of '{way.name}'")
+            raise ValueError(f"not even one image has room in a step of '{variant.name}'")
         batch_size //= 2
 
 
-def step_flops(config, images: int, tokens: int, patches: int, encoder: bool) -> float:
-    """Multiplications and additions that a training step needs, padding left out; the language model trains.
-
-    Linear layers: 2 a weight and position forward, 4 backward; causal attention: half of all pairs; of the
-    last layer the keys and values at all positions, the rest and the output head at 7 an image; the vision
-    encoder (a frozen one) forward only.
-    """
-    text, vision = config.text_config, config.vision_config
-    width, inner = text.hidden_size, text.num_attention_heads * text.head_dim
-    grouped = text.num_key_value_heads * text.head_dim
-    layer = width * (2 * inner + 2 * grouped + 3 * text.intermediate_size)
-    length = tokens / images
-    flops = 6 * tokens * ((text.num_hidden_layers - 1) * (layer + inner * length) + 2 * grouped * width)
-    flops += 6 * 7 * images * (layer + text.vocab_size * width)
-    if encoder:
-        block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
-        flops += 2 * vision.depth * patches * (block + 2 * vision.hidden_size * patches / images)
-    return flops
-
-
-def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large square matrix product of random numbers: median of five."""
-    n = 8192 if device.type == "cuda" else 512  # a CPU without bfloat16 takes minutes for more
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(7):
-        started = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / float(np.median(seconds[2:]))
-
-
-def measure(run: Run, cache: VisionCache | None, config: BenchmarkConfig) -> list[dict]:
-    """Time all ways of training in turn; a row for each.
+def measure_training(setup: Setup, config: ThroughputConfig) -> list[dict]:
+    """Time all variants in turn; a row for each.
 
     Returns:
-        Rows with `name`, `batch_size` (the largest that fits, up to the one asked for), `images_per_second`,
+        Rows with `name`, `batch_size` (the largest that fits, up to the one wanted), `images_per_second`,
         `tokens_per_second`, `peak_share` (of a matrix product's speed), `peak_memory` (MiB, on the longest
-        images), `padding` and `waiting` (shares of tokens and of time), and `speedup` over the first way:
-        medians over rounds.
+        images), `padding` and `waiting` (shares of tokens and of time), `rates` (images a second of each trial),
+        and `speedup` over the first variant: medians over trials.
     """
-    device, network = run.accelerator.device, run.model.network
-    store = run.pixel_store()
-    if not run.workers:  # as from the second epoch on
-        for sample in run.samples["train"]:
-            store.patches(sample)
-    lanes = [open_lane(way, run, cache, store, config.batch_size) for way in ways(device.type == "cuda", bool(cache))]
-    for lane in lanes:
-        lane.block(2)  # compiles, starts the workers
-        lane.release()
-    blocks = {lane.way: [] for lane in lanes}
-    for _ in range(config.rounds):
-        for lane in lanes:
-            lane.block(1)  # allocates what stays
-            blocks[lane.way].append(lane.block(config.steps))
-            lane.release()
-    for lane in lanes:
-        lane.close()
-    speed = measured_peak(device, torch.bfloat16 if run.accelerator.mixed_precision == "bf16" else torch.float32)
+    variants = variants_of(setup.device == "cuda", setup.cache is not None)
+    runners = {variant.name: open_runner(variant, setup, config.batch_size) for variant in variants}
+    trials = {name: partial(runner.trial, config.steps) for name, runner in runners.items()}
+    found = take_turns(trials, config.rounds, warmup=1)  # which compiles, and starts the workers
+    dtype = torch.bfloat16 if setup.accelerator.mixed_precision == "bf16" else torch.float32
+    speed = measured_peak(setup.accelerator.device, dtype)
     rows = []
-    for lane in lanes:
-        part = {key: np.array([block[key] for block in blocks[lane.way]]) for key in blocks[lane.way][0]}
-        flops = [step_flops(network.config, *counts, encoder=lane.cache is None)
+    for name, part in found.items():
+        runner = runners[name]
+        runner.close()
+        flops = [step_flops(setup.model.network.config, *counts, encoder=not runner.variant.cached)
                  for counts in zip(part["images"], part["tokens"], part["patches"], strict=True)]  # fmt: skip
+        rates = part["images"] / part["seconds"]
         rows.append({
-            "name": lane.way.name,
-            "batch_size": lane.batch_size,
-            "images_per_second": float(np.median(part["images"] / part["seconds"])),
+            "name": name, "batch_size": runner.batch_size,
+            "images_per_second": float(np.median(rates)),
             "tokens_per_second": float(np.median(part["tokens"] / part["seconds"])),
             "peak_share": float(np.median(flops / part["seconds"]) / speed),
-            "peak_memory": lane.peak,
-            "padding": lane.padding,
+            "peak_memory": runner.peak, "padding": runner.padding,
             "waiting": float(np.median(part["waited"] / part["seconds"])),
-            "rates": (part["images"] / part["seconds"]).tolist(),
+            "rates": rates.tolist(),
         })  # fmt: skip
-    for row in rows:
-        row["speedup"] = float(np.median(np.array(row["rates"]) / rows[0]["rates"]))
+        rows[-1]["speedup"] = float(np.median(rates / rows[0]["rates"]))
     return rows
 
 
-def measure_validation(run: Run, cache: VisionCache | None, config: BenchmarkConfig) -> list[dict]:
+def measure_validation(setup: Setup, config: ThroughputConfig) -> list[dict]:
     """Images a second of validation: losses, maps, greedy answers; without the first pass: it compiles and decodes."""
-    rows, samples, store = [], run.samples["val"], run.pixel_store()
-    batch_size = answering_batch_size(config.batch_size, run.heatmap)
-    compile_layers(run.model.network, run.accelerator.device.type == "cuda")
-    for name, kept in (("validation, encoder in the loop", None), ("validation, vision cache", cache)):
-        if name.endswith("cache") and kept is None:
-            continue
-        speeds = []
-        for _ in range(1 + min(2, config.rounds)):
-            started = time.perf_counter()
-            evaluate_samples(run.model, samples, batch_size, run.heatmap, run.accelerator, run.workers, kept, store)
-            speeds.append(len(samples) / (time.perf_counter() - started))
-        rows.append({"name": name, "images_per_second": float(np.median(speeds[1:])), "rates": speeds[1:]})
-    return rows
+    samples, heatmap = setup.samples["val"], Heatmap(setup.model.network, compiled=setup.device == "cuda")
+    batch_size = answering_batch_size(config.batch_size, heatmap)
 
-
-def measure_masters(run: Run, cache: VisionCache | None, config: BenchmarkConfig) -> dict:
-    """What float32 weights and optimizer cost: the last way's steps against the same with all of it in bfloat16.
-
-    The network is left in bfloat16.
-    """
-    on_gpu = run.accelerator.device.type == "cuda"
-    lane = open_lane(ways(on_gpu, bool(cache))[-1], run, cache, run.pixel_store(), config.batch_size)
-    batches = [to_device(next(lane.batches), run.accelerator.device) for _ in range(config.steps)]
-    seconds = {}
-    for name in ("float32", "bfloat16"):
-        if name == "bfloat16":
-            lane.release()
-            run.model.network.to(torch.bfloat16)
-            run.optimizer.state.clear()
-            torch._dynamo.reset()  # torch before 2.12 goes on with kernels compiled for float32 (pytorch #177525)
-        for repeat in range(3):  # the first warms up
-            started = time.perf_counter()
-            for batch in batches:
-                lane.step(batch)
-            run.check()
-            seconds[name] = min(seconds.get(name, math.inf), time.perf_counter() - started) if repeat else math.inf
-    lane.close()
-    return {**seconds, "share": 1 - seconds["bfloat16"] / seconds["float32"]}
-
-
-def throughput(config: BenchmarkConfig) -> dict:
-    """Measure what was asked for and print it; `python -m fsc147lib benchmark --throughput ROOT` calls this."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = TrainConfig(
-            data=config.throughput, out=Path(folder) / "run", model="tiny" if config.model == "tiny" else "shape",
-            batch_size=config.batch_size, precision=config.precision, lora=config.lora, learning_rate=1e-6,
-            gradient_checkpointing=config.gradient_checkpointing, limit=config.limit, workers=config.workers,
-            epochs=2, tracking="disabled",
+    def trial(cache: VisionCache | None, _: int) -> dict[str, float]:
+        answer = partial(
+            evaluate_samples, setup.model, samples, batch_size, heatmap, setup.accelerator, setup.workers, cache,
+            setup.store,
         )  # fmt: skip
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        run = Run(settings, model=load_or_shape(config.model, device))
-        freeze_vision(run.model.network, not settings.vision_trains(0))
-        cache, encoding = None, None
-        if settings.caches_vision:
-            train, started = run.samples["train"], time.perf_counter()
-            compile_layers(run.model.network, device == "cuda")
-            cache = VisionCache(
-                run.model, [*train, *(s.flipped() for s in train), *run.samples["val"]], run.accelerator,
-                config.vision_cache, Path(folder), run.workers,
-            )  # fmt: skip
-            encoding = {"place": cache.place, "images": len(cache.places), "seconds": time.perf_counter() - started,
-                        "bytes": cache.features.nbytes}  # fmt: skip
-        report = {"rows": measure(run, cache, config), "validation": [], "cache": encoding, "masters": None}
-        _tell(config, report, table(report["rows"]))
+        return {"rate": len(samples) / seconds_of(answer, setup.device)}
+
+    trials = {"validation, encoder in the loop": partial(trial, None)}
+    if setup.cache is not None:
+        trials["validation, vision cache"] = partial(trial, setup.cache)
+    found = take_turns(trials, min(2, config.rounds), warmup=1)
+    return [{"name": name, "images_per_second": float(np.median(part["rate"])), "rates": part["rate"].tolist()}
+            for name, part in found.items()]  # fmt: skip
+
+
+def fp32_share(runner: Runner, steps: int, narrow: torch.dtype = torch.bfloat16) -> dict[str, float]:
+    """What fp32 parameters and optimizer cost: a variant's steps against the same with all of it in a narrower type.
+
+    The network is left in that type.
+
+    Returns:
+        Seconds of "float32" and "narrow", the best of two, and `share` of the former that the latter saves.
+    """
+    setup, seconds = runner.setup, {}
+    batches = [to_device(next(runner.batches), setup.accelerator.device) for _ in range(steps)]
+    for name in ("float32", "narrow"):
+        if name == "narrow":
+            runner.release()
+            setup.model.network.to(narrow)
+            setup.optimizer.state.clear()
+            torch._dynamo.reset()  # torch before 2.12 goes on with kernels compiled for float32 (pytorch #177525)
+        runs = [seconds_of(lambda: [runner.step(batch) for batch in batches], setup.device) for _ in range(3)]
+        seconds[name] = min(runs[1:])  # the first warms up
+    return {**seconds, "share": 1 - seconds["narrow"] / seconds["float32"]}
+
+
+# --- The command
+
+
+def make_setup(config: ThroughputConfig, folder: Path) -> Setup:
+    """Load what the variants share, as `train` does."""
+    set_seed(0)
+    accelerator = make_accelerator(config.precision)
+    samples = {split: open_split(config.data, split, config.limit) for split in ("train", "val")}
+    model = load_or_shape(config.model, accelerator.device.type)
+    network, workers = model.network, default_workers() if config.workers is None else config.workers
+    if config.lora:
+        add_lora(network, config.lora, narrow=accelerator.mixed_precision == "bf16")
+    if config.gradient_checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    frozen, train = config.model != "tiny", samples["train"]
+    freeze_vision(network.to(accelerator.device).train(), frozen)
+    store = PixelStore([*train, *samples["val"]], model.image_processor, shared=workers > 0)
+    if not workers:  # as from the second epoch on
+        for sample in train:
+            store.patches(sample)
+    everything, cache = [*train, *(sample.flipped() for sample in train), *samples["val"]], None
+    if frozen:
+        compiled = accelerator.device.type == "cuda"
+        cache = VisionCache(model, everything, accelerator, config.vision_cache, folder, workers, compiled=compiled)
+    return Setup(model, samples, accelerator, make_optimizer(network, 1e-6), store, cache, workers)
+
+
+def measure_throughput(config: ThroughputConfig) -> dict:
+    """Measure, print each part as it is known, and write the file; `python -m fsc147lib throughput` calls this.
+
+    Returns:
+        `rows` (`measure_training`), `validation` (`measure_validation`), `cache` (None without one),
+        `fp32_parameters` (`fp32_share`; None where training is not in bfloat16).
+    """
+
+    def tell(text: str) -> None:
+        print(text, flush=True)
+        if config.json is not None:
+            write_report(config.json, report, config)
+
+    with tempfile.TemporaryDirectory() as folder:
+        setup = make_setup(config, Path(folder))
+        cache = setup.cache and {"place": setup.cache.place, "images": len(setup.cache.places),
+                                 "bytes": setup.cache.features.nbytes}  # fmt: skip
+        rows = measure_training(setup, config)
+        report = {"rows": rows, "validation": [], "cache": cache, "fp32_parameters": None}
+        tell(table(rows))
         if config.validation:
-            report["validation"] = measure_validation(run, cache, config)
-            _tell(config, report, "\n".join(validation_lines(report["validation"])))
-        if run.accelerator.mixed_precision == "bf16" and not config.lora:
-            report["masters"] = measure_masters(run, cache, config)
-            share = report["masters"]["share"]
-            _tell(config, report, f"float32 weights and optimizer take {share:.1%} of the last way's step")
+            report["validation"] = measure_validation(setup, config)
+            tell(table(report["validation"]))
+        if setup.accelerator.mixed_precision == "bf16" and not config.lora:
+            last = variants_of(setup.device == "cuda", setup.cache is not None)[-1]
+            runner = open_runner(last, setup, config.batch_size)
+            report["fp32_parameters"] = fp32_share(runner, config.steps)
+            runner.close()
+            share = report["fp32_parameters"]["share"]
+            tell(f"fp32 parameters and optimizer take {share:.1%} of the last variant's step")
     return report
-
-
-def _tell(config: BenchmarkConfig, report: dict, text: str) -> None:
-    """Print what a part of the benchmark found, and write all that is known so far."""
-    print(text, flush=True)
-    if config.json is not None:
-        write_report(config.json, config, report)
-
-
-def table(rows: list[dict], validation: Sequence[dict] = ()) -> str:
-    """The rows of `measure` and `measure_validation` as text."""
-    head = ("batch", "images/s", "speedup", "tokens/s", "of peak", "peak MiB", "padding", "waiting")
-    lines = [f"{'way':<32}" + "".join(f"{name:>10}" for name in head)]
-    for row in rows:
-        memory = "unknown" if row["peak_memory"] is None else f"{row['peak_memory']:.0f}"
-        lines.append(
-            f"{row['name']:<32}{row['batch_size']:>10}{row['images_per_second']:>10.1f}{row['speedup']:>9.2f}x{row['tokens_per_second']:>10.0f}"
-            f"{row['peak_share']:>10.1%}{memory:>10}{row['padding']:>10.1%}{row['waiting']:>10.1%}"
-        )
-    return "\n".join([*lines, *validation_lines(validation)])
-
-
-def validation_lines(validation: Sequence[dict]) -> list[str]:
-    return [f"{row['name']:<42}{row['images_per_second']:>10.1f}" for row in validation]

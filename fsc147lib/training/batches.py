@@ -1,15 +1,16 @@
-"""Which training images make a batch, and the loader that brings them.
+"""Which training images make a batch, the loader that brings them, and which batches make a step.
 
-Left out: what a batch holds (`collate`), and when to ask for one (`train`).
+Left out: what a batch holds (`collate`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data.fsc147 import Sample
-from ..model.collate import Collate
+from ..model.collate import Batch, Collate
 from ..model.network import CountingModel
 from ..model.pixels import PixelStore
 
@@ -101,3 +102,10 @@ def training_loader(
         TrainingImages(samples), batch_sampler=batches, collate_fn=collate, num_workers=workers,
         pin_memory=torch.cuda.is_available(), **ahead,
     )  # fmt: skip
+
+
+def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Groups of `size` batches, the last one maybe smaller: what one optimizer step sees."""
+    rest = iter(batches)
+    while window := list(islice(rest, size)):
+        yield window

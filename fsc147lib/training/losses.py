@@ -1,7 +1,7 @@
-"""The two losses and their sum: does the model say the right count, and does it look at the objects?
+"""The two losses and their sum: is the predicted count right, and does the model look at the objects?
 
-Left out: the loop.  `DualLoss` holds the network so that one module is all that a loop, a mixed
-precision wrapper or a distributed wrapper has to call.
+`DualLoss` holds the network so that one module is all that a loop, a mixed precision wrapper or a distributed
+wrapper has to call.  Left out: the loop.
 """
 
 import math
@@ -11,11 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..data.targets import kl_divergence
-from ..model.answers import count_loss
-from ..model.collate import Batch, take
-from ..model.forward import answer_logits
-from ..model.heatmaps import Heatmap
+from ..data import kl_divergence
+from ..model import Batch, Heatmap, answer_logits, count_loss, select_rows
 
 
 class NonFiniteLoss(ValueError):
@@ -23,7 +20,7 @@ class NonFiniteLoss(ValueError):
 
 
 def squared_error(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
-    """Squared difference summed over the cells of each image: [B, 14, 14] twice -> [B], in 0..2."""
+    """Squared difference summed over the cells of each image, in 0..2: both maps [B, 14, 14] -> [B]."""
     return (target.float() - heatmap.float()).square().sum(dim=(1, 2))
 
 
@@ -83,12 +80,12 @@ class DualLoss(nn.Module):
         weight = self.weight if weight is None else weight
         looked_at, share = batch, 1.0
         if weight and (self.heatmap_images is None or self.heatmap_images >= len(batch["names"])):
-            logits, heatmap = self.heatmap.with_logits(batch, keep_graph=True)
+            logits, heatmap, _ = self.heatmap.with_logits(batch, create_graph=True)
         else:
-            logits = answer_logits(self.network, batch)
+            logits, _ = answer_logits(self.network, batch, compiled=self.heatmap.compiled)
             if weight:
-                looked_at = take(batch, self.chosen(batch["names"]))
-                heatmap = self.heatmap(looked_at, keep_graph=True)
+                looked_at = select_rows(batch, self.chosen(batch["names"]))
+                heatmap = self.heatmap(looked_at, create_graph=True)
                 share = self.heatmap_images / len(batch["names"])
         labels = batch["answer_labels"]
         count = count_loss(logits, labels) / (batch["answer_tokens"] if tokens is None else tokens)

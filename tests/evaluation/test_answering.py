@@ -10,12 +10,20 @@ import torch
 from fsc147lib.data.faults import ANNOTATIONS
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation import answering as evaluation
-from fsc147lib.evaluation.answering import EvaluateConfig, evaluate, evaluate_samples, generate_answers
+from fsc147lib.evaluation.answering import (
+    EvaluateConfig,
+    evaluate,
+    evaluate_samples,
+    forced_passes,
+    generate_answers,
+    one_ahead,
+)
 from fsc147lib.evaluation.metrics import counting_metrics
 from fsc147lib.model import forward
-from fsc147lib.model.answers import agreement
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.forward import answer_logits, normalised_pixels
+from fsc147lib.model.device import make_accelerator
+from fsc147lib.model.forward import normalised_pixels
+from fsc147lib.model.heatmaps import Heatmap
 from fsc147lib.model.prompt import answer
 from fsc147lib.training.losses import DualLoss
 
@@ -58,16 +66,15 @@ def test_what_the_forced_pass_has_shown_is_not_decoded_again(tiny, mixed_samples
     check_greedy(tiny, mixed_samples)
     width = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)["answer_labels"].shape[1]
     prefix = len(tiny.tokenizer.encode("COUNT: ", add_special_tokens=False))
-    assert sum(decoded) <= (width - 1 - prefix) * len(tiny.network.model.language_model.layers)
+    assert 0 < sum(decoded) <= (width - 1 - prefix) * len(tiny.network.model.language_model.layers)
 
 
 @torch.no_grad()
 def check_greedy(tiny, mixed_samples):
     collate = Collate(tiny.tokenizer, tiny.image_processor)
     network = tiny.network.eval()
-    together = {**collate(mixed_samples), "keys": []}
-    logits = answer_logits(network, together)
-    tokens = generate_answers(tiny, together, logits, agreement(together, logits, tiny.tokenizer.eos_token_id))
+    (forced,) = forced_passes(tiny, [collate(mixed_samples)], Heatmap(network), make_accelerator("fp32"), None)
+    tokens = generate_answers(tiny, forced)
     batched = tiny.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
     keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     for sample, got in zip(mixed_samples, batched, strict=True):
@@ -93,7 +100,7 @@ def test_unparsed_answers_cost_the_true_count(tiny, root, monkeypatch):
     said[2], said[5] = "a lot", "COUNT: 3.7"
     ids = tiny.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
     by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
-    answers = lambda model, batch, *_: torch.stack([by_name[name] for name in batch["names"]])  # noqa: E731
+    answers = lambda model, forced, *_: torch.stack([by_name[name] for name in forced.batch["names"]])  # noqa: E731
     monkeypatch.setattr(evaluation, "generate_answers", answers)
     result = evaluate_samples(tiny, samples, batch_size=3)
     expected = [0 if i in (2, 5) else sample.count for i, sample in enumerate(samples)]
@@ -163,3 +170,11 @@ def test_training_mode_is_given_back(tiny, root):
 def test_workers_read_the_same(tiny, root):
     samples = list(FSC147(root, "val"))
     assert evaluate_samples(tiny, samples, workers=2).metrics == evaluate_samples(tiny, samples).metrics
+
+
+def test_one_ahead_is_one_ahead():
+    """Each item is handed out after the next one was made, and none is lost."""
+    made = []
+    for item in one_ahead(made.append(i) or i for i in range(4)):
+        assert item == len(made) - 2 or made == [0, 1, 2, 3]
+    assert list(one_ahead(iter("abc"))) == ["a", "b", "c"] and list(one_ahead(iter(""))) == []

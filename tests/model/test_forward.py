@@ -1,5 +1,7 @@
 """The fast pass is the library's pass: outputs, gradients, greedy answers; compiled or not."""
 
+import copy
+import pickle
 import shutil
 
 import pytest
@@ -10,22 +12,22 @@ from test_answering import taught
 
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.answers import agreement, greedy_tokens
-from fsc147lib.model.attention import attention_by_size
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.forward import Probe, answer_logits, compile_layers, encode_images, normalised_pixels
+from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels
+from fsc147lib.model.heatmaps import Heatmap
+from fsc147lib.model.layers import attention_by_size
 from fsc147lib.model.load import load_model
 from fsc147lib.training.losses import DualLoss
 
 
 @pytest.mark.parametrize("lengths", [(6, 6, 6), (4, 4, 9, 1, 4), (7,)])
-def test_attention_by_size_is_attention_image_by_image(tiny, lengths):
-    module = tiny.network.model.visual.blocks[0].attn
-    query, key, value = (torch.randn(1, 4, sum(lengths), 16, requires_grad=True) for _ in range(3))
+def test_attention_by_size_is_attention_image_by_image(lengths):
+    query, key, value = (torch.randn(4, sum(lengths), 16, requires_grad=True) for _ in range(3))
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
-    got, _ = attention_by_size(module, query, key, value, None, cu_seq_lens_q=bounds)
-    parts = [x.split(lengths, dim=2) for x in (query, key, value)]
-    each = [F.scaled_dot_product_attention(*one, scale=module.scaling) for one in zip(*parts, strict=True)]
-    expected = torch.cat(each, dim=2).transpose(1, 2)
+    got = attention_by_size(query, key, value, bounds, scaling=0.3)
+    parts = [x.split(lengths, dim=1) for x in (query, key, value)]
+    each = [F.scaled_dot_product_attention(*one, scale=0.3) for one in zip(*parts, strict=True)]
+    expected = torch.cat(each, dim=1).transpose(0, 1)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
     weights = torch.randn_like(expected)
     for ours, theirs in zip(*(torch.autograd.grad((x * weights).sum(), (query, key, value)) for x in (got, expected)),
@@ -35,11 +37,8 @@ def test_attention_by_size_is_attention_image_by_image(tiny, lengths):
 
 @pytest.fixture
 def library():
-    """The tiny model as transformers runs it: its own attention, its own patch embedding."""
-    network = load_model("tiny").network
-    network.set_attn_implementation("sdpa")
-    del network.model.visual.patch_embed.forward
-    return network
+    """The same tiny model, for transformers' own forward methods."""
+    return load_model("tiny").network
 
 
 @pytest.mark.parametrize("form", ["bytes", "numbers"])
@@ -67,6 +66,24 @@ def test_gradients_of_the_language_model_are_the_library_s(tiny, library, batch)
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-2, msg=name)
 
 
+def test_a_deep_copy_computes_with_its_own_weights(tiny, batch):
+    """Also after the original's patch embedding, attention and head have moved on."""
+    expected, _ = answer_logits(tiny.network, batch)
+    copied = copy.deepcopy(tiny)
+    with torch.no_grad():
+        for parameter in tiny.network.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(answer_logits(copied.network, batch)[0], expected)
+    assert not torch.allclose(answer_logits(tiny.network, batch)[0], expected, atol=0.1)
+
+
+def test_a_model_is_pickled_whole(tiny, batch):
+    """As worker processes get it."""
+    again = pickle.loads(pickle.dumps(tiny))
+    assert torch.equal(answer_logits(again.network, batch)[0], answer_logits(tiny.network, batch)[0])
+    assert again.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
+
+
 @torch.no_grad()
 def test_the_right_answer_is_hidden_from_free_answers(tiny, mixed_samples):
     """The keys of the forced answer stand behind each prompt: another forced answer must change nothing."""
@@ -75,27 +92,28 @@ def test_the_right_answer_is_hidden_from_free_answers(tiny, mixed_samples):
     tiny.network.eval()
     spoken = []
     for change in (0, 1):
-        batch = {**Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples), "keys": []}
+        batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
         forced = batch["answer_positions"] + 1
         other = (batch["input_ids"].gather(1, forced) + change) % 200  # other tokens in the answer's place
         batch["input_ids"] = batch["input_ids"].scatter(1, forced, other)
         batch["answer_labels"] = batch["answer_labels"].where(batch["answer_labels"] < 0, other)
-        logits = answer_logits(tiny.network, batch)
+        logits, trace = answer_logits(tiny.network, batch, keep_keys=True)
         end = tiny.tokenizer.eos_token_id
-        spoken.append(greedy_tokens(tiny.network, batch, logits, agreement(batch, logits, end), 9, end))
+        agreed = agreement(batch, logits, end)
+        spoken.append(greedy_tokens(tiny.network, batch, logits, trace.keys_values, agreed, 9, end))
     assert torch.equal(*spoken)
 
 
-def test_a_probe_catches_the_state_that_enters_a_layer(tiny, batch):
+def test_the_trace_holds_what_enters_a_layer(tiny, batch):
     caught = {}
     for layer in (0, 2):
         norm = tiny.network.model.language_model.layers[layer].input_layernorm
         hook = norm.register_forward_pre_hook(lambda module, args: caught.update(state=args[0]))
-        probe = Probe(batch["answer_positions"], entering=layer)
-        with_probe = answer_logits(tiny.network, batch, probe)
+        logits, trace = answer_logits(tiny.network, batch, gradient_from=layer)
         hook.remove()
-        assert torch.equal(probe.state, caught["state"])
-        assert torch.equal(with_probe, answer_logits(tiny.network, batch))
+        assert torch.equal(trace.inputs[0], caught["state"])
+        assert len(trace.inputs) == 1 + max(0, 2 - layer)  # and the features of two deepstack layers, 0 and 1
+        assert torch.equal(logits, answer_logits(tiny.network, batch)[0])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -108,9 +126,9 @@ def test_compiled_layers_do_the_same_with_few_graphs(tiny, mixed_samples):
     torch._dynamo.utils.counters.clear()
     found = []
     for compiled in (False, True):
-        compile_layers(tiny.network, compiled)
         tiny.network.zero_grad()
-        parts = [DualLoss(tiny.network)(batch) for batch in batches]
+        loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, compiled=compiled))
+        parts = [loss(batch) for batch in batches]
         sum(part.total for part in parts).backward()
         gradients = [p.grad.clone() for p in tiny.network.parameters() if p.grad is not None]
         found.append(([part.attention.item() for part in parts], gradients))

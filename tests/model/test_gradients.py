@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from fsc147lib.data.targets import resample_map
-from fsc147lib.model import attention, forward
+from fsc147lib.model import forward, layers
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import answer_logits, normalised_pixels
 from fsc147lib.model.heatmaps import METHODS, Heatmap
 from fsc147lib.model.load import load_model
 from fsc147lib.options import ConfigError
-from fsc147lib.training.loop import Run, TrainConfig, train
+from fsc147lib.training.loop import TrainConfig, lazy_weight, train
 from fsc147lib.training.losses import DualLoss
 
 TRAINABLE = [("attention", 0), ("token_gradient", 0), ("token_gradient", 2), ("input_gradient", 0)]
@@ -32,7 +32,7 @@ def exact(float64, mixed_samples):
 @torch.no_grad()
 def score(network, batch):
     """Log-probability of each answer's digits, read off the logits of a plain forward pass: [B]."""
-    logits = answer_logits(network, batch).log_softmax(dim=-1)
+    logits = answer_logits(network, batch)[0].log_softmax(dim=-1)
     picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
     return (picked * (batch["digit_weights"] > 0)).sum(dim=1)
 
@@ -48,8 +48,8 @@ def on_grid(tokens, batch):
     return torch.stack(maps)
 
 
-@pytest.mark.parametrize("entering", [0, 1, 3])
-def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering, monkeypatch):
+@pytest.mark.parametrize("state_layer", [0, 1, 3])
+def test_token_gradient_is_the_hidden_states_finite_difference(exact, state_layer, monkeypatch):
     """A dozen channels of random tokens, hidden and deepstack, by differences; the map is their |g * e| summed."""
     network, batch = exact
     visual = batch["mm_token_type_ids"].bool()
@@ -62,25 +62,21 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering, 
             value.retain_grad()
         return value
 
-    def watched(plain):
-        def run(layer, hidden, *args, **kwargs):
-            if layer is network.model.language_model.layers[entering]:
-                hidden = watch("hidden", hidden)
-            return plain(layer, hidden, *args, **kwargs)
-
-        return run
+    def watched_layer(layer, hidden, *args, **kwargs):
+        if layer is network.model.language_model.layers[state_layer]:
+            hidden = watch("hidden", hidden)
+        return plain_layer(layer, hidden, *args, **kwargs)
 
     def watched_images(*args, **kwargs):
         images = plain_images(*args, **kwargs)
-        for i in range(entering, len(images.deepstack)):
+        for i in range(state_layer, len(images.deepstack)):
             images.deepstack[i] = watch(f"deepstack {i}", images.deepstack[i])
         return images
 
-    plain_images, plain_layers = forward.encode_images, (forward.text_layer, forward.last_text_layer)
+    plain_images, plain_layer = forward.encode_images, forward.text_layer
     monkeypatch.setattr(forward, "encode_images", watched_images)
-    for layer in plain_layers:
-        monkeypatch.setattr(forward, layer.__name__, watched(layer))
-    logits = answer_logits(network, batch).log_softmax(dim=-1)
+    monkeypatch.setattr(forward, "text_layer", watched_layer)
+    logits = answer_logits(network, batch)[0].log_softmax(dim=-1)
     picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
     (picked * (batch["digit_weights"] > 0)).sum().backward()
     states = {name: (value.detach(), value.grad) for name, value in caught.items()}
@@ -97,11 +93,10 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, entering, 
             added.clear()
             assert gradient[place].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4, abs=1e-8), name
     monkeypatch.setattr(forward, "encode_images", plain_images)
-    for layer in plain_layers:
-        monkeypatch.setattr(forward, layer.__name__, layer)
+    monkeypatch.setattr(forward, "text_layer", plain_layer)
     parts = {name: (value * gradient).abs().sum(dim=-1) for name, (value, gradient) in states.items()}
     tokens = parts.pop("hidden")[visual] + sum(parts.values())
-    got = Heatmap(network, "token_gradient", entering=entering)(batch)
+    got = Heatmap(network, "token_gradient", state_layer=state_layer)(batch)
     torch.testing.assert_close(got, on_grid(tokens, batch), atol=1e-9, rtol=1e-6)
 
 
@@ -112,7 +107,7 @@ def test_input_gradient_is_the_pixels_finite_difference(exact):
     pixels = normalised_pixels(batch)
     with torch.enable_grad():
         leaf = pixels.clone().requires_grad_()
-        logits = answer_logits(network, {**batch, "pixel_values": leaf}).log_softmax(dim=-1)
+        logits = answer_logits(network, {**batch, "pixel_values": leaf})[0].log_softmax(dim=-1)
         picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
         (picked * (batch["digit_weights"] > 0)).sum().backward()
     generator = torch.Generator().manual_seed(0)
@@ -128,11 +123,11 @@ def test_input_gradient_is_the_pixels_finite_difference(exact):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["vision trains", "vision frozen"])
-@pytest.mark.parametrize(("method", "entering"), TRAINABLE[1:])
-def test_gradient_of_the_attention_loss_is_its_finite_difference(exact, method, entering, frozen):
+@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE[1:])
+def test_gradient_of_the_attention_loss_is_its_finite_difference(exact, method, state_layer, frozen):
     network, batch = exact
     freeze_vision(network, frozen)
-    loss = DualLoss(network, heatmap=Heatmap(network, method, entering=entering))
+    loss = DualLoss(network, heatmap=Heatmap(network, method, state_layer=state_layer))
     loss(batch).attention.backward()
     names = ["embed_tokens.weight", "layers.0.mlp.down_proj.weight", "layers.2.self_attn.k_proj.weight", "norm.weight"]
     names = [f"model.language_model.{name}" for name in names]
@@ -186,26 +181,26 @@ def test_every_method_is_a_distribution_and_leaves_no_trace(tiny, batch, method)
     torch.testing.assert_close(result.sum(dim=(1, 2)), torch.ones(4))
     assert all(p.grad is None for p in tiny.network.parameters())
     assert not any(m._forward_pre_hooks for m in tiny.network.modules())
-    logits, _ = heatmap.with_logits(batch)
-    torch.testing.assert_close(logits, answer_logits(tiny.network, batch))
+    logits, *_ = heatmap.with_logits(batch)
+    torch.testing.assert_close(logits, answer_logits(tiny.network, batch)[0])
 
 
-@pytest.mark.parametrize(("method", "entering"), TRAINABLE)
-def test_one_pass_serves_both_losses(tiny, batch, method, entering):
+@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
+def test_one_pass_serves_both_losses(tiny, batch, method, state_layer):
     """The count loss beside a heatmap has the gradient that it has alone."""
     DualLoss(tiny.network, weight=0)(batch).count.backward()
     alone = [p.grad.clone() for p in tiny.network.parameters()]
-    for keep_graph in (False, True):
+    for create_graph in (False, True):
         tiny.network.zero_grad()
-        logits, _ = Heatmap(tiny.network, method, entering=entering).with_logits(batch, keep_graph)
+        logits, *_ = Heatmap(tiny.network, method, state_layer=state_layer).with_logits(batch, create_graph)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["answer_labels"].flatten()).backward()
         for expected, parameter in zip(alone, tiny.network.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("method", "entering"), TRAINABLE)
-def test_thirty_steps_bring_the_loss_down(tiny, batch, method, entering):
-    loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, entering=entering))
+@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
+def test_thirty_steps_bring_the_loss_down(tiny, batch, method, state_layer):
+    loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, state_layer=state_layer))
     optimizer = torch.optim.AdamW(tiny.network.parameters(), lr=3e-3)
     first = loss(batch).attention.item()
     for _ in range(30):
@@ -215,9 +210,9 @@ def test_thirty_steps_bring_the_loss_down(tiny, batch, method, entering):
     assert loss(batch).attention.item() < 0.6 * first
 
 
-@pytest.mark.parametrize(("method", "entering"), TRAINABLE)
-def test_checkpointing_gives_the_same_gradients(tiny, batch, method, entering):
-    heatmap, gradients = Heatmap(tiny.network, method, entering=entering), []
+@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
+def test_checkpointing_gives_the_same_gradients(tiny, batch, method, state_layer):
+    heatmap, gradients = Heatmap(tiny.network, method, state_layer=state_layer), []
     for checkpointing in (False, True):
         if checkpointing:
             tiny.network.activation_checkpointing_enable({"use_reentrant": False})
@@ -229,9 +224,9 @@ def test_checkpointing_gives_the_same_gradients(tiny, batch, method, entering):
         torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("method", "entering"), TRAINABLE)
-def test_bf16_autocast_trains(tiny, batch, method, entering):
-    loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, entering=entering))
+@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
+def test_bf16_autocast_trains(tiny, batch, method, state_layer):
+    loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, state_layer=state_layer))
     exact = loss(batch).attention.item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         parts = loss(batch)
@@ -241,40 +236,38 @@ def test_bf16_autocast_trains(tiny, batch, method, entering):
 
 
 @pytest.mark.parametrize(
-    ("method", "entering", "layers"),
+    ("method", "state_layer", "number"),
     [("attention", 0, 0), ("token_gradient", 0, 3), ("token_gradient", 3, 0), ("input_gradient", 0, 3 + 3)],
 )
-def test_only_what_is_differentiated_twice_leaves_the_fast_backend(tiny, batch, monkeypatch, method, entering, layers):
+def test_only_what_is_differentiated_twice_leaves_the_fast_backend(
+    tiny, batch, monkeypatch, method, state_layer, number
+):
     """The language model has 4 layers, the vision encoder 3; the last layer's few rows are plain products."""
-    slow, real = [], attention.sdpa_kernel
-    monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: slow.append(backend) or real(backend))
-    heatmap = Heatmap(tiny.network, method, entering=entering)
-    heatmap(batch, keep_graph=True)
-    assert len(slow) == layers
+    slow, real = [], layers.sdpa_kernel
+    monkeypatch.setattr(layers, "sdpa_kernel", lambda backend: slow.append(backend) or real(backend))
+    heatmap = Heatmap(tiny.network, method, state_layer=state_layer)
+    heatmap(batch, create_graph=True)
+    assert len(slow) == number
     slow.clear()
     heatmap(batch)
     assert not slow
 
 
 def test_attention_x_gradient_does_not_train(tiny, batch):
-    with pytest.raises(ConfigError, match="for looking.*train with attention, token_gradient or input_gradient"):
-        Heatmap(tiny.network, "attention_x_gradient")(batch, keep_graph=True)
+    with pytest.raises(ConfigError, match="for looking.*train with one of attention, token_gradient, input_gradient"):
+        Heatmap(tiny.network, "attention_x_gradient")(batch, create_graph=True)
 
 
 def test_unknown_methods_and_layers_are_named(tiny):
     with pytest.raises(ConfigError, match="heatmap is 'saliency', but must be one of attention, token_gradient"):
         Heatmap(tiny.network, "saliency")
     with pytest.raises(ConfigError, match="heatmap_layer is 4, but this model has 0 to 3"):
-        Heatmap(tiny.network, "token_gradient", entering=4)
+        Heatmap(tiny.network, "token_gradient", state_layer=4)
 
 
-def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch, root, tmp_path):
+def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
     """K steps, one of them with weight K w: their mean gradient is that of every step with weight w."""
-    config = TrainConfig(data=root, out=tmp_path / "run", heatmap="token_gradient", heatmap_every=4)
-    run = Run(config)
-    weights = []
-    for run.step in range(8):
-        weights.append(run.attention_weight())
+    weights = [lazy_weight(0.1, 4, step) for step in range(8)]
     assert weights == pytest.approx([0.4, 0, 0, 0] * 2)
     loss, sums = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, "token_gradient")), []
     for plan in (weights[:4], [0.1] * 4):

@@ -1,6 +1,9 @@
 """The heatmap is the eager attention's, on the right tokens, and it trains."""
 
+import json
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -8,10 +11,13 @@ import pytest
 import torch
 
 from fsc147lib.data.targets import resample_map
+from fsc147lib.evaluation import EvaluateConfig
 from fsc147lib.model import heatmaps
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.forward import Probe, answer_logits
+from fsc147lib.model.forward import answer_logits
 from fsc147lib.model.heatmaps import Heatmap, corner_share, default_layers, layer_head_maps, look, mean_map, visual_mass
+from fsc147lib.options import ConfigError
+from fsc147lib.training import TrainConfig
 
 
 def eager_attentions(network, batch):
@@ -23,18 +29,17 @@ def eager_attentions(network, batch):
 
 
 @torch.no_grad()
-def test_probed_rows_are_eager_attention(tiny, batch):
+def test_traced_rows_are_eager_attention(tiny, batch):
     """For every layer and head, on a padded batch of mixed sizes."""
     layers = tuple(range(tiny.network.config.text_config.num_hidden_layers))
-    probe = Probe(batch["answer_positions"], layers)
-    answer_logits(tiny.network, batch, probe)
+    _, trace = answer_logits(tiny.network, batch, rows_of=layers)
     eager = eager_attentions(tiny.network, batch)
     for layer in layers:
         for i in range(len(batch["count"])):
             used = batch["answer_labels"][i] != -100
             positions = batch["answer_positions"][i, used]
             torch.testing.assert_close(
-                probe.rows[layer][i][:, used], eager[layer][i][:, positions], atol=1e-6, rtol=1e-5
+                trace.rows[layer][i][:, used], eager[layer][i][:, positions], atol=1e-6, rtol=1e-5
             )
 
 
@@ -62,9 +67,8 @@ def test_heatmap_is_a_distribution(tiny, batch):
 @torch.no_grad()
 def test_layer_and_head_maps_add_up_to_the_heatmap(tiny, batch):
     layers = (0, 2, 3)
-    probe = Probe(batch["answer_positions"], layers)
-    answer_logits(tiny.network, batch, probe)
-    maps = layer_head_maps(probe, batch)
+    _, trace = answer_logits(tiny.network, batch, rows_of=layers)
+    maps = layer_head_maps(trace, batch, layers)
     assert maps.shape == (4, 3, 4, 14, 14)
     mean = maps.mean(dim=(1, 2))
     torch.testing.assert_close(mean / mean.sum(dim=(1, 2), keepdim=True), Heatmap(tiny.network, layers=layers)(batch))
@@ -90,18 +94,19 @@ def test_a_plain_dict_batch_works(tiny, mixed_samples):
 
 
 @torch.no_grad()
-def test_the_probe_changes_no_logits(tiny, batch):
-    probe = Probe(batch["answer_positions"], (0, 1, 2, 3))
-    assert torch.equal(answer_logits(tiny.network, batch, probe), answer_logits(tiny.network, batch))
+def test_looking_changes_no_logits(tiny, batch):
+    plain, _ = answer_logits(tiny.network, batch)
+    assert torch.equal(answer_logits(tiny.network, batch, rows_of=(0, 1, 2, 3))[0], plain)
+    through_rows, _ = answer_logits(tiny.network, batch, rows_of=(0, 1, 2, 3), rows_in_output=True)
+    torch.testing.assert_close(through_rows, plain, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_autocast_does_not_touch_the_map(tiny, batch):
-    probe = Probe(batch["answer_positions"], (2, 3))
-    answer_logits(tiny.network, batch, probe)
-    plain = layer_head_maps(probe, batch)
+    _, trace = answer_logits(tiny.network, batch, rows_of=(2, 3))
+    plain = layer_head_maps(trace, batch, (2, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer_head_maps(probe, batch), plain)
+        assert torch.equal(layer_head_maps(trace, batch, (2, 3)), plain)
 
 
 @torch.no_grad()
@@ -131,15 +136,50 @@ def test_default_layers(depth, layers):
     assert default_layers(depth) == layers
 
 
+def readme_example():
+    """A user's own file with a method, as the README shows it."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "register(" in code]
+    return textwrap.dedent(code)
+
+
 @torch.no_grad()
 def test_the_readme_s_example_is_a_method(tiny, batch, monkeypatch):
     """It looks at the first digit: as `attention` where there is one digit, and else not."""
     monkeypatch.setattr(heatmaps, "METHODS", dict(heatmaps.METHODS))
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    exec(textwrap.dedent(code), dict(vars(heatmaps), torch=torch))
+    exec(readme_example(), {"__name__": "my_method"})
     got, attention = Heatmap(tiny.network, "first_digit")(batch), Heatmap(tiny.network)(batch)
     single = batch["count"] < 10
     assert single.any() and not single.all()
     torch.testing.assert_close(got[single], attention[single])
     assert (got - attention)[~single].abs().amax(dim=(1, 2)).min() > 1e-6
+
+
+def test_a_user_s_own_file_trains_and_evaluates_with_its_method(root, tmp_path):
+    """In processes of its own, through the same command line."""
+    (tmp_path / "my_method.py").write_text(readme_example())
+
+    def run(*words):
+        done = subprocess.run([sys.executable, "my_method.py", *map(str, words)], capture_output=True, text=True,
+                              cwd=tmp_path, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done
+
+    run("train", "--data", root, "--out", "run", "--limit", 4, "--batch-size", 2, "--log-every", 1,
+        "--heatmap", "first_digit", "--tracking", "disabled")  # fmt: skip
+    for method in ("first_digit", "attention"):
+        run("evaluate", "--data", root, "--model", "run/last", "--limit", 4, "--heatmap", method,
+            "--json", f"{method}.json")  # fmt: skip
+    trained = json.loads((tmp_path / "run" / "summary.json").read_text())["last"]
+    kl = {
+        name: json.loads((tmp_path / f"{name}.json").read_text())["metrics"]["kl"]
+        for name in ("first_digit", "attention")
+    }
+    assert kl["first_digit"] == pytest.approx(trained["kl"], rel=1e-4)
+    assert kl["first_digit"] != pytest.approx(kl["attention"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("config", "absent"), [(TrainConfig, "attention_x_gradient"), (EvaluateConfig, "saliency")])
+def test_a_method_that_a_command_cannot_use_is_refused(config, absent):
+    with pytest.raises(ConfigError, match=rf"heatmap \(--heatmap\) is {absent}, but must be one of attention, token"):
+        config(data=Path("root"), heatmap=absent)

@@ -49,7 +49,7 @@ def test_positions_and_logits_are_transformers_own(tiny, batch):
     assert torch.equal(positions, batch["position_ids"])
     keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     expected = network(**{key: batch[key] for key in keys}).logits
-    got = answer_logits(network, batch)
+    got, _ = answer_logits(network, batch)
     used = batch["answer_labels"] != -100
     for i in range(len(got)):
         torch.testing.assert_close(
@@ -60,10 +60,10 @@ def test_positions_and_logits_are_transformers_own(tiny, batch):
 @torch.no_grad()
 def test_a_batch_answers_like_its_images_alone(tiny, mixed_samples, batch):
     collate = Collate(tiny.tokenizer, tiny.image_processor)
-    together = answer_logits(tiny.network, batch)
+    together, _ = answer_logits(tiny.network, batch)
     for i, sample in enumerate(mixed_samples):
         alone = collate([sample])
-        logits = answer_logits(tiny.network, alone)
+        logits, _ = answer_logits(tiny.network, alone)
         torch.testing.assert_close(together[i, : logits.shape[1]], logits[0], atol=1e-5, rtol=1e-5)
 
 
@@ -130,11 +130,11 @@ def test_a_chat_template_kept_with_the_processor_is_found(tiny, tmp_path):
 
 def test_frozen_vision_has_no_gradient(tiny, batch):
     freeze_vision(tiny.network, True)
-    answer_logits(tiny.network, batch).sum().backward()
+    answer_logits(tiny.network, batch)[0].sum().backward()
     assert all(p.grad is None for p in tiny.network.model.visual.parameters())
     assert tiny.network.model.language_model.layers[0].mlp.up_proj.weight.grad is not None
     freeze_vision(tiny.network, False)
-    answer_logits(tiny.network, batch).sum().backward()
+    answer_logits(tiny.network, batch)[0].sum().backward()
     assert all(p.grad is not None for p in tiny.network.model.visual.parameters())
 
 

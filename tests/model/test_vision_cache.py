@@ -53,7 +53,7 @@ def no_encoder(monkeypatch):
     """Call it, and encoding fails from then on."""
 
     def forbid():
-        def fail(*_):
+        def fail(*_, **__):
             raise RuntimeError("the encoder ran")
 
         monkeypatch.setattr(vision_cache, "encode_images", fail)
@@ -99,7 +99,7 @@ def test_a_stale_or_torn_file_is_never_used(frozen, mixed_samples, tmp_path, cha
     make(frozen, mixed_samples, folder)
     samples = change(frozen, mixed_samples, folder)
     calls, real = [], vision_cache.encode_images
-    monkeypatch.setattr(vision_cache, "encode_images", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(vision_cache, "encode_images", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     cache = make(frozen, samples, folder)
     assert calls
     live = Collate(frozen.tokenizer, frozen.image_processor)(samples)
@@ -149,7 +149,7 @@ def test_it_is_dropped_when_the_encoder_unfreezes(config, tmp_path, monkeypatch)
 
     def validate(self):
         weight = self.model.network.model.visual.blocks[0].attn.proj.weight
-        seen.append((self.cache is not None, weight.detach().clone()))
+        seen.append((self.training_step.cache is not None, weight.detach().clone()))
         return real(self)
 
     monkeypatch.setattr(training.Run, "validate", validate)

@@ -7,16 +7,17 @@ import torch
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.model.heatmaps import Heatmap
-from fsc147lib.report import overhead as benchmark
-from fsc147lib.report.overhead import BenchmarkConfig
+from fsc147lib.report import overhead
+from fsc147lib.report.overhead import OverheadConfig, load_or_shape, measure_overhead, time_losses
+from fsc147lib.report.timing import peak_memory, table, take_turns, write_report
 
 
 def test_variants_take_turns():
     calls = []
-    variants = {name: (lambda turn, name=name: calls.append((turn, name))) for name in "abc"}
-    seconds = benchmark.time_variants(variants, rounds=2, warmup=1)
+    trials = {name: (lambda turn, name=name: calls.append((turn, name)) or {"turn": turn}) for name in "abc"}
+    found = take_turns(trials, rounds=2, warmup=1)
     assert calls == [(turn, name) for turn in (-1, 0, 1) for name in "abc"]
-    assert all(len(values) == 2 and (values > 0).all() for values in seconds.values())
+    assert all(numbers["turn"].tolist() == [0, 1] for numbers in found.values())
 
 
 def test_overhead_is_the_median_of_ratios_within_a_turn(tiny, root, monkeypatch):
@@ -24,61 +25,61 @@ def test_overhead_is_the_median_of_ratios_within_a_turn(tiny, root, monkeypatch)
     base = np.array([1, 1, 1, 10, 10.0])
     factors = {False: 1.0, True: np.array([1.0, 1.1, 1.1, 1.1, 1.3])}
 
-    def timed(steps, *_, **__):
-        return {variant: base * factors[variant.trained] for variant in steps}
+    def timed(trials, *_, **__):
+        return {variant: {"seconds": base * factors[variant.trained]} for variant in trials}
 
-    monkeypatch.setattr(benchmark, "time_variants", timed)
-    rows = benchmark.time_losses(tiny, list(FSC147(root, "train"))[:2], ("attention",), batch_size=2)
+    monkeypatch.setattr(overhead, "take_turns", timed)
+    rows = time_losses(tiny, list(FSC147(root, "train"))[:2], ("attention",), batch_size=2)
     assert rows[0]["overhead_median"] == rows[1]["overhead_median"] == 0
     assert rows[2]["overhead_median"] == pytest.approx(0.1)
     assert rows[2]["overhead_low"] <= 0.1 + 1e-9 <= rows[2]["overhead_high"] + 2e-9
 
 
 def test_rows_and_files(tiny, root, tmp_path):
-    rows = benchmark.time_losses(tiny, list(FSC147(root, "train"))[:4], batch_size=2, rounds=2)
+    rows = time_losses(tiny, list(FSC147(root, "train"))[:4], batch_size=2, rounds=2)
     assert [(row["method"], row["trained"]) for row in rows] == [
         ("none", False), ("attention", False), ("attention", True), ("token_gradient", False),
         ("token_gradient", True), ("input_gradient", False), ("input_gradient", True),
     ]  # fmt: skip
     assert all(row["seconds_low"] <= row["seconds_median"] <= row["seconds_high"] for row in rows)
-    benchmark.write_rows(tmp_path / "rows.json", rows, model="tiny")
+    write_report(tmp_path / "rows.json", {"rows": rows, "model": "tiny"})
     written = json.loads((tmp_path / "rows.json").read_text())
     assert written["rows"] == rows and written["threads"] >= 1
     with (tmp_path / "rows.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in rows]
-    assert "input_gradient, trained" in benchmark.table(rows)
+    assert "input_gradient, trained" in table(rows)
 
 
 def test_out_of_memory_is_a_row(tiny, root, monkeypatch):
     real = Heatmap.with_logits
 
-    def full(self, batch, keep_graph=False):
-        if self.method == "input_gradient" and keep_graph:
+    def full(self, batch, create_graph=False):
+        if self.method == "input_gradient" and create_graph:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(self, batch, keep_graph)
+        return real(self, batch, create_graph)
 
     monkeypatch.setattr(Heatmap, "with_logits", full)
-    rows = benchmark.time_losses(tiny, list(FSC147(root, "train"))[:2], ("input_gradient",), batch_size=2, rounds=1)
+    rows = time_losses(tiny, list(FSC147(root, "train"))[:2], ("input_gradient",), batch_size=2, rounds=1)
     assert [row["out_of_memory"] for row in rows] == [False, False, True]
     assert rows[2]["overhead_median"] is None
-    assert "out of memory" in benchmark.table(rows)
+    assert "out of memory" in table(rows)
 
 
 @pytest.mark.parametrize(("name", "billions"), [("qwen3-vl-2b", 2.1), ("qwen3-vl-4b", 4.4), ("qwen3-vl-8b", 8.8)])
 def test_shapes_have_the_published_sizes(name, billions):
-    network = benchmark.load_or_shape(name, device="meta").network
+    network = load_or_shape(name, device="meta").network
     assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 def test_the_command(tmp_path):
-    config = BenchmarkConfig(methods=("attention",), batch_size=2, batches=1, rounds=1, image_size=(64, 96),
+    config = OverheadConfig(methods=("attention",), batch_size=2, batches=1, rounds=1, image_size=(64, 96),
                              json=tmp_path / "rows.json")  # fmt: skip
-    assert benchmark.benchmark(config) == json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert measure_overhead(config) == json.loads((tmp_path / "rows.json").read_text())["rows"]
 
 
 def test_too_few_samples_are_named(tiny, root):
     with pytest.raises(ValueError, match="2 samples make no batch of 8"):
-        benchmark.time_losses(tiny, list(FSC147(root, "train"))[:2], batch_size=8)
+        time_losses(tiny, list(FSC147(root, "train"))[:2], batch_size=8)
 
 
 def test_peak_memory_sees_what_a_call_allocates():
@@ -88,7 +89,7 @@ def test_peak_memory_sees_what_a_call_allocates():
     def large():
         np.ones(30_000_000)  # 229 MiB
 
-    peaks = benchmark.peak_memory(large), benchmark.peak_memory(small)
+    peaks = peak_memory(large), peak_memory(small)
     if None in peaks:
         pytest.skip("this system does not tell a process's peak memory anew")
     assert peaks[0] - peaks[1] > 150

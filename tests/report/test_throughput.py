@@ -2,6 +2,7 @@
 
 import csv
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,8 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
-from fsc147lib.report.overhead import BenchmarkConfig
-from fsc147lib.report.throughput import plain_network, step_flops, throughput
+from fsc147lib.report import throughput
+from fsc147lib.report.throughput import (
+    ThroughputConfig,
+    fp32_share,
+    make_setup,
+    measure_throughput,
+    open_runner,
+    variants_of,
+)
+from fsc147lib.report.timing import step_flops
 from fsc147lib.training.losses import DualLoss
 
 
@@ -28,18 +37,16 @@ def test_operations_are_those_that_torch_counts(tiny, mixed_samples):
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.25)
 
 
-def test_a_report_holds_every_way(tiny, root, tmp_path):
-    tiny.save(tmp_path / "model")
-    config = BenchmarkConfig(
-        model=str(tmp_path / "model"),
-        throughput=root,
-        batch_size=4,
-        rounds=1,
-        steps=1,
-        limit=8,
-        json=tmp_path / "t.json",
+@pytest.fixture
+def config(tiny, root, tmp_path):
+    tiny.save(tmp_path / "model")  # a trained model: its encoder is frozen
+    return ThroughputConfig(
+        data=root, model=str(tmp_path / "model"), batch_size=4, rounds=1, steps=1, limit=8, json=tmp_path / "t.json"
     )
-    report = throughput(config)
+
+
+def test_a_report_holds_every_variant(config, tmp_path, capsys):
+    report = measure_throughput(config)
     names = [row["name"] for row in report["rows"]]
     assert names == ["plain transformers loop", "layers called directly", "+ batches by size", "+ vision cache"]
     for row in report["rows"]:
@@ -52,25 +59,39 @@ def test_a_report_holds_every_way(tiny, root, tmp_path):
     assert written["rows"] == report["rows"] and "command" in written and written["cache"]["images"] == 24
     with (tmp_path / "t.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == names
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names) and "validation, vision cache" in printed
 
 
-def test_float32_weights_are_weighed_against_bfloat16(root, tmp_path, capsys):
-    """Where training is in bfloat16; and each part of the report is written as soon as it is known."""
-    config = BenchmarkConfig(
-        throughput=root, precision="bf16", batch_size=4, rounds=1, steps=1, limit=8, validation=False,
-        json=tmp_path / "t.json",
-    )  # fmt: skip
-    masters = throughput(config)["masters"]
-    assert masters["share"] == pytest.approx(1 - masters["bfloat16"] / masters["float32"])
-    assert f"float32 weights and optimizer take {masters['share']:.1%}" in capsys.readouterr().out
-    assert json.loads((tmp_path / "t.json").read_text())["masters"] == masters
+def test_what_was_measured_survives_a_failure(config, tmp_path, monkeypatch):
+    """Each part of the report is written as soon as it is known."""
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(throughput, "measure_validation", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure_throughput(config)
+    assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 4
 
 
-def test_the_plain_network_is_given_back(tiny, batch):
-    fast = tiny.network.model.visual.patch_embed.forward
-    with pytest.raises(RuntimeError, match="in between"), plain_network(tiny.network):
-        assert tiny.network.model.language_model.config._attn_implementation == "sdpa"
-        assert tiny.network.model.visual.config._attn_implementation == "sdpa"
-        raise RuntimeError("in between")
-    assert tiny.network.model.visual.patch_embed.forward is fast
-    assert torch.isfinite(DualLoss(tiny.network)(batch).attention)
+def test_fp32_parameters_are_weighed_against_narrower_ones(config, tmp_path):
+    """Against float64 here, for bfloat16 has no speed on most CPUs: weights, gradients and moments all change type."""
+    setup = make_setup(config, tmp_path)
+    runner = open_runner(variants_of(on_gpu=False, frozen=False)[-1], setup, 2)
+    found = fp32_share(runner, steps=1, narrow=torch.float64)
+    assert found["share"] == pytest.approx(1 - found["narrow"] / found["float32"]) and found["float32"] > 0
+    assert {parameter.dtype for parameter in setup.model.network.parameters()} == {torch.float64}
+    moments = [value for state in setup.optimizer.state.values() for value in state.values() if value.ndim]
+    assert moments and {value.dtype for value in moments} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("precision", "lora", "weighed"), [("bf16", None, True), ("bf16", 4, False), ("fp32", None, False)]
+)
+def test_fp32_parameters_are_weighed_where_training_is_in_bfloat16(root, monkeypatch, capsys, precision, lora, weighed):
+    for name, result in (("measure_training", []), ("open_runner", Mock()), ("fp32_share", {"share": 0.057})):
+        monkeypatch.setattr(throughput, name, lambda *_, result=result: result)
+    report = measure_throughput(ThroughputConfig(data=root, precision=precision, lora=lora, limit=2, validation=False))
+    assert (report["fp32_parameters"] == {"share": 0.057}) == weighed
+    assert ("fp32 parameters and optimizer take 5.7%" in capsys.readouterr().out) == weighed

@@ -17,8 +17,8 @@ from fsc147lib.model.network import ModelError
 from fsc147lib.model.pixels import PixelStore
 from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
-from fsc147lib.training.batches import SizeBatches, training_loader
-from fsc147lib.training.loop import TrainConfig, learning_rate_factor, train, windows
+from fsc147lib.training.batches import SizeBatches, training_loader, windows
+from fsc147lib.training.loop import TrainConfig, learning_rate_factor, train
 from fsc147lib.training.losses import DualLoss, NonFiniteLoss
 
 
@@ -235,9 +235,7 @@ def test_gradient_checkpointing_trains_the_same(config, tmp_path):
 
 def test_clipping_bounds_the_gradient(config, monkeypatch):
     """With plain gradient descent, for AdamW would hide the gradient's size."""
-    monkeypatch.setattr(
-        training, "make_optimizer", lambda config, network: torch.optim.SGD(network.parameters(), lr=1.0)
-    )
+    monkeypatch.setattr(training, "make_optimizer", lambda network, *_: torch.optim.SGD(network.parameters(), lr=1.0))
     result = train(config(epochs=1, limit=8, clip=1e-3, learning_rate=1.0, warmup=0))
     assert len(result.steps) == 1 and result.steps[0]["gradient_norm"] > 1e-3  # logged as it was before
     before = dict(load_model("tiny").network.named_parameters())
@@ -251,7 +249,6 @@ def test_best_is_the_epoch_with_the_lowest_error(config, monkeypatch):
 
     def measured(self):
         self.log({"step": self.step, "epoch": self.epoch, "val": {"mae": next(errors)}})
-        return self.result.epochs[-1]["val"]
 
     monkeypatch.setattr(training.Run, "validate", measured)
     train(config(epochs=3))
@@ -391,8 +388,8 @@ def test_a_step_asks_for_no_number(config, monkeypatch):
     """On a GPU each would be a wait; they are fetched together, every few steps."""
     run = training.Run(config(epochs=1))
     batches = list(run.loader)
-    run.loss.train()
-    run.train_step([batches[0]])  # the first step makes the optimizer's state
+    step = run.training_step
+    step([batches[0]], 0.1)  # the first step makes the optimizer's state
 
     def refuse(*_):
         raise AssertionError("a step waits for a number")
@@ -400,10 +397,10 @@ def test_a_step_asks_for_no_number(config, monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("item", "__bool__", "__float__", "__int__", "numpy"):
             patch.setattr(torch.Tensor, name, refuse)
-        run.train_step([batches[1]])
-    assert len(run.unchecked) == 2
-    run.check()
-    assert not run.unchecked
+        step([batches[1]], 0.1)
+    assert len(step.unchecked) == 2
+    step.check()
+    assert not step.unchecked
 
 
 def test_schedule():

@@ -8,7 +8,7 @@ import torch
 
 from fsc147lib.data.targets import kl_divergence
 from fsc147lib.model.answers import count_loss
-from fsc147lib.model.collate import Collate, take
+from fsc147lib.model.collate import Collate, select_rows
 from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels
 from fsc147lib.model.heatmaps import Heatmap
 from fsc147lib.model.load import load_model
@@ -16,7 +16,7 @@ from fsc147lib.training.losses import DualLoss, NonFiniteLoss, check_finite, squ
 
 
 def test_count_loss_is_cross_entropy_of_the_answer(tiny, batch):
-    logits = answer_logits(tiny.network, batch).detach()
+    logits = answer_logits(tiny.network, batch)[0].detach()
     total, tokens = 0.0, 0
     for row, labels in zip(logits.double().numpy(), batch["answer_labels"].numpy(), strict=True):
         for scores, label in zip(row, labels, strict=True):
@@ -99,11 +99,11 @@ def test_a_part_of_a_batch_is_a_batch(tiny, mixed_samples):
     batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
     encoded = encode_images(tiny.network, batch)
     features = torch.stack([encoded.embeddings, *encoded.deepstack], dim=1)
-    whole, rows = answer_logits(tiny.network, batch), [3, 1]
+    whole, rows = answer_logits(tiny.network, batch)[0], [3, 1]
     for form in (batch, {**batch, "pixel_values": normalised_pixels(batch)}, {**batch, "image_features": features}):
-        part = take(form, rows)
+        part = select_rows(form, rows)
         assert part["names"] == [batch["names"][row] for row in rows]
-        torch.testing.assert_close(answer_logits(tiny.network, part), whole[rows], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(answer_logits(tiny.network, part)[0], whole[rows], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
             Heatmap(tiny.network)(part), Heatmap(tiny.network)(batch)[rows], atol=1e-6, rtol=1e-4
         )

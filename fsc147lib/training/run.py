@@ -1,0 +1,154 @@
+"""The folder of a run: who may use it, what it holds, and how a run comes back from it.
+
+`config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `summary.json` (validation
+before, best and last), `best/` and `last/` (checkpoints), `wandb/`.
+
+Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`).
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from ..files import recover_folder, set_aside, write_text
+from ..model.network import CountingModel
+from ..options import ConfigError
+from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
+
+MAY_CHANGE = {
+    "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite",
+}  # fmt: skip
+"""Options that a resumed run may give anew; with any other it would not be the same run."""
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+        out: the run's folder.
+        baselines: `metrics.constant_baselines` on the validation split.
+        steps: the step lines of metrics.jsonl: step, epoch, count_loss, attention_loss (None on steps
+            without it), total, learning_rate, gradient_norm, images_per_second.
+        epochs: one validation for each epoch, the first from before training (epoch 0).
+    """
+
+    out: Path
+    baselines: dict[str, dict[str, float]]
+    steps: list[dict] = field(default_factory=list)
+    epochs: list[dict] = field(default_factory=list)
+
+    def summary(self) -> dict:
+        """Validation `before` training, `best` (lowest MAE, with its epoch) and `last`, and the baselines."""
+        rows = [{"epoch": line["epoch"], **line["val"]} for line in self.epochs]
+        best = min(rows[1:], key=lambda row: row["mae"])
+        return {"before": rows[0], "best": best, "last": rows[-1], "baselines": self.baselines}
+
+    def last_is_best(self) -> bool:
+        """Whether the last epoch's validation MAE is the lowest so far."""
+        *earlier, last = (line["val"]["mae"] for line in self.epochs[1:])
+        return last < min(earlier, default=math.inf)
+
+
+class RunFolder:
+    """A run's folder, which an earlier run cannot be lost from and no two runs share.
+
+    Several processes of one run read it; the one with `writes` writes it.
+
+    Args:
+        config: a `TrainConfig`.
+
+    Raises:
+        ConfigError: there is something else in the folder, an earlier run that is not to be overwritten, or
+            none that could go on.
+    """
+
+    def __init__(self, config):
+        self.config, self.out, self.writes = config, config.out, True
+        recover_folder(self.out / "last")
+        started = (self.out / "config.json").is_file() and (self.out / "metrics.jsonl").is_file()
+        finished_epoch = (self.out / "last").is_dir()
+        if config.resume:
+            if not finished_epoch:
+                raise ConfigError(f"there is nothing to resume in {self.out}: no epoch of a run was finished there")
+            self._need_same_run()
+        elif finished_epoch and not config.overwrite:
+            raise ConfigError(
+                f"{self.out} holds a run already: name another --out, go on with --resume, or --overwrite it"
+            )
+        elif not started and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ConfigError(f"{self.out} holds something that is no run: name another --out (it is left alone)")
+
+    def _need_same_run(self) -> None:
+        path = self.out / "config.json"
+        try:
+            saved = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}): start a new run from {self.out}/last as --model"
+            ) from error
+        now = json.loads(self.config.to_json())
+        for option in fields(self.config):  # one that the run did not know yet had its default
+            before = saved.get(option.name, option.default)
+            if option.name not in MAY_CHANGE and now[option.name] != before:
+                raise ConfigError(
+                    f"{option.name} is {now[option.name]}, but the run in {self.out} was started with {before}: "
+                    "resume with the same value, or start a new run with another --out"
+                )
+
+    def start(self) -> None:
+        """Begin to write; an earlier run is set aside until this one's first checkpoint."""
+        if self.writes:
+            if not self.config.resume:
+                set_aside(self.out)
+            write_text(self.out / "config.json", self.config.to_json())
+            (self.out / "metrics.jsonl").touch()
+
+    def restore(self, result: TrainResult, optimizer: torch.optim.Optimizer, images: str) -> tuple[int, int]:
+        """Put the last checkpoint's history and optimizer moments back.
+
+        Args:
+            images: fingerprint of what the run trains and validates on.
+
+        Returns:
+            Steps and epochs done.
+        """
+        state = load_training_state(self.out / "last", optimizer)
+        if state["data"] != images:
+            raise ConfigError(
+                f"the training or validation images in {self.config.data} are not those that the run in "
+                f"{self.out} was started with: give its --data, or start a new run with another --out"
+            )
+        result.steps, result.epochs = state["steps"], state["epochs"]
+        if self.writes:
+            if result.last_is_best():  # a crash may have come between last/ and best/
+                link_checkpoint(self.out / "last", self.out / "best")
+            lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
+            write_text(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        return state["step"], state["epoch"]
+
+    def append(self, line: dict) -> None:
+        """Add a line to metrics.jsonl."""
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self, model: CountingModel, optimizer: torch.optim.Optimizer, result: TrainResult, images: str) -> None:
+        """Write last/ and summary.json after an epoch's validation, and best/ if its MAE is the lowest so far."""
+        state = {"step": result.epochs[-1]["step"], "epoch": result.epochs[-1]["epoch"], "data": images,
+                 "steps": result.steps, "epochs": result.epochs}  # fmt: skip
+        save_checkpoint(self.out / "last", model, optimizer, state)
+        if result.last_is_best():
+            link_checkpoint(self.out / "last", self.out / "best")
+        shutil.rmtree(self.out.with_name(self.out.name + ".old"), ignore_errors=True)
+        write_text(self.out / "summary.json", json.dumps(result.summary(), indent=1))
+
+    def close(self) -> None:
+        """Give the folder back to the run that it was to replace, if this one came to nothing."""
+        old = self.out.with_name(self.out.name + ".old")
+        if self.writes and not (self.out / "last").is_dir() and old.exists():
+            shutil.rmtree(self.out, ignore_errors=True)
+            recover_folder(self.out)

@@ -1,0 +1,17 @@
+"""Weights & Biases, offline unless one asks for more.
+
+Left out: what is logged, and metrics.jsonl, which is there without it (`run`).
+"""
+
+import os
+from pathlib import Path
+
+
+def start_tracker(out: Path, mode: str, config: dict):
+    """A Weights & Biases run with `log` and `finish`, its files in `out`/wandb; None where the mode is "disabled"."""
+    if mode == "disabled":
+        return None
+    import wandb  # takes half a second
+
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would print into every notebook
+    return wandb.init(project="fsc147lib", name=out.name, dir=out, mode=mode, config=config)
