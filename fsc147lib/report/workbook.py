@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from ..data.scenes import make_dataset
 from ..files import write_text
-from ..model.load import TINY
 
 PICTURES = {"train": 800, "val": 100, "test": 50}
 """Size of the drawn data set that the notebooks use when no root is given."""
@@ -62,7 +61,7 @@ class Settings:
         return folder
 
 
-def settings(data: str | Path | None = None, model: str = TINY, out: str | Path = "../runs/notebooks") -> Settings:
+def settings(data: str | Path | None = None, model: str = "tiny", out: str | Path = "../runs/notebooks") -> Settings:
     """Settle where things are, and draw the default data set if it is needed and not there.
 
     The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT win over the arguments.
