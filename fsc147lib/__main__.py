@@ -1,25 +1,23 @@
-"""The command line: `python -m fsc147lib COMMAND ...`; `--help` lists the commands, and each one's options.
+"""The command line: `fsc147lib COMMAND ...`, also as `python -m fsc147lib COMMAND ...`.
+
+A command is an entry of `COMMANDS`.  Its options are the fields of a dataclass that lies beside the code that
+reads them, so a new option is one line there.  The list of commands needs none of their modules: a command's
+module, and torch with it, is imported once that command is chosen.
 
 Left out: everything that a command does; each calls one function.
 """
 
+import importlib
 import json
 import sys
-from typing import Annotated, Union
+from pathlib import Path
 
-import tyro
-
-from .data.fsc147 import CheckConfig
-from .data.scenes import SynthConfig
-from .evaluation.answering import EvaluateConfig
 from .files import write_text
-from .report.overhead import OverheadConfig
-from .report.throughput import ThroughputConfig
-from .training.loop import TrainConfig
+from .options import parse_options
 
 
-def run_check(config: CheckConfig) -> int:
-    from .data.fsc147 import check
+def run_check(config) -> int:
+    from .data import check
 
     report = check(config.root)
     print(report)
@@ -28,8 +26,8 @@ def run_check(config: CheckConfig) -> int:
     return 0 if report.clean else 1
 
 
-def run_synth(config: SynthConfig) -> int:
-    from .data.scenes import make_dataset
+def run_synth(config) -> int:
+    from .data import make_dataset
 
     out = make_dataset(config.out, config.train, config.val, config.test, config.seed, sprites=config.sprites)
     print(f"drew {config.train} train, {config.val} val and {config.test} test pictures in {out},")
@@ -37,8 +35,8 @@ def run_synth(config: SynthConfig) -> int:
     return 0
 
 
-def run_train(config: TrainConfig) -> int:
-    from .training.loop import train
+def run_train(config) -> int:
+    from .training import train
 
     result = train(config)
     print_metrics(result.epochs[-1]["val"])
@@ -46,21 +44,32 @@ def run_train(config: TrainConfig) -> int:
     return 0
 
 
-def run_evaluate(config: EvaluateConfig) -> int:
-    from .evaluation.answering import evaluate
+def run_evaluate(config) -> int:
+    from .evaluation import evaluate
 
     print_metrics(evaluate(config).metrics)
     return 0
 
 
-def run_overhead(config: OverheadConfig) -> int:
+def run_sweep(config) -> int:
+    from . import training
+    from .report.sweeps import sweep_figure, sweep_table
+
+    rows = training.run_sweep(config)
+    print(sweep_table(rows))
+    sweep_figure(rows).savefig(config.out / "sweep.png", dpi=120)
+    print(f"all of it in {config.out}/sweep.json, drawn in {config.out}/sweep.png")
+    return 0 if all(row["finished"] for row in rows) else 1
+
+
+def run_overhead(config) -> int:
     from .report.overhead import measure_overhead
 
     measure_overhead(config)
     return 0
 
 
-def run_throughput(config: ThroughputConfig) -> int:
+def run_throughput(config) -> int:
     from .report.throughput import measure_throughput
 
     measure_throughput(config)
@@ -72,24 +81,48 @@ def print_metrics(metrics: dict[str, float]) -> None:
         print(f"{name:>18} " + ("      none" if value is None else f"{value:10.4f}"))
 
 
-COMMANDS = {
-    CheckConfig: ("check", run_check),
-    SynthConfig: ("synth", run_synth),
-    TrainConfig: ("train", run_train),
-    EvaluateConfig: ("evaluate", run_evaluate),
-    OverheadConfig: ("overhead", run_overhead),
-    ThroughputConfig: ("throughput", run_throughput),
+COMMANDS = {  # name: (the dataclass of its options and the module it lies in, what runs, a line of help)
+    "check": ("data.fsc147:CheckConfig", run_check, "count what an FSC147 root holds and list every fault"),
+    "synth": ("data.scenes:SynthConfig", run_synth, "draw a small data set in FSC147's layout"),
+    "train": ("training.loop:TrainConfig", run_train, "train to count and to look, and keep the best weights"),
+    "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
+    "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
+    "overhead": ("report.overhead:OverheadConfig", run_overhead, "measure what the attention loss costs"),
+    "throughput": ("report.throughput:ThroughputConfig", run_throughput, "measure training, variant by variant"),
 }
 
 
-def main() -> int:
-    choices = [Annotated[config, tyro.conf.subcommand(name)] for config, (name, _) in COMMANDS.items()]
+def main(words: list[str] | None = None) -> int:
+    """Run one command; returns its exit status (0 done, 1 faults found, 2 refused with the reason on stderr).
+
+    A file of your own that adds a heatmap method first has the same commands: `sys.exit(main())` at its end.
+
+    Args:
+        words: what follows the program's name on the command line, from `sys.argv` if None.
+    """
+    words = sys.argv[1:] if words is None else words
+    program = Path(sys.argv[0]).name
+    program = "python -m fsc147lib" if program == "__main__.py" else program
+    if not words or words[0] in ("-h", "--help"):
+        print(overview(program))
+        return 0 if words else 2
+    if words[0] not in COMMANDS:
+        print(f"{words[0]!r} is no command\n\n{overview(program)}", file=sys.stderr)
+        return 2
+    options, run, _ = COMMANDS[words[0]]
+    module, config = options.split(":")
     try:
-        config = tyro.cli(tyro.conf.OmitSubcommandPrefixes[Union[tuple(choices)]], prog="python -m fsc147lib")  # noqa: UP007
-        return COMMANDS[type(config)][1](config)
+        config = getattr(importlib.import_module(f"fsc147lib.{module}"), config)
+        return run(parse_options(config, words[1:], f"{program} {words[0]}"))
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+
+
+def overview(program: str) -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items()]
+    return "\n".join([f"usage: {program} COMMAND ...", "", *lines, "", f"options: {program} COMMAND --help"])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ where one is made, so that a long run does not end on a typing error.
 Left out: the options themselves.
 """
 
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -20,3 +22,23 @@ def need(config, name: str, holds: bool, rule: str) -> None:
     if not holds:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(f"{name} ({flag}) is {getattr(config, name)}, but must be {rule}")
+
+
+def parse_options(config: type, words: Sequence[str], program: str):
+    """A command's options from a command line; `--preset NAME` gives those that `config.PRESETS` has another default.
+
+    Raises:
+        SystemExit: the words make no options; the reason is printed.
+        ConfigError: there is no such preset.
+    """
+    import tyro  # takes a third of a second
+
+    words, presets, preset = list(words), getattr(config, "PRESETS", {}), {}
+    if presets and "--preset" in words:
+        at = words.index("--preset")
+        name = "".join(words[at + 1 : at + 2])
+        if name not in presets:
+            raise ConfigError(f"preset (--preset) is {name!r}, but must be one of {', '.join(presets)}")
+        required = {field.name: tyro.MISSING for field in fields(config) if field.default is MISSING}
+        words[at : at + 2], preset = [], {"default": config(**required, **presets[name])}
+    return tyro.cli(config, args=words, prog=program, **preset)

@@ -1,45 +1,64 @@
-"""The commands, in a process of their own, as a user types them."""
+"""The commands, as a user types them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-
-def run(*words, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "fsc147lib", *map(str, words)], capture_output=True, text=True, cwd=cwd, check=False
-    )
+from fsc147lib.__main__ import COMMANDS, main
 
 
-def test_check_of_a_clean_root(root, tmp_path):
-    done = run("check", root, "--json", tmp_path / "report.json")
-    assert done.returncode == 0, done.stderr
-    assert "train: images 24" in done.stdout and "0 faults" in done.stdout
+@pytest.fixture
+def command(capsys):
+    """Runs a command in this process: its exit status, and what it printed to stdout and stderr."""
+
+    def call(*words) -> tuple[int, str, str]:
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as stop:  # raised by the parser of options
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def python_m(*words):
+    """`python -m fsc147lib ...` in a process of its own, as a user types it."""
+    words = [sys.executable, "-m", "fsc147lib", *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_check_of_a_clean_root(command, root, tmp_path):
+    status, out, err = command("check", root, "--json", tmp_path / "report.json")
+    assert status == 0, err
+    assert "train: images 24" in out and "0 faults" in out
     assert json.loads((tmp_path / "report.json").read_text())["clean"] is True
 
 
-def test_check_of_a_missing_root_says_what_to_download(tmp_path):
-    done = run("check", tmp_path / "nowhere")
-    assert done.returncode == 1
-    assert "LearningToCountEverything" in done.stdout and "images_384_VarV2" in done.stdout
+def test_check_of_a_missing_root_says_what_to_download(command, tmp_path):
+    status, out, _ = command("check", tmp_path / "nowhere")
+    assert status == 1
+    assert "LearningToCountEverything" in out and "images_384_VarV2" in out
 
 
-def test_synth_train_evaluate(tmp_path):
-    done = run("synth", tmp_path / "data", "--train", 6, "--val", 3, "--test", 1, "--seed", 4)
-    assert done.returncode == 0, done.stderr
-    done = run(
+def test_synth_train_evaluate(command, tmp_path):
+    status, _, err = command("synth", tmp_path / "data", "--train", 6, "--val", 3, "--test", 1, "--seed", 4)
+    assert status == 0, err
+    done = python_m(
         "train", "--data", tmp_path / "data", "--model", "tiny", "--epochs", 1, "--out", tmp_path / "run",
         "--batch-size", 3, "--attention-layers", 1, 2, "--tracking", "disabled",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["attention_layers"] == [1, 2]
-    done = run(
+    status, _, err = command(
         "evaluate", "--data", tmp_path / "data", "--split", "val", "--model", tmp_path / "run" / "best",
         "--json", tmp_path / "val.json", "--attention-layers", 1, 2,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert status == 0, err
     trained = json.loads((tmp_path / "run" / "summary.json").read_text())["best"]
     evaluated = json.loads((tmp_path / "val.json").read_text())["metrics"]
     assert evaluated["mae"] == trained["mae"]
@@ -58,15 +77,46 @@ def test_synth_train_evaluate(tmp_path):
         (("synth", "new", "--seed", "-1"), "--seed is -1"),
     ],
 )
-def test_errors_are_one_line_of_cause_and_no_traceback(tmp_path, words, message):
+def test_errors_are_one_line_of_cause_and_no_traceback(command, tmp_path, monkeypatch, words, message):
     (tmp_path / "something").touch()
-    done = run(*words, cwd=tmp_path)
-    assert done.returncode == 2
-    said = " ".join(done.stderr.replace("│", " ").split())  # without the box that wraps it
-    assert message in said and "Traceback" not in said
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command(*words)
+    assert status == 2
+    assert message in " ".join(err.replace("│", " ").split())  # without the box that wraps it
 
 
-def test_help_lists_the_fields_of_the_dataclass():
-    done = run("train", "--help")
-    assert done.returncode == 0
-    assert "--attention-weight" in done.stdout and "--gradient-checkpointing" in done.stdout
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_commands_help_lists_the_fields_of_its_dataclass(command, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/fsc147lib"])
+    status, printed, _ = command(name, "--help")
+    assert status == 0 and printed.startswith(f"usage: fsc147lib {name} ")
+    module, options = COMMANDS[name][0].split(":")
+    fields = dataclasses.fields(getattr(sys.modules[f"fsc147lib.{module}"], options))
+    for field in fields[1:]:  # the first may be an argument without a flag
+        assert "--" + field.name.replace("_", "-") in printed.replace("no-", ""), field.name
+
+
+def test_help_names_every_command_and_loads_no_torch():
+    code = """
+import sys
+from fsc147lib.__main__ import main
+assert main(["--help"]) == 0
+assert "torch" not in sys.modules and "transformers" not in sys.modules and "numpy" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_no_command_and_a_word_that_is_none_are_answered_with_the_commands(command):
+    status, out, _ = command()
+    assert status == 2 and "  train " in out
+    status, _, err = command("trian")
+    assert status == 2 and "'trian' is no command" in err and "  train " in err
+
+
+def test_python_m_and_the_console_script_are_one_program():
+    done = python_m("--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m fsc147lib COMMAND")
+    scripts = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"fsc147lib": "fsc147lib.__main__:main"}

@@ -122,10 +122,10 @@ COLUMNS = {
 """A number's name in a row, its column's head, and how the row is written there."""
 
 
-def table(rows: Iterable[dict]) -> str:
-    """A benchmark's rows as text: a line for each, with the columns that any of them has numbers for."""
+def table(rows: Iterable[dict], columns: dict[str, tuple[str, str]] = COLUMNS) -> str:
+    """Rows as text: a line for each, with its name and the columns that any of them has values for."""
     rows = list(rows)
-    shown = {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    shown = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
     cells = [["variant", *(head for head, _ in shown.values())]]
     for row in rows:
         name = row["name"] + (": out of memory" if row.get("out_of_memory") else "")

@@ -1,9 +1,15 @@
-"""Losses to step to run: the count loss and the attention loss, batches, the loop, and a run's folder.
+"""Losses to step to run: the count loss and the attention loss, batches, the loop, a run's folder, and grids of runs.
 
 Left out: what a person looks at (`report`).
 """
 
-from .loop import TrainConfig, TrainResult, train
+from .loop import TrainConfig, train
 from .losses import ATTENTION_LOSSES, DualLoss
+from .run import TrainResult
+from .step import TrainingStep
+from .sweep import SweepConfig, run_sweep
 
-__all__ = ["ATTENTION_LOSSES", "DualLoss", "TrainConfig", "TrainResult", "train"]
+__all__ = [
+    "ATTENTION_LOSSES", "DualLoss", "SweepConfig", "TrainConfig", "TrainResult", "TrainingStep",
+    "run_sweep", "train",
+]  # fmt: skip

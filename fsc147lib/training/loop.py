@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -39,7 +39,14 @@ from .tracker import start_tracker
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune with both losses."""
+    """Fine-tune with both losses; --preset seed, quick or full gives the options below other defaults."""
+
+    PRESETS: ClassVar[dict[str, dict]] = {
+        "seed": {"attention_weight": 0.1, "learning_rate": 2e-6, "accumulation": 8},
+        "quick": {"epochs": 1, "limit": 200},
+        "full": {"epochs": 10},
+    }
+    """What this project's first script trained with, and its two launches."""
 
     data: Path
     """Folder in FSC147's official layout."""
@@ -58,7 +65,9 @@ class TrainConfig:
     weight_decay: float = 0.05
     """AdamW's pull of matrices towards 0, times the learning rate; norms and biases are spared."""
     warmup: float = 0.1
-    """Part of all steps on which the learning rate rises; it falls along a cosine after."""
+    """Part of all steps on which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls to 0 after the warmup, or that it does not."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     attention_weight: float = 0.1
@@ -169,12 +178,13 @@ class TrainConfig:
         return json.dumps(asdict(self), indent=1, default=str)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear rise over the first part of the steps, then half a cosine to 0; step counts from 0."""
+def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
+    """Linear rise over the first part of the steps, then half a cosine or a line to 0, or 1; step counts from 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    done = (step - rising) / max(1, steps - rising)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
 
 
 def lazy_weight(weight: float, every: int, step: int) -> float:
@@ -293,7 +303,8 @@ class Run:
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
         for window in windows(self.loader, config.accumulation):
-            rate = config.learning_rate * learning_rate_factor(self.step, self.total_steps, config.warmup)
+            factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
+            rate = config.learning_rate * factor
             for group in step.optimizer.param_groups:
                 group["lr"] = rate
             losses, norm = step(window, lazy_weight(config.attention_weight, every, self.step))

@@ -54,6 +54,25 @@ class TrainResult:
         return last < min(earlier, default=math.inf)
 
 
+def need_same_run(config) -> None:
+    """Raise ConfigError unless the run in `config.out` was started with the same options, up to MAY_CHANGE."""
+    path = config.out / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}): start a new run from {config.out}/last as --model"
+        ) from error
+    now = json.loads(config.to_json())
+    for option in fields(config):  # one that the run did not know yet had its default
+        before = saved.get(option.name, option.default)
+        if option.name not in MAY_CHANGE and now[option.name] != before:
+            raise ConfigError(
+                f"{option.name} is {now[option.name]}, but the run in {config.out} was started with {before}: "
+                "resume with the same value, or start a new run with another --out"
+            )
+
+
 class RunFolder:
     """A run's folder, which an earlier run cannot be lost from and no two runs share.
 
@@ -75,30 +94,13 @@ class RunFolder:
         if config.resume:
             if not finished_epoch:
                 raise ConfigError(f"there is nothing to resume in {self.out}: no epoch of a run was finished there")
-            self._need_same_run()
+            need_same_run(config)
         elif finished_epoch and not config.overwrite:
             raise ConfigError(
                 f"{self.out} holds a run already: name another --out, go on with --resume, or --overwrite it"
             )
         elif not started and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"{self.out} holds something that is no run: name another --out (it is left alone)")
-
-    def _need_same_run(self) -> None:
-        path = self.out / "config.json"
-        try:
-            saved = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{path} cannot be read ({error}): start a new run from {self.out}/last as --model"
-            ) from error
-        now = json.loads(self.config.to_json())
-        for option in fields(self.config):  # one that the run did not know yet had its default
-            before = saved.get(option.name, option.default)
-            if option.name not in MAY_CHANGE and now[option.name] != before:
-                raise ConfigError(
-                    f"{option.name} is {now[option.name]}, but the run in {self.out} was started with {before}: "
-                    "resume with the same value, or start a new run with another --out"
-                )
 
     def start(self) -> None:
         """Begin to write; an earlier run is set aside until this one's first checkpoint."""

@@ -1,0 +1,82 @@
+"""The table and the figure of a sweep: runs that differ in their seed alone are one line, with mean and range.
+
+Left out: running one (`training.sweep`).
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from .timing import table
+
+COLUMNS = {
+    "runs": ("runs", "{runs}"),
+    "best": ("best MAE (range)", "{best[0]:.2f} ({best[1]:.2f} to {best[2]:.2f})"),
+    "last": ("last MAE (range)", "{last[0]:.2f} ({last[1]:.2f} to {last[2]:.2f})"),
+    "kl": ("last KL (range)", "{kl[0]:.3f} ({kl[1]:.3f} to {kl[2]:.3f})"),
+    "seconds": ("s a run", "{seconds:.0f}"),
+    "error": ("failed", "{error}"),
+}
+
+
+def sweep_groups(rows: Sequence[dict]) -> list[dict]:
+    """Runs that differ in their seed alone, put together.
+
+    Args:
+        rows: of `run_sweep`.
+
+    Returns:
+        Of each group `name` (its options), `runs` (how many have finished), `error` (of one that failed), and over
+        the finished ones `best`, `last` (MAE), `kl` (of the last epoch; each mean, lowest, highest), `seconds`
+        (mean), `curves` (each [epochs + 1] MAE).
+    """
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        name = ", ".join(f"{key} {value}" for key, value in row["options"].items() if key != "seed")
+        groups.setdefault(name or "all", []).append(row)
+    found = []
+    for name, members in groups.items():
+        finished = [row for row in members if row["finished"]]
+        errors = [row["error"] for row in members if row["error"]]
+        group = {"name": name, "runs": len(finished), "error": errors[0] if errors else None, "curves": []}
+        for key, part, metric in (("best", "best", "mae"), ("last", "last", "mae"), ("kl", "last", "kl")):
+            values = [row[part][metric] for row in finished]
+            group[key] = (float(np.mean(values)), min(values), max(values)) if values else None
+        if finished:
+            group["seconds"] = float(np.mean([row["seconds"] for row in finished]))
+            group["curves"] = [[line["mae"] for line in row["curve"]] for row in finished]
+        found.append(group)
+    return found
+
+
+def sweep_table(rows: Sequence[dict]) -> str:
+    """The groups of a sweep as text, with mean and range over seeds."""
+    return table(sweep_groups(rows), COLUMNS)
+
+
+def sweep_figure(rows: Sequence[dict]) -> Figure:
+    """Validation MAE epoch by epoch, and best MAE and last KL of each group: lines and bars are means, bands ranges.
+
+    Args:
+        rows: of `run_sweep`; runs that have not finished are left out.
+    """
+    groups = [group for group in sweep_groups(rows) if group["runs"]]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 1.5 + max(2.5, 0.35 * len(groups))), layout="constrained")
+    names = [f"{group['name']} ({group['runs']})" for group in groups]
+    for i, (name, group) in enumerate(zip(names, groups, strict=True)):
+        curves = np.array(group["curves"])  # [runs, epochs + 1]
+        epochs = np.arange(curves.shape[1])
+        axes[0].plot(epochs, curves.mean(axis=0), ".-", color=f"C{i}", label=name)
+        axes[0].fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=f"C{i}", alpha=0.15)
+        for place, key in ((axes[1], "best"), (axes[2], "kl")):
+            mean, low, high = group[key]
+            place.barh(i, mean, xerr=[[mean - low], [high - mean]], color=f"C{i}", capsize=3)
+    axes[0].set(xlabel="epoch", ylabel="validation MAE, objects", title="mean over runs, with their range")
+    axes[0].legend(frameon=False, fontsize=8)
+    for place, label in ((axes[1], "best validation MAE, objects"), (axes[2], "KL(P || A) at the end, nats")):
+        place.set(xlabel=label)
+        place.set_yticks(range(len(groups)), labels=names if place is axes[1] else [])
+        place.invert_yaxis()
+    return figure

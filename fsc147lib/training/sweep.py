@@ -1,0 +1,172 @@
+"""A grid of runs over any of `train`'s options, several at once; what is finished is not run again.
+
+Each run is a process of `train` with a folder of its own below the sweep's, its output in `logs/`, and a row of
+`sweep.json`, which is written after each run.
+
+Left out: what a run does (`loop`), and the table and the figure of a sweep (`report.sweeps`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from ..data import open_split
+from ..evaluation import evaluate_samples
+from ..files import write_text
+from ..model import load_model
+from ..model.device import make_accelerator
+from ..options import ConfigError, need, parse_options
+from .loop import TrainConfig
+from .run import need_same_run
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train once for each combination of values: sweep --grid seed=0,1 attention_weight=0,1 -- --data ROOT."""
+
+    grid: tuple[str, ...]
+    """NAME=VALUE,VALUE,... of options of train; a value of several words in quotes: "attention_layers=1 2,2 3"."""
+    train: tyro.conf.Positional[tuple[str, ...]] = ()
+    """After --: options of train that all runs share."""
+    out: Path = Path("runs/sweep")
+    """Folder of the sweep: a folder for each run, logs/, sweep.json."""
+    parallel: int = 1
+    """Runs at once."""
+    splits: tuple[str, ...] = ()
+    """Splits that the last weights of each run answer at the end, image by image: test and test_seen, for example."""
+
+    def __post_init__(self):
+        need(self, "parallel", self.parallel >= 1, "at least 1")
+        for axis in self.grid:
+            need(self, "grid", all(axis.partition("=")), "NAME=VALUE,VALUE,... for each option")
+
+
+@dataclass
+class GridRun:
+    """One run of a grid: its options that differ from others', as words and as values, and all of them."""
+
+    name: str
+    words: list[str]
+    options: dict
+    config: TrainConfig
+
+    def row(self) -> dict:
+        """What is known of the run from its folder: `options`, `best` and `last` validation, a `curve` of all."""
+        row = {"name": self.name, "options": self.options, "finished": False, "error": None, "seconds": 0.0}
+        try:
+            need_same_run(self.config)
+            lines = (self.config.out / "metrics.jsonl").read_text().splitlines()
+        except (ConfigError, OSError):
+            return row
+        curve = [{"epoch": line["epoch"], **line["val"]} for line in map(json.loads, lines) if "val" in line]
+        if not curve or curve[-1]["epoch"] < self.config.epochs or not (self.config.out / "summary.json").is_file():
+            return row
+        summary = json.loads((self.config.out / "summary.json").read_text())
+        return {**row, "finished": True, "best": summary["best"], "last": summary["last"], "curve": curve}
+
+    def start(self, log: Path, threads: int) -> subprocess.Popen:
+        """Start the run, or go on with it from its last whole epoch."""
+        words = [*self.words, "--resume"] if (self.config.out / "last").is_dir() else self.words
+        environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", **os.environ}
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            command = [sys.executable, "-m", "fsc147lib", "train", *words]
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def grid_runs(config: SweepConfig) -> list[GridRun]:
+    """Every combination of the grid, checked as `train` checks its options.
+
+    Raises:
+        SystemExit: one is no option of `train`, or its value cannot be; the message is printed.
+    """
+    axes = [(name, values.split(",")) for name, _, values in (axis.partition("=") for axis in config.grid)]
+    runs = []
+    for values in product(*(values for _, values in axes)):
+        point = dict(zip((name for name, _ in axes), values, strict=True))
+        name = ",".join(f"{key}={value.replace(' ', '+').replace('/', '-')}" for key, value in point.items())
+        words = [*config.train]
+        for key, value in point.items():
+            flag = key.replace("_", "-")
+            switches = {"True": [f"--{flag}"], "False": [f"--no-{flag}"]}
+            words += switches.get(value, [f"--{flag}", *value.split()])
+        words += ["--out", str(config.out / name)]
+        settings = parse_options(TrainConfig, words, "train")
+        options = json.loads(settings.to_json())
+        runs.append(GridRun(name, words, {key: options[key] for key in point}, settings))
+    return runs
+
+
+def run_sweep(config: SweepConfig) -> list[dict]:
+    """Train what is not finished yet; `python -m fsc147lib sweep` calls this.
+
+    Returns:
+        The rows of `sweep.json`, in the grid's order: `name`, `options` (the grid's), `finished`, `error` (None, or
+        the last line that a failed run has printed), `seconds` (of all its processes); of a finished run `best`
+        and `last` (validation metrics with their epoch) and `curve` (those of each epoch).
+    """
+    runs, path = grid_runs(config), config.out / "sweep.json"
+    before = {row["name"]: row["seconds"] for row in json.loads(path.read_text())["runs"]} if path.is_file() else {}
+    rows = {run.name: {**run.row(), "seconds": before.get(run.name, 0.0)} for run in runs}
+    waiting = [run for run in runs if not rows[run.name]["finished"]]
+    _write(path, config, rows)
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
+    for run, seconds, error in processes(waiting, config.out / "logs", config.parallel):
+        rows[run.name] = {**run.row(), "seconds": rows[run.name]["seconds"] + seconds, "error": error}
+        _write(path, config, rows)
+        print(f"{run.name}: {error or 'MAE {mae:.2f}'.format(**rows[run.name]['best'])}, {seconds:.0f} s", flush=True)
+    if config.splits:
+        for run in runs:
+            if rows[run.name]["finished"] and "splits" not in rows[run.name]:
+                rows[run.name]["splits"] = answer_splits(run.config, config.splits)
+                _write(path, config, rows)
+    return list(rows.values())
+
+
+def answer_splits(config: TrainConfig, splits: Sequence[str]) -> dict[str, dict]:
+    """What a run's last weights answer: per split the `metrics`, and of each image its `error` and `kl`."""
+    model, accelerator = load_model(config.out / "last"), make_accelerator(config.precision)
+    training_mean = float(np.mean([sample.count for sample in open_split(config.data, "train", config.limit)]))
+    answered = {}
+    for split in splits:
+        samples = open_split(config.data, split)
+        found = evaluate_samples(model, samples, 64, accelerator=accelerator, empty_cost=training_mean)
+        images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
+        answered[split] = {"metrics": found.metrics, **images}
+    return answered
+
+
+def _write(path: Path, config: SweepConfig, rows: dict[str, dict]) -> None:
+    write_text(path, json.dumps({"train": config.train, "grid": config.grid, "runs": list(rows.values())}, indent=1))
+
+
+def processes(runs: list[GridRun], logs: Path, parallel: int) -> Iterator[tuple[GridRun, float, str | None]]:
+    """Run some at once; yields each that ended, its seconds and what went wrong.  Interrupted, it ends them all."""
+    waiting, running = list(runs), {}
+    threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, len(runs))))
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                run = waiting.pop(0)
+                running[run.name] = run, time.perf_counter(), run.start(logs / f"{run.name}.txt", threads)
+            for run, started, process in [entry for entry in running.values() if entry[2].poll() is not None]:
+                del running[run.name]
+                error = None
+                if process.returncode:
+                    printed = (logs / f"{run.name}.txt").read_text(errors="replace").strip()
+                    error = printed.splitlines()[-1] if printed else f"ended with status {process.returncode}"
+                yield run, time.perf_counter() - started, error
+            time.sleep(0.1)
+    finally:
+        for _, _, process in running.values():
+            process.terminate()
+            process.wait()

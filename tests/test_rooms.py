@@ -1,0 +1,81 @@
+"""The shape of the library: rooms in one line, small modules, names that say one thing."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parents[1]
+PACKAGE = HERE / "fsc147lib"
+ROOMS = ("data", "model", "evaluation", "training", "report")  # each uses those before it
+BELOW, ABOVE = ("files", "options"), ("__init__", "__main__")
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in MODULES}
+NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
+
+
+def imports_of(path: Path, tree: ast.AST) -> list[tuple[str, ...]]:
+    """What a file of the library imports from the library, inside functions as well: ("model", "load"), ..."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.relative_to(HERE).parts[:-1]  # of the package that a relative import starts from
+            start = folder[: len(folder) - node.level + 1] if node.level else ()
+            module = ".".join([*start, *filter(None, [node.module])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found += [tuple(name.split(".")[1:]) for name in names if name.split(".")[0] == "fsc147lib"]
+    return found
+
+
+def floor(place: str) -> int:
+    """The floors from the ground up: `files` and `options`, the five rooms, the command line."""
+    return 0 if place in BELOW else ROOMS.index(place) + 1 if place in ROOMS else len(ROOMS) + 1
+
+
+def upward(path: Path, tree: ast.AST) -> list[str]:
+    """The imports of a file that go to a room above its own."""
+    place = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    reached = [(name, floor(name[0]) if name else len(ROOMS) + 1) for name in imports_of(path, tree)]
+    return [".".join(("fsc147lib", *name)) for name, level in reached if level > floor(place)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_a_room_uses_those_above_it_in_the_table_and_none_below(path):
+    assert not upward(path, TREES[path]), f"{path.relative_to(HERE)} imports from a later room"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from ..training import train", ["fsc147lib.training.train"]),
+        ("def f():\n    from fsc147lib.training.loop import train", ["fsc147lib.training.loop.train"]),
+        ("import fsc147lib.report", ["fsc147lib.report"]),
+        ("from .. import report", ["fsc147lib.report"]),
+        ("from fsc147lib import train", ["fsc147lib.train"]),
+        ("from ..data import Sample\nfrom .load import load_model\nfrom ..files import write_text\nimport torch", []),
+    ],
+)
+def test_the_search_for_imports_finds_every_form(source, found):
+    assert upward(PACKAGE / "model" / "answers.py", ast.parse(source)) == found
+
+
+def test_every_file_lies_in_a_room_or_is_one_of_the_four_beside_them():
+    places = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in MODULES}
+    assert places == {*ROOMS, *BELOW, *ABOVE}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_modules_of_a_room_do_not_import_each_other_in_a_circle(room):
+    stems = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
+    uses = {}
+    for stem in stems:
+        path = PACKAGE / room / f"{stem}.py"
+        uses[stem] = {name[1] for name in imports_of(path, TREES[path]) if name[0] == room and name[1] in stems}
+    while ready := [stem for stem, used in uses.items() if not used & uses.keys()]:
+        for stem in ready:
+            del uses[stem]
+    assert not uses, f"in a circle, or using one that is: {uses}"
