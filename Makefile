@@ -1,19 +1,29 @@
-# `make run` and `make test` set up .venv by themselves; PYTHON chooses the interpreter it is made with.
+# Each command sets up .venv by itself; PYTHON chooses the interpreter it is made with.
+# `make lab ARGS="--no-browser --port 8899"` passes options on.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lab setup outputs lock clean
+.PHONY: run check test lint lab setup outputs lock clean
 
 run: setup
 	$(BIN)/python -m fsc147lib.report.workbook
 
-test: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+# The inner loop: under a minute on 2 cores.
+check: lint
+	$(BIN)/python -m pytest -m "not slow" tests
+
+# Everything; the notebooks' results go to an empty folder, not among those of `make run`.
+test: lint
 	$(BIN)/python -m pytest tests
+	rm -rf runs/nbval
 	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider notebooks
 
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+
 lab: setup
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 setup: .venv/installed
 
@@ -26,7 +36,7 @@ setup: .venv/installed
 # After `make run`: take its executed notebooks as the committed ones.
 outputs:
 	cp runs/workbook/*.ipynb notebooks/
-	cp runs/workbook/results/overview.jpg notebooks/
+	cp runs/notebooks/overview.jpg notebooks/
 
 # Pin the whole environment again, after a change of pyproject.toml.
 lock: setup

@@ -1,6 +1,8 @@
 """The shape of the library: rooms in one line, small modules, names that say one thing."""
 
 import ast
+import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,48 @@ def test_modules_of_a_room_do_not_import_each_other_in_a_circle(room):
         for stem in ready:
             del uses[stem]
     assert not uses, f"in a circle, or using one that is: {uses}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_is_for_and_hands_on_names_it_has(room):
+    module = importlib.import_module(f"fsc147lib.{room}")
+    assert len(module.__doc__.split()) >= 20
+    assert module.__all__, "a room hands on its public names"
+    for name in module.__all__:
+        assert hasattr(module, name) or importlib.import_module(f"fsc147lib.{room}.{name}"), name
+
+
+def test_the_package_hands_on_the_names_of_its_rooms():
+    package = importlib.import_module("fsc147lib")
+    for name in package.__all__:
+        assert getattr(package, name).__module__.startswith("fsc147lib."), name
+    with pytest.raises(AttributeError, match="has no name 'nothing'"):
+        _ = package.nothing
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_modules_classes_and_docstrings_stay_readable(path):
+    assert len(path.read_text().splitlines()) <= 350
+    assert len((ast.get_docstring(TREES[path]) or "").split()) >= 5, "each module opens with what it is for"
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ClassDef) and not node.name.endswith("Config"):  # those are lists of options
+            assert node.end_lineno - node.lineno < 130, node.name  # about 120
+
+
+def test_no_public_function_has_a_modules_name():
+    modules = {path.stem for path in MODULES} | set(ROOMS)
+    for path, tree in TREES.items():
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        defined = {node.name for node in tree.body if isinstance(node, kinds) and node.name[0] != "_"}
+        assert not defined & modules, path.relative_to(HERE)
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_use_names_that_the_package_and_its_rooms_hand_on(path):
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        for node in ast.walk(ast.parse("".join(line for line in cell["source"] if not line.startswith("%")))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fsc147lib"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert alias.name in module.__all__, f"{node.module} does not hand on {alias.name}"

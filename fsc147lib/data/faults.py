@@ -114,7 +114,7 @@ def read_numbers(entry: dict, key: str, *shape: int) -> np.ndarray:
     return np.array(values, dtype=np.float32).reshape(-1, *shape)
 
 
-def split_names(splits: dict, split: str, faults: Faults) -> list[str]:
+def split_names(splits: "_Object", split: str, faults: Faults) -> list[str]:
     """The names of one split; empty with a fault added if it is no list of strings."""
     names, disjoint = splits[split], ("train", "val", "test")  # val_coco and test_coco are parts of val and test
     if type(names) is not list or not all(type(name) is str for name in names):

@@ -221,7 +221,7 @@ def check(root: str | Path) -> Report:
     with ThreadPoolExecutor() as pool:  # decoding lets go of the interpreter lock
         for found in pool.map(_pixel_faults, present):
             faults.extend(found)
-    splits = {}
+    splits: dict[str, dict[str, float]] = {}
     for split, listed in samples.items():
         n = [sample.count for sample in listed]
         splits[split] = {"images": len(n), "empty": n.count(0), "categories": len({s.category for s in listed})}

@@ -140,7 +140,7 @@ def _is_cut_out(path: Path) -> bool:
     alpha = _read(path).getchannel("A")
     if _solid(alpha) is None:
         raise ValueError(f"--sprites: {str(path)!r} is fully transparent: remove it")
-    return alpha.getextrema()[0] < 128
+    return alpha.getextrema()[0] < 128  # type: ignore[operator]  # one channel: a pair
 
 
 def _read(path: Path) -> Image.Image:

@@ -2,3 +2,5 @@
 
 Nothing imports it but commands and notebooks.
 """
+
+__all__ = ["figures", "overhead", "throughput", "timing", "workbook"]  # modules; each is loaded when it is imported

@@ -218,15 +218,11 @@ def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int])
     return figure
 
 
-CLAIMED = (0.025, 0.065)
-"""The overhead that the first script of this project claimed."""
-
-
 def overhead_bars(rows: Sequence[dict]) -> Figure:
-    """Overhead of each heatmap, with its 95 % interval, and peak memory; the claimed overhead as a band.
+    """Overhead of each heatmap, with its 95 % interval, and peak memory.
 
     Args:
-        rows: of `benchmark.time_losses`.  Grey is a heatmap that is only computed, red one that is trained.
+        rows: of `time_losses`.  Grey is a heatmap that is only computed, red one that is trained.
     """
     missing = [row["name"] for row in rows if row["out_of_memory"]]
     rows = [row for row in rows if not row["out_of_memory"]]
@@ -238,7 +234,6 @@ def overhead_bars(rows: Sequence[dict]) -> Figure:
     spread = np.abs(np.array([[row["overhead_low"], row["overhead_high"]] for row in rows]).T - middle)
     places = axes[0].bar(names[1:], 100 * middle[1:], yerr=100 * spread[:, 1:], color=colours[1:], capsize=4)
     axes[0].bar_label(places, fmt="%.1f", fontsize=8, padding=3)
-    _claimed_band(axes[0])
     axes[0].margins(y=0.12)  # room for the labels
     axes[0].set(ylabel="% of a step", title="overhead (median, 95 % interval)")
     axes[1].bar(names, [row["peak_memory"] or 0 for row in rows], color=colours)
@@ -252,7 +247,7 @@ def overhead_against_every(rows: Sequence[dict]) -> Figure:
     """What is left of each trained heatmap's overhead when it is applied on each K-th step only.
 
     Args:
-        rows: of `benchmark.time_losses`.  A dot is the method's default K.
+        rows: of `time_losses`.  A dot is the method's default K.
     """
     figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
     every = 2 ** np.arange(8)
@@ -260,7 +255,6 @@ def overhead_against_every(rows: Sequence[dict]) -> Figure:
         if row["trained"] and not row["out_of_memory"]:
             (line,) = axes.plot(every, 100 * row["overhead_median"] / every, label=row["name"])
             axes.plot(row["every"], 100 * row["overhead_median"] / row["every"], "o", color=line.get_color())
-    _claimed_band(axes)
     axes.set(xscale="log", yscale="log", xlabel="K: steps from one heatmap to the next", ylabel="% of a step")
     _plain_numbers(axes)
     axes.set_xticks(every, labels=[str(k) for k in every])
@@ -289,10 +283,10 @@ def lazy_curves(runs: dict[str, list[dict]], overhead: float) -> Figure:
 
 
 def throughput_bars(rows: Sequence[dict]) -> Figure:
-    """Images a second of each way of training, from a plain loop to all that `train` does.
+    """Images a second of each variant of training, from a plain loop to all that `train` does.
 
     Args:
-        rows: of `throughput.measure`; whiskers span the timed blocks.
+        rows: of the `throughput` command; whiskers span the timed repeats.
     """
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.5 * len(rows)), layout="constrained")
     names = [f"{row['name']} (batch {row['batch_size']})" for row in rows]
@@ -305,10 +299,6 @@ def throughput_bars(rows: Sequence[dict]) -> Figure:
     axes.invert_yaxis()
     axes.set(xlabel="images a second, training")
     return figure
-
-
-def _claimed_band(axes) -> None:
-    axes.axhspan(100 * CLAIMED[0], 100 * CLAIMED[1], color="#3a923a", alpha=0.25, label="once claimed")
 
 
 def browser(draw: Callable[..., Figure], **choices) -> widgets.Widget:

@@ -122,11 +122,11 @@ COLUMNS = {
 """A number's name in a row, its column's head, and how the row is written there."""
 
 
-def table(rows: Iterable[dict], columns: dict[str, tuple[str, str]] = COLUMNS) -> str:
-    """Rows as text: a line for each, with its name and the columns that any of them has values for."""
+def table(rows: Iterable[dict], columns: dict[str, tuple[str, str]] = COLUMNS, head: str = "variant") -> str:
+    """Rows as text: a line for each, with its `name` under `head` and the columns that any row has numbers for."""
     rows = list(rows)
     shown = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
-    cells = [["variant", *(head for head, _ in shown.values())]]
+    cells = [[head, *(title for title, _ in shown.values())]]
     for row in rows:
         name = row["name"] + (": out of memory" if row.get("out_of_memory") else "")
         cells.append([name, *("" if row.get(key) is None else form.format(**row) for key, (_, form) in shown.items())])

@@ -1,7 +1,8 @@
 """What the notebooks share: where data, model and results are; and the runner behind `make run`.
 
 The runner executes the notebooks in order with no window, writes them and their HTML to
-`runs/workbook/`, and sums up their results in `summary.json`.
+`runs/workbook/`, and sums up their results in `summary.json`.  The results themselves are where JupyterLab
+looks for them too: after `make run` each notebook opens on what the others made.
 
 Left out: everything that a notebook shows.
 """
@@ -22,9 +23,21 @@ from tqdm import tqdm
 
 from ..data.scenes import make_dataset
 from ..files import write_text
+from .timing import table
 
 PICTURES = {"train": 800, "val": 100, "test": 50}
 """Size of the drawn data set that the notebooks use when no root is given."""
+
+RESULTS = Path("runs/notebooks")
+"""Data, runs and timings of the notebooks, in the project's folder."""
+
+COLUMNS = {
+    "mae": ("MAE (objects)", "{mae:.2f}"),
+    "rmse": ("RMSE (objects)", "{rmse:.2f}"),
+    "kl": ("KL (nats)", "{kl:.3f}"),
+    "mass_on_objects": ("attention on objects", "{mass_on_objects:.3f}"),
+}
+"""Of the summary that `make run` ends with."""
 
 
 class WorkbookError(RuntimeError):
@@ -61,7 +74,7 @@ class Settings:
         return folder
 
 
-def settings(data: str | Path | None = None, model: str = "tiny", out: str | Path = "../runs/notebooks") -> Settings:
+def settings(data: str | Path | None = None, model: str = "tiny", out: str | Path | None = None) -> Settings:
     """Settle where things are, and draw the default data set if it is needed and not there.
 
     The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT win over the arguments.
@@ -69,13 +82,14 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
     Args:
         data: a root in FSC147's official layout; None for a drawn one in `out`.
         model: "tiny", a folder or a hub id.
-        out: folder of results, relative to the notebooks.
+        out: folder of results; None for RESULTS.
     """
     if "ipykernel" in sys.modules:  # photographs as PNG would make megabytes of a notebook
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
     data = os.environ.get("FSC147_DATA") or data
     model = os.environ.get("FSC147_MODEL") or str(model)
-    out = Path(os.environ.get("FSC147_OUT") or out)
+    project = Path() if Path("notebooks").is_dir() else Path("..")  # a kernel starts beside its notebook
+    out = Path(os.environ.get("FSC147_OUT") or out or project / RESULTS)
     if data is None:
         data = out / "drawn-{train}-{val}-{test}".format(**PICTURES)
         if not data.exists():
@@ -129,17 +143,16 @@ def summarise(where: Settings, seconds: dict[str, float]) -> dict:
     }
 
 
-def table(summary: dict) -> str:
+def summary_text(summary: dict) -> str:
     """The summary as the few lines that `make run` ends with."""
-    before, after, mean = summary["before"], summary["after"], summary["baselines"]["mean"]
+    rows = [
+        {"name": "before training", **summary["before"]},
+        {"name": "after training", **summary["after"]},
+        {"name": "always the training mean", **summary["baselines"]["mean"]},
+    ]
     overhead = summary["attention_loss_overhead"]
     lines = [
-        f"{'validation':<28}{'before':>10}{'after':>10}{'always the mean':>18}",
-        f"{'MAE (objects)':<28}{before['mae']:>10.2f}{after['mae']:>10.2f}{mean['mae']:>18.2f}",
-        f"{'RMSE (objects)':<28}{before['rmse']:>10.2f}{after['rmse']:>10.2f}{mean['rmse']:>18.2f}",
-        f"{'alignment, KL (nats)':<28}{before['kl']:>10.3f}{after['kl']:>10.3f}",
-        f"{'attention mass on objects':<28}{before['mass_on_objects']:>10.3f}{after['mass_on_objects']:>10.3f}",
-        "",
+        table(rows, COLUMNS, head="validation"),
         "overhead of the attention loss: {median:.1%} (95 % interval {low:.1%} to {high:.1%})".format(**overhead),
         *(f"{name:<28}{spent:>8.0f} s" for name, spent in summary["seconds"].items()),
     ]
@@ -147,7 +160,7 @@ def table(summary: dict) -> str:
 
 
 def main() -> int:
-    """Run the workbook from the project's folder: `python -m fsc147lib.workbook`."""
+    """Run the workbook from the project's folder: `python -m fsc147lib.report.workbook`."""
     folder, out = Path("notebooks"), Path("runs/workbook")
     paths = sorted(folder.glob("[0-9]*.ipynb"))
     if not paths:
@@ -155,10 +168,10 @@ def main() -> int:
         return 2
     for bars in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(bars, "1")  # for the kernels: a bar in a page is noise
-    results = Path(os.environ.setdefault("FSC147_OUT", str(out / "results"))).resolve()
     for name in ("FSC147_DATA", "FSC147_MODEL", "FSC147_OUT"):  # kernels run in another folder
-        if name == "FSC147_OUT" or Path(os.environ.get(name) or "-").exists():
-            os.environ[name] = str(Path(os.environ[name]).resolve())
+        value = os.environ.get(name)
+        if value and (name == "FSC147_OUT" or Path(value).exists()):
+            os.environ[name] = str(Path(value).resolve())
     cells = sum(cell.cell_type == "code" for path in paths for cell in nbformat.read(path, as_version=4).cells)
     seconds = {}
     with tqdm(total=cells, unit="cell", disable=False) as progress:
@@ -169,9 +182,11 @@ def main() -> int:
             except WorkbookError as error:
                 print(f"\n{error}", file=sys.stderr)
                 return 1
-    summary = summarise(settings(out=results), seconds)
+    where = settings()
+    summary = summarise(where, seconds)
     write_text(out / "summary.json", json.dumps(summary, indent=1))
-    print(table(summary), f"\nexecuted notebooks, HTML and summary.json are in {out}/", sep="\n")
+    print(summary_text(summary))
+    print(f"\nexecuted notebooks, HTML and summary.json are in {out}/, what they made in {where.out}/")
     return 0
 
 

@@ -5,9 +5,10 @@ Left out: what is logged, and metrics.jsonl, which is there without it (`run`).
 
 import os
 from pathlib import Path
+from typing import Literal
 
 
-def start_tracker(out: Path, mode: str, config: dict):
+def start_tracker(out: Path, mode: Literal["offline", "online", "disabled"], config: dict):
     """A Weights & Biases run with `log` and `finish`, its files in `out`/wandb; None where the mode is "disabled"."""
     if mode == "disabled":
         return None

@@ -10,7 +10,7 @@ import pytest
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation.answering import ImageResult
-from fsc147lib.report import figures as viz
+from fsc147lib.report import figures
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def samples(root):
 
 def test_dots_and_boxes_are_the_samples(samples):
     figure, axes = plt.subplots()
-    viz.show_dots(axes, samples[0])
+    figures.show_dots(axes, samples[0])
     np.testing.assert_allclose(axes.collections[0].get_offsets(), samples[0].points)
     corners = [[p.get_x(), p.get_y(), p.get_x() + p.get_width(), p.get_y() + p.get_height()] for p in axes.patches]
     np.testing.assert_allclose(corners, samples[0].boxes)
@@ -35,26 +35,26 @@ def test_dots_and_boxes_are_the_samples(samples):
 
 def test_a_map_covers_the_whole_photograph(samples):
     figure, axes = plt.subplots()
-    viz.show_map(axes, samples[0].image, samples[0].target)
+    figures.show_map(axes, samples[0].image, samples[0].target)
     overlay = axes.images[1]
     assert overlay.get_extent() == [0, samples[0].size[1], samples[0].size[0], 0]
     np.testing.assert_array_equal(overlay.get_array(), samples[0].target)
 
 
 def test_views_show_density_and_target(samples):
-    figure = viz.sample_views(samples[1])
+    figure = figures.sample_views(samples[1])
     assert f"{samples[1].count}.00" in figure.axes[1].get_title()
     np.testing.assert_allclose(figure.axes[1].images[1].get_array(), samples[1].density)
 
 
 def test_gallery_has_a_place_for_each(samples):
-    titles = [axes.get_title() for axes in viz.gallery(samples, columns=2).axes]
+    titles = [axes.get_title() for axes in figures.gallery(samples, columns=2).axes]
     assert titles == [f"{s.count} {s.category}" for s in samples] + [""]
 
 
 def test_histogram_counts_every_image_on_log_axes():
     counts = {"train": [5, 8, 13, 400], "val": [9, 3701]}
-    axes = viz.count_histogram(counts).axes[0]
+    axes = figures.count_histogram(counts).axes[0]
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train (4 images)", "val (2 images)"]
 
@@ -70,7 +70,7 @@ def lines():
 
 
 def test_curves_are_the_logs(samples):
-    axes = viz.training_curves(lines(), baseline=12.0).axes
+    axes = figures.training_curves(lines(), baseline=12.0).axes
     np.testing.assert_array_equal(axes[0].lines[0].get_xydata(), [[1, 3], [2, 2]])
     np.testing.assert_array_equal(axes[1].lines[0].get_xydata(), [[1, 1.1], [2, 0.9]])
     np.testing.assert_array_equal(axes[2].lines[0].get_xydata(), [[0, 6], [2, 5]])
@@ -78,7 +78,7 @@ def test_curves_are_the_logs(samples):
 
 
 def test_the_live_curve_collects(capsys):
-    curve = viz.LiveCurve(every=0)
+    curve = figures.LiveCurve(every=0)
     for line in lines():
         curve(line)
     np.testing.assert_array_equal(curve.figure().axes[0].lines[0].get_ydata(), [3, 2])
@@ -88,19 +88,19 @@ def test_predictions_and_lost_answers():
     def image(count, predicted):
         return ImageResult("x", "y", count, predicted, "", 0, 0, 0, 0, 0)
 
-    axes = viz.predictions_against_truth([image(10, 12), image(30, 25), image(7, None), image(9, 0)]).axes[0]
+    axes = figures.predictions_against_truth([image(10, 12), image(30, 25), image(7, None), image(9, 0)]).axes[0]
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), [[10, 12], [30, 25]])
     assert "2 unparsed" in axes.get_legend().get_texts()[0].get_text()
 
 
 def test_all_answers_lost_is_a_picture_too():
     lost = [ImageResult("x", "y", 10, None, "", 0, 0, 0, 0, 0)]
-    assert viz.predictions_against_truth(lost).axes[0].get_legend() is not None
+    assert figures.predictions_against_truth(lost).axes[0].get_legend() is not None
 
 
 def test_comparison_puts_each_map_in_its_column(samples):
     maps = np.random.default_rng(0).random((2, 2, 14, 14))
-    figure = viz.map_comparison(samples[:2], {"before": maps[0], "after": maps[1]}, ["one", "two"])
+    figure = figures.map_comparison(samples[:2], {"before": maps[0], "after": maps[1]}, ["one", "two"])
     grid = np.array(figure.axes).reshape(2, 4)
     for i in range(2):
         np.testing.assert_array_equal(grid[i, 1].images[1].get_array(), samples[i].target)
@@ -111,7 +111,7 @@ def test_comparison_puts_each_map_in_its_column(samples):
 
 def test_layer_head_grid_tells_the_mass(samples):
     maps = np.full((2, 3, 14, 14), 0.25 / 196)
-    figure = viz.layer_head_grid(maps, samples[0].image, (2, 3))
+    figure = figures.layer_head_grid(maps, samples[0].image, (2, 3))
     assert figure.axes[5].get_title() == "layer 3, head 2: 25 %"
 
 
@@ -125,21 +125,21 @@ def timings():
 
 
 def test_bars_are_medians_and_leave_out_what_did_not_fit():
-    axes = viz.overhead_bars(timings()).axes
+    axes = figures.overhead_bars(timings()).axes
     assert [patch.get_height() for patch in axes[0].patches[:1]] == [80]
     assert [patch.get_height() for patch in axes[1].patches] == [0, 300]
     assert "b, trained: out of memory" in axes[1].get_title()
 
 
 def test_overhead_falls_with_k():
-    axes = viz.overhead_against_every(timings()).axes[0]
+    axes = figures.overhead_against_every(timings()).axes[0]
     np.testing.assert_allclose(axes.lines[0].get_ydata()[:3], [80, 40, 20])
     assert axes.lines[1].get_xydata().tolist() == [[16, 5]]
 
 
 def test_lazy_curves_count_time_in_plain_steps():
     lines = [{"step": 0, "kl": 1.0, "mae": 9}, {"step": 100, "kl": 0.5, "mae": 3}]
-    axes = viz.lazy_curves({"1": lines, "4": lines}, overhead=0.8).axes
+    axes = figures.lazy_curves({"1": lines, "4": lines}, overhead=0.8).axes
     assert [line.get_xdata()[-1] for line in axes[0].lines] == [100, 100]
     np.testing.assert_allclose([line.get_xdata()[-1] for line in axes[1].lines], [180, 120])
     assert axes[2].lines[0].get_ydata()[-1] == 3
@@ -148,7 +148,7 @@ def test_lazy_curves_count_time_in_plain_steps():
 def test_throughput_bars_name_the_batch():
     rows = [{"name": name, "batch_size": 8, "images_per_second": speed, "rates": [speed - 1, speed + 1],
              "speedup": speed / 10} for name, speed in (("plain", 10), ("fast", 50))]  # fmt: skip
-    axes = viz.throughput_bars(rows).axes[0]
+    axes = figures.throughput_bars(rows).axes[0]
     assert [patch.get_width() for patch in axes.patches] == [10, 50]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["plain (batch 8)", "fast (batch 8)"]
 
@@ -160,7 +160,7 @@ def test_browser_redraws_what_is_chosen(samples):
         drawn.append((split, index))
         return plt.figure(figsize=(index + 1, 1))
 
-    widget = viz.browser(draw, split=["train", "val"], index=range(5))
+    widget = figures.browser(draw, split=["train", "val"], index=range(5))
     menu, slider = widget.children[0].children
     before = bytes(widget.children[1].value)
     menu.value, slider.value = "val", 3

@@ -1,6 +1,11 @@
 """The notebooks' own rules, and the runner behind `make run`."""
 
+import ast
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -9,7 +14,8 @@ from tqdm import tqdm
 
 from fsc147lib.report import workbook
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+HERE = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +47,17 @@ def test_one_cell_names_data_and_model(path):
     assert sum("workbook.settings(DATA, MODEL)" in source for source in sources) == 1
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_uses_public_names_and_starts_with_the_library(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    imports = [node for cell in cells for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.ImportFrom)]
+    assert imports[0].module.startswith("fsc147lib") and "import" not in cells[0].source.split("\n", 1)[1]
+    for node in imports:
+        if node.module.startswith("fsc147lib"):
+            room = __import__(node.module, fromlist=["__all__"])
+            assert {alias.name for alias in node.names} <= set(room.__all__), ast.unparse(node)
+
+
 def test_settings_draw_the_default_data_once(tmp_path, monkeypatch):
     monkeypatch.setattr(workbook, "PICTURES", {"train": 2, "val": 1, "test": 1})
     first = workbook.settings(out=tmp_path)
@@ -56,6 +73,15 @@ def test_the_environment_wins(tmp_path, monkeypatch):
     monkeypatch.setenv("FSC147_OUT", str(tmp_path / "out"))
     found = workbook.settings("elsewhere", "tiny")
     assert (found.data, found.model, found.out) == (tmp_path, "Qwen/Qwen3-VL-2B-Instruct", tmp_path / "out")
+
+
+def test_results_are_in_one_place_for_the_runner_and_for_a_kernel(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    found = []
+    for folder in (tmp_path, tmp_path / "notebooks"):  # the runner starts in the first, a kernel in the other
+        monkeypatch.chdir(folder)
+        found.append(workbook.settings(tmp_path).finetune.resolve())
+    assert found[0] == found[1] and found[0].is_relative_to(tmp_path / "runs")
 
 
 def test_notebook_4_before_3_says_what_to_run(tmp_path):
@@ -93,15 +119,31 @@ def test_the_table_shows_the_files_numbers(tmp_path):
     (where.finetune / "summary.json").write_text(json.dumps(run))
     rows = [{"name": "attention, trained", "overhead_low": 0.01, "overhead_median": 0.023, "overhead_high": 0.04}]
     where.overhead.write_text(json.dumps({"rows": rows}))
-    text = workbook.table(workbook.summarise(where, {"01_inspect_data": 12.0}))
+    text = workbook.summary_text(workbook.summarise(where, {"01_inspect_data": 12.0}))
     for number in ("20.00", "5.25", "12.50", "2.3%", "01_inspect_data"):
         assert number in text
 
 
+def waiting_policy(policy=None):
+    """How threads wait in a process that starts with the library, as OpenMP says it; `policy` is the user's choice."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    done = subprocess.run(
+        [sys.executable, "-c", "import fsc147lib, torch"], capture_output=True, text=True, env=environment, check=True
+    )
+    return re.search(r"OMP_WAIT_POLICY\s*=\s*'(\w+)'", done.stderr)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU OpenMP")
+def test_threads_wait_passively_unless_the_user_has_set_it():
+    assert waiting_policy() == "PASSIVE"
+    assert waiting_policy("ACTIVE") == "ACTIVE"
+
+
 def test_the_readme_s_speeds_are_the_recorded_ones():
-    root = Path(__file__).resolve().parents[2]
-    rows = json.loads((root / "notebooks/recorded/throughput-h200-2b.json").read_text())["rows"]
-    lines = [line.strip("| ").split(" | ") for line in (root / "README.md").read_text().splitlines()]
+    rows = json.loads((HERE / "notebooks/recorded/throughput-h200-2b.json").read_text())["rows"]
+    lines = [line.strip("| ").split(" | ") for line in (HERE / "README.md").read_text().splitlines()]
     told = [line[1:] for line in lines if line[-1].endswith(" %") and len(line) == 5]
     measured = [(row["batch_size"], row["images_per_second"], row["speedup"], 100 * row["peak_share"]) for row in rows]
     assert told == [[f"{b}", f"{rate:.0f}", f"{times:.1f}", f"{share:.0f} %"] for b, rate, times, share in measured]
