@@ -3,4 +3,11 @@
 Nothing imports it but commands and notebooks.
 """
 
-__all__ = ["figures", "overhead", "throughput", "timing", "workbook"]  # modules; each is loaded when it is imported
+__all__ = [
+    "figures",
+    "overhead",
+    "sweeps",
+    "throughput",
+    "timing",
+    "workbook",
+]  # modules; each is loaded when it is imported

@@ -33,6 +33,7 @@ from ..options import Precision, need
 from .batches import training_loader, windows
 from .losses import DualLoss
 from .run import RunFolder, TrainResult
+from .schedule import lazy_weight, learning_rate_factor
 from .step import TrainingStep, make_optimizer
 from .tracker import start_tracker
 
@@ -176,24 +177,6 @@ class TrainConfig:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, default=str)
-
-
-def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
-    """Linear rise over the first part of the steps, then half a cosine or a line to 0, or 1; step counts from 0."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    done = (step - rising) / max(1, steps - rising)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
-
-
-def lazy_weight(weight: float, every: int, step: int) -> float:
-    """A step's weight of the attention loss: K times as strong on each K-th step, none between.
-
-    So the expected gradient is the same at 1/K of the cost: the lazy regularisation of Karras et
-    al., "Analyzing and Improving the Image Quality of StyleGAN" (CVPR 2020).
-    """
-    return weight * every if step % every == 0 else 0.0
 
 
 def fingerprint(samples: dict[str, list[Sample]]) -> str:

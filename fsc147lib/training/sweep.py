@@ -33,10 +33,10 @@ from .run import need_same_run
 class SweepConfig:
     """Train once for each combination of values: sweep --grid seed=0,1 attention_weight=0,1 -- --data ROOT."""
 
-    grid: tuple[str, ...]
-    """NAME=VALUE,VALUE,... of options of train; a value of several words in quotes: "attention_layers=1 2,2 3"."""
     train: tyro.conf.Positional[tuple[str, ...]] = ()
     """After --: options of train that all runs share."""
+    grid: tuple[str, ...] = ()
+    """NAME=VALUE,VALUE,... of options of train; a value of several words in quotes: "attention_layers=1 2,2 3"."""
     out: Path = Path("runs/sweep")
     """Folder of the sweep: a folder for each run, logs/, sweep.json."""
     parallel: int = 1
@@ -46,8 +46,8 @@ class SweepConfig:
 
     def __post_init__(self):
         need(self, "parallel", self.parallel >= 1, "at least 1")
-        for axis in self.grid:
-            need(self, "grid", all(axis.partition("=")), "NAME=VALUE,VALUE,... for each option")
+        axes = [all(axis.partition("=")) for axis in self.grid]
+        need(self, "grid", axes and all(axes), "NAME=VALUE,VALUE,... for each option")
 
 
 @dataclass

@@ -11,8 +11,9 @@ from fsc147lib.model.forward import answer_logits, normalised_pixels
 from fsc147lib.model.heatmaps import METHODS, Heatmap
 from fsc147lib.model.load import load_model
 from fsc147lib.options import ConfigError
-from fsc147lib.training.loop import TrainConfig, lazy_weight, train
+from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss
+from fsc147lib.training.schedule import lazy_weight
 
 TRAINABLE = [("attention", 0), ("token_gradient", 0), ("token_gradient", 2), ("input_gradient", 0)]
 

@@ -18,8 +18,9 @@ from fsc147lib.model.pixels import PixelStore
 from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
 from fsc147lib.training.batches import SizeBatches, training_loader, windows
-from fsc147lib.training.loop import TrainConfig, learning_rate_factor, train
+from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss, NonFiniteLoss
+from fsc147lib.training.schedule import learning_rate_factor
 
 
 @pytest.fixture
@@ -409,6 +410,8 @@ def test_schedule():
     assert max(factors) == pytest.approx(1) and factors[-1] < 0.001
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert learning_rate_factor(0, 1, 0.0) == 1
+    assert learning_rate_factor(55, 100, 0.1, "linear") == pytest.approx(0.5)
+    assert learning_rate_factor(9, 100, 0.1, "constant") == learning_rate_factor(99, 100, 0.1, "constant") == 1
 
 
 def test_windows_lose_nothing():
