@@ -153,7 +153,7 @@ WEIGHTS = (
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 def test_attention_gradient_is_the_finite_difference(float64, mixed_samples, kind):
     """Central differences along a random direction of each weight, in float64."""
-    model = load_model("tiny", dtype=torch.float64)
+    model = load_model("tiny-random", dtype=torch.float64)
     batch = Collate(model.tokenizer, model.image_processor)(mixed_samples[:2])
     batch = {
         key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
