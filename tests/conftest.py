@@ -1,6 +1,8 @@
 """Fixtures: a small drawn root, the tiny model, and a batch of images of very different sizes."""
 
+import json
 import os
+import shutil
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fsc147lib.data.faults import ANNOTATIONS, SPLITS
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.data.scenes import make_dataset
 from fsc147lib.model.collate import Collate
@@ -24,6 +27,18 @@ from fsc147lib.model.load import load_model
 def root(tmp_path_factory):
     """A drawn root with 24 train, 8 val and 8 test pictures."""
     return make_dataset(tmp_path_factory.mktemp("data") / "root", 24, 8, 8, seed=1)
+
+
+@pytest.fixture(scope="session")
+def half_empty_root(root, tmp_path_factory):
+    """The same with every second picture's dots and boxes taken away, the first of a split's first of all."""
+    copied = shutil.copytree(root, tmp_path_factory.mktemp("data") / "half-empty")
+    entries, splits = (json.loads((copied / file).read_text()) for file in (ANNOTATIONS, SPLITS))
+    for names in splits.values():
+        for name in names[::2]:
+            entries[name].update(points=[], box_examples_coordinates=[])
+    (copied / ANNOTATIONS).write_text(json.dumps(entries))
+    return copied
 
 
 @pytest.fixture
@@ -44,6 +59,13 @@ def mixed_samples(root, tmp_path_factory):
         points = rng.uniform((0, 0), size, (count, 2)).astype(np.float32)
         samples.append(replace(samples[0], name=path.name, points=points, image_path=path))
     return samples
+
+
+@pytest.fixture(scope="session")
+def empty_samples(mixed_samples):
+    """Two pictures with nothing to count."""
+    dots, boxes = np.zeros((0, 2), np.float32), np.zeros((0, 4), np.float32)
+    return [replace(sample, name=f"empty-{sample.name}", points=dots, boxes=boxes) for sample in mixed_samples[1:3]]
 
 
 @pytest.fixture

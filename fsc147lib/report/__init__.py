@@ -10,4 +10,4 @@ __all__ = [
     "throughput",
     "timing",
     "workbook",
-]  # modules; each is loaded when it is imported
+]  # modules, loaded on import

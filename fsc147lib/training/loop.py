@@ -270,7 +270,7 @@ class Run:
         batch_size = answering_batch_size(self.config.batch_size, self.heatmap)
         evaluation = evaluate_samples(
             self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
-            self.training_step.cache, self.store,
+            self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
         )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
 

@@ -65,6 +65,29 @@ def test_logged_losses_are_those_of_the_batch(config):
     assert first["attention_loss"] > 0.1 and first["count_loss"] > 0.1
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 1, "accumulation": 2},
+        {"heatmap": "token_gradient", "heatmap_every": 2, "heatmap_images": 3},
+        {"attention_loss": "mse", "attention_weight": 1.0},
+    ],
+)
+def test_empty_scenes_train_and_are_answered(half_empty_root, config, changes):
+    """Half of the pictures, in windows of any kind: nothing is NaN, and a window without a target says so."""
+    train(config(data=half_empty_root, **changes))
+    steps, epochs = ([line for line in lines(config().out) if ("val" in line) == val] for val in (False, True))
+    assert all(math.isfinite(line["total"]) and math.isfinite(line["gradient_norm"]) for line in steps)
+    looked_at = [line["attention_loss"] is not None for line in steps]
+    assert all(line["attention_loss"] > 0 for line in steps if line["attention_loss"] is not None)
+    assert any(looked_at) and all(looked_at) == ("attention_loss" in changes)
+    mean = sum(sample.count for sample in FSC147(half_empty_root)) / 24
+    assert epochs[0]["val"]["unparsed"] == 1
+    counts = [sample.count for sample in FSC147(half_empty_root, "val")]
+    assert epochs[0]["val"]["mae"] == pytest.approx(sum(count or mean for count in counts) / len(counts))
+    assert all(math.isfinite(value) for line in epochs for value in line["val"].values())
+
+
 def test_logged_validation_is_that_of_the_checkpoint(config):
     settings = config(epochs=1)
     train(settings)
