@@ -65,7 +65,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
 
 def _find(name: str | Path) -> str:
     """The folder, or the hub id; a path that is not there is told from a hub id by its form."""
-    if (SHIPPED / name / "config.json").is_file():
+    if str(name) in (folder.name for folder in SHIPPED.iterdir()):
         return str(SHIPPED / name)
     if Path(name).is_dir():
         if (Path(name) / "best" / "config.json").is_file():
