@@ -114,9 +114,8 @@ class DualLoss(nn.Module):
         attention = torch.zeros_like(count)
         if weight:
             target = looked_at["target"]
-            divergence = ATTENTION_LOSSES[self.kind](self.attention_target(target), heatmap) * (target > 0).any(
-                dim=2
-            ).any(dim=1)
+            divergence = ATTENTION_LOSSES[self.kind](self.attention_target(target), heatmap)
+            divergence = divergence * (target > 0).any(dim=2).any(dim=1)
             attention = divergence.sum() / share / (len(with_objects) if images is None else images)
         return LossParts(count + weight * attention, count, attention)
 
