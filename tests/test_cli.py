@@ -120,3 +120,13 @@ def test_python_m_and_the_console_script_are_one_program():
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m fsc147lib COMMAND")
     scripts = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"fsc147lib": "fsc147lib.__main__:main"}
+
+
+def test_import_makes_a_root_that_check_finds_clean(command, root, tmp_path):
+    (tmp_path / "dots.csv").write_text("image,x,y\n1.jpg,10,20\n1.jpg,30,40\n2.jpg,50,60\n")
+    words = ("--images", root / "images_384_VarV2", "--points", tmp_path / "dots.csv", "--category", "apples")
+    status, out, err = command("import", tmp_path / "own", *words)
+    assert status == 0 and "1 pictures in train, 1 pictures in val" in out, err
+    (tmp_path / "own" / "ImageClasses_FSC147.txt").unlink()
+    assert command("check", tmp_path / "own", "--category", "apples")[0] == 0
+    assert command("check", tmp_path / "own")[0] == 1

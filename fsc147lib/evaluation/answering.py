@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.fsc147 import Sample, mean_count, open_split
+from ..data.fsc147 import Sample, open_split, split_counts
 from ..files import write_text
 from ..model import (
     Batch,
@@ -40,7 +40,7 @@ from ..model.answers import DeferredCopy, agreement, greedy_tokens
 from ..model.layers import KeysValues
 from ..model.prompt import MAX_DIGITS, parse_count
 from ..options import Precision, need
-from .metrics import absolute_errors, alignment, counting_metrics, metrics_by_bin
+from .metrics import absolute_errors, alignment, constant_baselines, counting_metrics, metrics_by_bin
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,11 @@ class EvaluateConfig:
     model: str = "tiny"
     """"tiny", a folder such as runs/train/best, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
     split: str = "val"
+    """Split of the split file to answer."""
+    category: str | None = None
+    """What all images show; the root then needs no class file."""
     batch_size: int = 16
+    """Images answered at once."""
     json: Path | None = None
     """Write metrics here, and each image to the same name with .csv."""
     limit: int | None = None
@@ -104,11 +108,13 @@ class Evaluation:
     metrics: dict[str, float | None]  # None where no image has it: of empty scenes alone, for example
     bins: dict[str, dict[str, float | None]]
     images: list[ImageResult]
+    baselines: dict[str, dict[str, float | None]] = field(default_factory=dict)  # of a root with a training split
 
     def write(self, path: str | Path, **about) -> None:
-        """Write `path` (JSON: metrics, bins and `about`) and, beside it with the ending .csv, the images."""
+        """Write `path` (JSON: metrics, bins, baselines, `about`) and, beside it with the ending .csv, the images."""
         path = Path(path)
-        write_text(path, json.dumps({**about, "metrics": self.metrics, "bins": self.bins}, indent=1))
+        numbers = {"metrics": self.metrics, "bins": self.bins, "baselines": self.baselines}
+        write_text(path, json.dumps({**about, **numbers}, indent=1))
         write_text(path.with_suffix(".csv"), to_csv([asdict(image) for image in self.images]))
 
 
@@ -265,7 +271,7 @@ def generate_answers(model: CountingModel, forced: ForcedPass, compiled: bool = 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Load a model, evaluate a split, write the files named; `python -m fsc147lib evaluate` calls this."""
-    samples = open_split(config.data, config.split, config.limit)
+    samples = open_split(config.data, config.split, config.limit, config.category)
     model = load_model(config.model)
     accelerator = make_accelerator(config.precision)
     compiled = torch.cuda.is_available() if config.compile is None else config.compile
@@ -273,8 +279,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         model.network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer, compiled
     )
     workers = default_workers() if config.workers is None else config.workers
-    empty_cost = None if all(sample.count for sample in samples) else mean_count(config.data)
+    training = split_counts(config.data)
+    empty_cost = float(np.mean(training)) if training else None
     result = evaluate_samples(model, samples, config.batch_size, heatmap, accelerator, workers, empty_cost=empty_cost)
+    if training:
+        result.baselines = constant_baselines(training, [sample.count for sample in samples])
     if config.json is not None:
         result.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
     return result

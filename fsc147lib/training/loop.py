@@ -51,6 +51,8 @@ class TrainConfig:
 
     data: Path
     """Folder in FSC147's official layout."""
+    category: str | None = None
+    """What all images show; the root then needs no class file."""
     out: Path = Path("runs/train")
     """Folder of the run: metrics.jsonl, config.json, best/ and last/."""
     model: str = "tiny"
@@ -194,7 +196,9 @@ class Run:
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
         self.folder.writes = self.accelerator.is_main_process
-        self.samples = {split: open_split(config.data, split, config.limit) for split in ("train", "val")}
+        self.samples = {
+            split: open_split(config.data, split, config.limit, config.category) for split in ("train", "val")
+        }
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe)
         network = self.model.network
@@ -217,7 +221,8 @@ class Run:
         self.total_steps = math.ceil(len(self.loader) / config.accumulation) * config.epochs
         self.step, self.epoch = 0, 0  # done so far
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
-        self.result = TrainResult(config.out, constant_baselines(counts["train"], counts["val"]))
+        images = {split: len(listed) for split, listed in counts.items()}
+        self.result = TrainResult(config.out, constant_baselines(counts["train"], counts["val"]), images)
         self.tracker = None
 
     def open_loader(self, pixels: bool) -> None:
