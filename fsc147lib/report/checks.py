@@ -20,7 +20,7 @@ from ..data.targets import resample_map
 from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
 from ..model.adapt import add_lora, freeze_vision, merged_weights
 from ..model.answers import agreement, greedy_tokens
-from ..model.load import TINY
+from ..model.load import RANDOM
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..training import DualLoss
 from ..training.step import TrainingStep, make_optimizer
@@ -226,7 +226,7 @@ def greedy_answers(subject: Subject, longest: int = 12):
 
 
 @torch.no_grad()
-def untrained_answers(subject: Subject, longest: int = 64):
+def raw_answers(subject: Subject, longest: int = 64):
     with subject.accelerator.autocast():
         rows = subject.greedy_rows(subject.batch_of(subject.samples), longest)
     texts = subject.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -241,7 +241,7 @@ def untrained_answers(subject: Subject, longest: int = 64):
 
 def training_step(subject: Subject):
     network, config = subject.network, subject.config
-    freeze_vision(network, config.model != TINY)
+    freeze_vision(network, config.model != RANDOM)
     if config.lora:
         add_lora(network, config.lora, narrow=subject.accelerator.mixed_precision == "bf16")
     if config.gradient_checkpointing:

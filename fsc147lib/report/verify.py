@@ -29,7 +29,7 @@ CHECKS = (  # a check, and what to do where it fails
     (checks.logits_in_training_precision, f"train with --precision fp32, or {_VERSIONS}"),
     (checks.attention_heatmap, f"train with --attention-weight 0, or {_VERSIONS}"),
     (checks.greedy_answers, _VERSIONS),
-    (checks.untrained_answers, "look at the prompt above: the model, perhaps no Instruct model, says nothing at all"),
+    (checks.raw_answers, "look at the prompt above: the model, perhaps no Instruct model, says nothing at all"),
     (
         checks.training_step,
         "out of memory: --lora 16, --gradient-checkpointing; no compiler: train with --no-compile; a loss that is "
