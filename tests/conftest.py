@@ -44,7 +44,7 @@ def half_empty_root(root, tmp_path_factory):
 @pytest.fixture
 def tiny():
     """A fresh tiny model: a test may change its weights."""
-    return load_model("tiny")
+    return load_model("tiny-random")
 
 
 @pytest.fixture(scope="session")
