@@ -79,15 +79,14 @@ class SizeBatches(Sampler):
         if self.by_size:  # within a few tokens, so that an image does not always meet the same others
             jitter = (3 * torch.rand(len(order), generator=generator)).tolist()
             order.sort(key=lambda i: self.lengths[i][2] + jitter[i])
-        turns = torch.randperm(self.number, generator=generator).tolist()  # of the batches, shortest images first
+        drawn = torch.randperm(self.number, generator=generator).tolist()  # which batch is the first, the second ...
         ends = [len(order) * turn // self.number for turn in range(self.number + 1)]  # even, also step by step
-        rest = iter(order)
-        batches = [list(islice(rest, ends[turn + 1] - ends[turn])) for turn in turns]
-        # images of one size side by side, for the vision encoder
-        self.batches = [
-            [(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)]
-            for _, batch in sorted(zip(turns, batches, strict=True))
-        ]
+        rest, batches = iter(order), {}
+        for turn in sorted(range(self.number), key=drawn.__getitem__):  # from the shortest images to the longest
+            batch = islice(rest, ends[turn + 1] - ends[turn])
+            # images of one size side by side, for the vision encoder
+            batches[turn] = [(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)]
+        self.batches = [batches[turn] for turn in range(self.number)]
 
     def padding(self) -> float:
         """Part of this epoch's batches that is padding, 0..1."""
