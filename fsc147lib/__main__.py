@@ -19,11 +19,19 @@ from .options import parse_options
 def run_check(config) -> int:
     from .data import check
 
-    report = check(config.root)
+    report = check(config.root, config.category)
     print(report)
     if config.json is not None:
         write_text(config.json, json.dumps(report.to_dict(), indent=1))
     return 0 if report.clean else 1
+
+
+def run_import(config) -> int:
+    from .data.own import import_pictures
+
+    sizes = import_pictures(config)
+    print(f"{config.out}: " + ", ".join(f"{size} pictures in {split}" for split, size in sizes.items()))
+    return 0
 
 
 def run_synth(config) -> int:
@@ -36,18 +44,24 @@ def run_synth(config) -> int:
 
 
 def run_train(config) -> int:
+    from .evaluation import metrics_table
     from .training import train
 
-    result = train(config)
-    print_metrics(result.epochs[-1]["val"])
-    print(f"weights in {config.out}/best and {config.out}/last, losses in {config.out}/metrics.jsonl")
+    summary = train(config).summary()
+    columns = {"before": summary["before"]}
+    columns |= {f"{name}, epoch {summary[name]['epoch']}": summary[name] for name in ("best", "last")}
+    title = f"{summary['images']['val']} images of the split val of {config.data}, {config.model} trained on"
+    print(metrics_table(f"{title} {summary['images']['train']}", columns, summary["baselines"]))
+    print(f"\nweights in {config.out}/best and {config.out}/last, losses in {config.out}/metrics.jsonl")
     return 0
 
 
 def run_evaluate(config) -> int:
-    from .evaluation import evaluate
+    from .evaluation import evaluate, metrics_table
 
-    print_metrics(evaluate(config).metrics)
+    found = evaluate(config)
+    title = f"{len(found.images)} images of the split {config.split} of {config.data}, answered by {config.model}"
+    print(metrics_table(title, {"model": found.metrics}, found.baselines, found.bins))
     return 0
 
 
@@ -76,14 +90,17 @@ def run_throughput(config) -> int:
     return 0
 
 
-def print_metrics(metrics: dict[str, float]) -> None:
-    for name, value in metrics.items():
-        print(f"{name:>18} " + ("      none" if value is None else f"{value:10.4f}"))
+def run_verify(config) -> int:
+    from .report.verify import verify_model
+
+    return 0 if all(line.passed for line in verify_model(config)) else 1
 
 
 COMMANDS = {  # name: (the dataclass of its options and the module it lies in, what runs, a line of help)
-    "check": ("data.fsc147:CheckConfig", run_check, "count what an FSC147 root holds and list every fault"),
+    "check": ("data.checking:CheckConfig", run_check, "count what an FSC147 root holds and list every fault"),
+    "import": ("data.own:ImportConfig", run_import, "make a root of pictures of your own, from CSV or COCO JSON"),
     "synth": ("data.scenes:SynthConfig", run_synth, "draw a small data set in FSC147's layout"),
+    "verify": ("report.verify:VerifyConfig", run_verify, "see whether a model works on this machine"),
     "train": ("training.loop:TrainConfig", run_train, "train to count and to look, and keep the best weights"),
     "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),

@@ -49,7 +49,7 @@ def test_synth_train_evaluate(command, tmp_path):
     status, _, err = command("synth", tmp_path / "data", "--train", 6, "--val", 3, "--test", 1, "--seed", 4)
     assert status == 0, err
     done = python_m(
-        "train", "--data", tmp_path / "data", "--model", "tiny", "--epochs", 1, "--out", tmp_path / "run",
+        "train", "--data", tmp_path / "data", "--model", "tiny-random", "--epochs", 1, "--out", tmp_path / "run",
         "--batch-size", 3, "--attention-layers", 1, 2, "--tracking", "disabled",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -120,3 +120,13 @@ def test_python_m_and_the_console_script_are_one_program():
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m fsc147lib COMMAND")
     scripts = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"fsc147lib": "fsc147lib.__main__:main"}
+
+
+def test_import_makes_a_root_that_check_finds_clean(command, root, tmp_path):
+    (tmp_path / "dots.csv").write_text("image,x,y\n1.jpg,10,20\n1.jpg,30,40\n2.jpg,50,60\n")
+    words = ("--images", root / "images_384_VarV2", "--points", tmp_path / "dots.csv", "--category", "apples")
+    status, out, err = command("import", tmp_path / "own", *words)
+    assert status == 0 and "1 pictures in train, 1 pictures in val" in out, err
+    (tmp_path / "own" / "ImageClasses_FSC147.txt").unlink()
+    assert command("check", tmp_path / "own", "--category", "apples")[0] == 0
+    assert command("check", tmp_path / "own")[0] == 1

@@ -4,8 +4,9 @@ the objects are as a density and as a target heatmap, with the divergence betwee
 Left out: anything that knows a model.
 """
 
+from .checking import check
 from .faults import DataError
-from .fsc147 import FSC147, Sample, check, open_split
+from .fsc147 import FSC147, Sample, open_split
 from .scenes import draw_scene, make_dataset
 from .targets import GRID, area_weights, density_map, kl_divergence, resample_map, target_heatmap
 

@@ -18,30 +18,41 @@ IMAGES = "images_384_VarV2"
 DENSITIES = "gt_density_map_adaptive_384_VarV2"
 FALLBACK_CATEGORY = "objects"
 
-DOWNLOAD = f"""download FSC147_384_V2 (images) and the annotations of "Learning To Count Everything", \
-https://github.com/cvlab-stonybrook/LearningToCountEverything, and lay them out as
-    ROOT/
+LAYOUT = f"""    ROOT/
     ├── {ANNOTATIONS}
     ├── {SPLITS}
     ├── {CLASSES}
     ├── {IMAGES}/                    2.jpg, 3.jpg, ...
     └── {DENSITIES}/   2.npy, 3.npy, ... (optional)"""
+START = f"""for FSC147 itself download FSC147_384_V2 (images) and the annotations of "Learning To Count Everything", \
+https://github.com/cvlab-stonybrook/LearningToCountEverything; for pictures of your own use `fsc147lib import`, or \
+write the files by hand (docs/data.md). The layout is
+{LAYOUT}"""
 
+CURES = {  # of a part of the layout that is missing
+    ANNOTATIONS: 'write {"1.jpg": {"points": [[x, y], ...]}, ...} there, in pixels of the images',
+    SPLITS: 'write {"train": ["1.jpg", ...], "val": ["2.jpg", ...]} there',
+    CLASSES: "write a line 'name<TAB>category' for each image, or name one category for all (--category)",
+    f"{IMAGES}/": "make the folder, and put the images that the splits name into it",
+}
 FAULTS = {  # kind: (fatal, cure)
-    "missing-file": (True, DOWNLOAD),
-    "broken-file": (True, "restore the file from the original download"),
+    "missing-file": (True, START),
+    "broken-file": (True, "correct the file there, or put a sound copy in its place"),
     "bad-split": (True, "name a split of the split file, and make it a list of image names (strings)"),
     "duplicate-name": (True, "keep the name once, in one of train, val and test"),
     "duplicate-key": (True, "keep one of the two: JSON readers silently drop all but the last"),
     "unsafe-name": (True, f"use a plain file name of {IMAGES}/, without folders or drives"),
-    "no-annotation": (True, "restore the annotation, or leave the name out of the split (allow_missing=True)"),
+    "no-annotation": (True, "annotate the image, or leave the name out of the split (allow_missing=True)"),
     "bad-annotation": (
         True,
         "correct the entry: 'points' is a list of [x, y] (empty where there is nothing to count), "
-        "'box_examples_coordinates' a list of boxes of four [x, y] corners, all finite numbers",
+        "'box_examples_coordinates', if it is there, a list of boxes of four [x, y] corners, all finite numbers",
     ),
-    "missing-image": (True, f"download the image again into {IMAGES}/ (require_images=False reads annotations alone)"),
-    "unreadable-image": (True, "download the image again: the file is missing, damaged or no image"),
+    "missing-image": (
+        True,
+        "put the image there, or leave the name out of the split (require_images=False reads annotations alone)",
+    ),
+    "unreadable-image": (True, "put a sound copy of the image there: the file is missing, damaged or no image"),
     "size-mismatch": (True, "use the image that belongs to this annotation: every dot is misplaced on this one"),
     "bad-density": (False, "make the density again, or delete the file: it is then computed from the dots"),
     "bad-box": (False, "correct the box, or check that the image belongs to it"),
@@ -77,25 +88,32 @@ class Faults(list):
 
     def add(self, kind: str, file: str | Path, entry: str, problem: str) -> "Faults":
         fatal, cure = FAULTS[kind]
+        if kind == "missing-file":
+            cure = CURES.get(str(file), cure)
         self.append(Fault(str(file), entry, kind, problem, cure, fatal))
         return self
 
     def __str__(self) -> str:
         lines = []
-        for kind, (fatal, cure) in FAULTS.items():  # the fatal ones come first there
+        for kind, (fatal, _) in FAULTS.items():  # the fatal ones come first there
             group = [fault for fault in self if fault.kind == kind]
             if group:
                 lines.append(f"{kind} ({len(group)}{', fatal' if fatal else ''})")
                 # by their repr: a name may hold control characters that a terminal would obey
                 lines += [f"  {fault.file!r}, entry {fault.entry!r}: {fault.problem}" for fault in group[:5]]
                 lines += [f"  ... and {len(group) - 5} more"] if len(group) > 5 else []
-                lines.append(f"  Cure: {cure}")
+                lines += [f"  Cure: {cure}" for cure in dict.fromkeys(fault.cure for fault in group)]
         return "\n".join(lines)
 
 
 def is_plain(name: str) -> bool:
     """Whether a name from a file may be opened in a folder without leaving it, on any system."""
     return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
+
+
+def is_category(text: str) -> bool:
+    """Whether a text names what to count, and nothing like <think> or <|im_end|>, which are control tokens."""
+    return bool(text.strip()) and "<" not in text and text.isprintable()
 
 
 def read_numbers(entry: dict, key: str, *shape: int) -> np.ndarray:
@@ -168,8 +186,8 @@ def parse_classes(text: str, faults: Faults) -> dict[str, str]:
     classes = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name, _, category = (part.strip() for part in line.partition("\t"))
-        if name and category and ("<|" in category or not category.isprintable()):
-            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category!r:.60} would be read as control tokens")
+        if name and category and not is_category(category):
+            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category!r:.60} may be read as control tokens")
         elif name and category:
             classes[name] = category
         elif line.strip():

@@ -1,23 +1,20 @@
 """Read and check an official FSC147 root: annotations, splits and images as `Sample`s.
 
-One scan finds the faults of a root, both when `FSC147` opens a split and when `check` reports on all
-of them.  Opening reads the annotations and the images' headers; `check` also decodes every image.
+One scan finds the faults of a root, both when `FSC147` opens a split and when `check` reports on all of them
+(`checking`).  It reads the annotations and the images' headers.
 
 Left out: downloading, augmentation beyond the mirror image, and tensors (`collate`).
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tyro.conf import Positional
 
-from ..options import need
 from .faults import (
     ANNOTATIONS,
     CLASSES,
@@ -27,6 +24,7 @@ from .faults import (
     SPLITS,
     DataError,
     Faults,
+    is_category,
     is_plain,
     parse_classes,
     parse_json,
@@ -132,14 +130,22 @@ class FSC147(Sequence):
         split: any split of the split file: train, val, test, val_coco, test_coco.
         require_images: False reads annotations with no image on disk (what needs one then raises).
         allow_missing: leave out names of the split that have no annotation, instead of raising.
+        category: what all images show; the root then needs no class file, and none is read.
 
     Raises:
         DataError: on the fatal faults of this split (see `Fault`), all of them in one message.
     """
 
-    def __init__(self, root: str | Path, split="train", require_images=True, allow_missing=False):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        require_images: bool = True,
+        allow_missing: bool = False,
+        category: str | None = None,
+    ):
         self.root, self.split = Path(root).expanduser(), split
-        samples, faults = _scan(self.root, split, require_images)
+        samples, faults = scan(self.root, split, require_images, category)
         fatal = Faults(f for f in faults if f.fatal and not (allow_missing and f.kind == "no-annotation"))
         if fatal:
             raise DataError(f"{self.root} cannot be opened for split {split!r}:\n{fatal}")
@@ -153,122 +159,47 @@ class FSC147(Sequence):
         return self._samples[index]
 
 
-def open_split(root: str | Path, split: str, limit: int | None = None) -> list[Sample]:
-    """The first `limit` samples of a split, to train on or to evaluate.
+def open_split(root: str | Path, split: str, limit: int | None = None, category: str | None = None) -> list[Sample]:
+    """The first `limit` samples of a split, to train on or to evaluate; `category` as in `FSC147`.
 
     Raises:
         DataError: as `FSC147`, and for a split without images.
     """
-    samples = FSC147(root, split)[:limit]
+    samples = FSC147(root, split, category=category)[:limit]
     if not samples:
         raise DataError(f"{root}: split {split!r} in {SPLITS} is empty: name another split, or add images to it")
     return samples
 
 
-def mean_count(root: str | Path, split: str = "train") -> float | None:
-    """Mean count of a split, from the annotations alone; None where there is no such split, or none of its images."""
+def split_counts(root: str | Path, split: str = "train") -> list[int]:
+    """The counts of a split, from the annotations alone; empty where there is no such split that can be opened."""
     try:
-        counts = [sample.count for sample in FSC147(root, split, require_images=False, allow_missing=True)]
+        return [sample.count for sample in FSC147(root, split, False, True, category=FALLBACK_CATEGORY)]
     except DataError:
-        return None
-    return float(np.mean(counts)) if counts else None
+        return []
 
 
-@dataclass(frozen=True)
-class CheckConfig:
-    """Count what an FSC147 root holds and list every fault, by file.  Exit status 1 if there are faults."""
-
-    root: Positional[Path]
-    """Folder in the official layout."""
-    json: Path | None = None
-    """Write the report here too."""
-
-    def __post_init__(self):
-        need(self, "json", self.json is None or not self.json.is_dir(), "a file, not a folder")
-
-
-@dataclass
-class Report:
-    """What `check` found: per split the numbers of usable images and categories, and the spread of counts.
-
-    An image without a dot is no fault: it has a count of 0, and no target heatmap.
-    """
-
-    root: str
-    splits: dict[str, dict[str, float]]  # images, empty (of objects), categories, and of counts min, median, mean, max
-    faults: Faults
-
-    @property
-    def clean(self) -> bool:
-        return not self.faults
-
-    def to_dict(self) -> dict:
-        """Plain values for JSON."""
-        faults = [asdict(fault) for fault in self.faults]
-        return {"root": self.root, "clean": self.clean, "splits": self.splits, "faults": faults}
-
-    def __str__(self) -> str:
-        rows = [f"  {name}: " + ", ".join(f"{k} {v:g}" for k, v in row.items()) for name, row in self.splits.items()]
-        total = f"{len(self.faults)} faults, {sum(fault.fatal for fault in self.faults)} of them fatal"
-        return "\n".join([f"FSC147 at {self.root}", *rows, total, str(self.faults)]).rstrip()
-
-
-def check(root: str | Path) -> Report:
-    """Look for every fault of a root, in all splits, decoding every image.  Bad data never raises."""
-    samples, faults = _scan(Path(root).expanduser())
-    unique = {sample.name: sample for listed in samples.values() for sample in listed}.values()
-    present = [sample for sample in unique if sample.image_path.exists()]
-    with ThreadPoolExecutor() as pool:  # decoding lets go of the interpreter lock
-        for found in pool.map(_pixel_faults, present):
-            faults.extend(found)
-    splits: dict[str, dict[str, float]] = {}
-    for split, listed in samples.items():
-        n = [sample.count for sample in listed]
-        splits[split] = {"images": len(n), "empty": n.count(0), "categories": len({s.category for s in listed})}
-        if n:
-            splits[split] |= {"min": min(n), "median": float(np.median(n)), "mean": float(np.mean(n)), "max": max(n)}
-    return Report(str(root), splits, faults)
-
-
-def _pixel_faults(sample: Sample) -> Faults:
-    """The faults of one sample that show only with its pixels, or that are not fatal."""
-    name, faults = sample.name, Faults()
-    try:
-        height, width = sample.size
-    except DataError:
-        return faults  # the scan has said so
-    try:
-        _ = sample.image  # decoded for its errors alone
-    except DataError as error:
-        return faults.add("unreadable-image", f"{IMAGES}/{name}", name, f"cannot be decoded ({error.__cause__})")
-    limits = np.array([width, height, width, height])
-    dots = sample.points[((sample.points < 0) | (sample.points > limits[:2])).any(axis=1)]
-    if len(dots):
-        problem = f"{len(dots)} of {sample.count} dots outside the {width} x {height} image, first {dots[0].tolist()}"
-        faults.add("dot-outside", ANNOTATIONS, name, problem)
-    boxes = sample.boxes[((sample.boxes < 0) | (sample.boxes > limits)).any(axis=1)]
-    if len(boxes):
-        faults.add("bad-box", ANNOTATIONS, name, f"box {boxes[0].tolist()} leaves the {width} x {height} image")
-    try:
-        if sample.density_path:
-            _ = sample.density  # loaded for its errors alone
-    except DataError as error:
-        faults.add("bad-density", f"{DENSITIES}/{sample.density_path.name}", name, str(error.__cause__))
-    return faults
-
-
-def _scan(root: Path, wanted: str | None = None, images: bool = True) -> tuple[dict[str, list[Sample]], Faults]:
-    """Read a root, of an image no more than its header: of one split, or (None) of all.
+def scan(
+    root: Path, wanted: str | None = None, images: bool = True, category: str | None = None
+) -> tuple[dict[str, list[Sample]], Faults]:
+    """Read a root, of an image no more than its header: of one split, or (None) of all; `category` as in `FSC147`.
 
     Returns:
         Per split the samples with a readable annotation; all faults found.
     """
     faults = Faults()
+    if category is not None and not is_category(category):
+        raise DataError(f"the category is {category!r:.60}: name what to count, for example 'apples'")
     if not root.is_dir():
         return {}, faults.add("missing-file", root, "ROOT", "there is no such folder")
+    if not any((root / part).exists() for part in (SPLITS, ANNOTATIONS, CLASSES, IMAGES)):
+        return {}, faults.add("missing-file", root, "ROOT", "the folder holds nothing of the layout")
     splits = read_text(root, SPLITS, parse_json, faults)
     annotations = read_text(root, ANNOTATIONS, parse_json, faults)
-    classes = read_text(root, CLASSES, lambda text: parse_classes(text, faults), faults)
+    if category is None:
+        classes = read_text(root, CLASSES, lambda text: parse_classes(text, faults), faults)
+    else:
+        classes = {name: category for name in annotations or ()}
     if images and not (root / IMAGES).is_dir():
         faults.add("missing-file", f"{IMAGES}/", IMAGES, "there is no such folder")
         images = False  # said once, not for every image

@@ -13,8 +13,11 @@ from .metrics import (
     counting_metrics,
     paired_difference,
 )
+from .ridge import ridge_baseline
+from .tables import metrics_table
 
 __all__ = [
     "EvaluateConfig", "Evaluation", "ImageResult", "absolute_errors", "alignment", "answer_histogram",
-    "bootstrap_interval", "constant_baselines", "counting_metrics", "evaluate", "evaluate_samples", "paired_difference",
+    "bootstrap_interval", "constant_baselines", "counting_metrics", "evaluate", "evaluate_samples", "metrics_table",
+    "paired_difference", "ridge_baseline",
 ]  # fmt: skip

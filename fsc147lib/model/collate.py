@@ -31,7 +31,7 @@ class Batch(TypedDict, total=False):
     """
 
     names: Annotated[list[str], "B"]
-    count: Annotated[torch.Tensor, "B"]  # the true counts
+    count: Annotated[list[int], "B"]  # the true counts; the target of an image without objects is zeros
     input_ids: Annotated[torch.Tensor, "B T"]
     attention_mask: Annotated[torch.Tensor, "B T"]  # 1 on tokens, 0 on padding
     mm_token_type_ids: Annotated[torch.Tensor, "B T"]  # 1 on visual tokens
@@ -96,7 +96,7 @@ class Collate:
         rows, length, width = len(samples), max(lengths), max(len(t.answer) for t in tokens)
         batch = Batch(
             names=[sample.name for sample in samples],
-            count=torch.tensor([sample.count for sample in samples]),
+            count=[sample.count for sample in samples],
             input_ids=torch.full((rows, length), self.tokenizer.pad_token_id),
             attention_mask=torch.zeros(rows, length, dtype=torch.long),
             mm_token_type_ids=torch.zeros(rows, length, dtype=torch.int),

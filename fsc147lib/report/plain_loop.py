@@ -20,7 +20,8 @@ class PlainCollate:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         keys = (
-            "names", "input_ids", "attention_mask", "mm_token_type_ids", "labels", "image_sizes", "answer_tokens",
+            "names", "count", "input_ids", "attention_mask", "mm_token_type_ids", "labels", "image_sizes",
+            "answer_tokens",
         )  # fmt: skip
         batch = self.collate(samples)
         pixels = self.collate.image_processor(images=[sample.image for sample in samples], return_tensors="pt")

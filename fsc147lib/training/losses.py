@@ -28,25 +28,44 @@ ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
 """An attention loss is a function of target and heatmap [B, 14, 14] to [B]."""
 
 
+def another_image(target: torch.Tensor) -> torch.Tensor:
+    """Targets [B, 14, 14] dealt to the next image of the batch: a control, with nothing to learn but statistics."""
+    return target.roll(1, dims=0)
+
+
+def centre_blob(target: torch.Tensor) -> torch.Tensor:
+    """The same Gaussian in the middle for all images, standard deviation an eighth of the side: a control."""
+    cells = torch.arange(target.shape[-1], device=target.device, dtype=target.dtype)
+    profile = torch.exp(-0.5 * ((cells - cells.mean()) / (len(cells) / 8)) ** 2)
+    return (profile[:, None] * profile / profile.sum() ** 2).expand_as(target)
+
+
+ATTENTION_TARGETS = {"objects": lambda target: target, "shuffled": another_image, "centre": centre_blob}
+"""What the heatmap is drawn to: the objects, or a control that shows what drawing it anywhere is worth."""
+
+
 @dataclass
 class LossParts:
     """Scalars of one step; `total` = `count` + weight * `attention`."""
 
     total: torch.Tensor
     count: torch.Tensor  # mean over answer tokens
-    attention: torch.Tensor | None  # mean over images; in a log None on steps without it
+    attention: torch.Tensor | None  # mean over images with objects; in a log None on steps without it
 
 
 class DualLoss(nn.Module):
     """Count loss plus weighted attention loss of one forward pass.
+
+    The attention loss leaves out images without objects: there is no target to hold their heatmap against.
 
     Args:
         network: Qwen3-VL from `load_model`.
         weight: of the attention loss; 0 leaves it out altogether, its heatmap included.
         kind: "kl" or "mse".
         heatmap: what is held against the target; None for `Heatmap(network)`, the attention.
-        heatmap_images: look at so many images of a batch only, chosen at random, in a pass of their own; the
-            mean over all choices is the loss of the whole batch.  None looks at all.
+        heatmap_images: look at so many images of a batch only, chosen at random among those with objects, in a
+            pass of their own; the mean over all choices is the loss of the whole batch.  None looks at all.
+        attention_target: a name of ATTENTION_TARGETS.
     """
 
     def __init__(
@@ -56,8 +75,10 @@ class DualLoss(nn.Module):
         kind: str = "kl",
         heatmap: Heatmap | None = None,
         heatmap_images: int | None = None,
+        attention_target: str = "objects",
     ):
         super().__init__()
+        self.attention_target = ATTENTION_TARGETS[attention_target]
         self.network, self.weight, self.kind, self.heatmap_images = network, weight, kind, heatmap_images
         self.heatmap = heatmap or Heatmap(network)
 
@@ -72,32 +93,35 @@ class DualLoss(nn.Module):
 
         Args:
             batch: from `Collate`, on the network's device.
-            tokens, images: what to divide the sums by; None for this batch's own.  With gradient
-                accumulation these are the numbers of the whole window, so that every answer token
-                weighs the same and the parts of the window add up.
+            tokens, images: answer tokens and images with objects, to divide the sums by; None for this
+                batch's own.  With gradient accumulation these are the numbers of the whole window, so
+                that every answer token weighs the same and the parts of the window add up.
             weight: of this step's attention loss; None for the loss's own.
         """
-        weight = self.weight if weight is None else weight
+        with_objects = [row for row, count in enumerate(batch["count"]) if count]
+        weight = (self.weight if weight is None else weight) if with_objects else 0.0
         looked_at, share = batch, 1.0
         if weight and (self.heatmap_images is None or self.heatmap_images >= len(batch["names"])):
             logits, heatmap, _ = self.heatmap.with_logits(batch, create_graph=True)
         else:
             logits, _ = answer_logits(self.network, batch, compiled=self.heatmap.compiled)
             if weight:
-                looked_at = select_rows(batch, self.chosen(batch["names"]))
+                rows = self.chosen(batch["names"], with_objects)
+                looked_at, share = select_rows(batch, rows), len(rows) / len(with_objects)
                 heatmap = self.heatmap(looked_at, create_graph=True)
-                share = self.heatmap_images / len(batch["names"])
         labels = batch["answer_labels"]
         count = count_loss(logits, labels) / (batch["answer_tokens"] if tokens is None else tokens)
         attention = torch.zeros_like(count)
         if weight:
-            divergence = ATTENTION_LOSSES[self.kind](looked_at["target"], heatmap)
-            attention = divergence.sum() / share / (len(labels) if images is None else images)
+            target = looked_at["target"]
+            divergence = ATTENTION_LOSSES[self.kind](self.attention_target(target), heatmap)
+            divergence = divergence * (target > 0).any(dim=2).any(dim=1)
+            attention = divergence.sum() / share / (len(with_objects) if images is None else images)
         return LossParts(count + weight * attention, count, attention)
 
-    def chosen(self, names: list[str]) -> list[int]:
-        """Which rows of a batch to look at: depends on the batch's images and their order alone."""
-        return sorted(random.Random(" ".join(names)).sample(range(len(names)), self.heatmap_images))
+    def chosen(self, names: list[str], rows: list[int]) -> list[int]:
+        """Which of some rows of a batch to look at: depends on the batch's images and their order alone."""
+        return sorted(random.Random(" ".join(names)).sample(rows, min(self.heatmap_images, len(rows))))
 
 
 def check_finite(steps: list[tuple[list[str], dict[str, torch.Tensor]]]) -> None:

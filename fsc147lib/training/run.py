@@ -32,6 +32,7 @@ class TrainResult:
     Attributes:
         out: the run's folder.
         baselines: `metrics.constant_baselines` on the validation split.
+        images: how many images `train` and `val` have.
         steps: the step lines of metrics.jsonl: step, epoch, count_loss, attention_loss (None on steps
             without it), total, learning_rate, gradient_norm, images_per_second.
         epochs: one validation for each epoch, the first from before training (epoch 0).
@@ -39,14 +40,15 @@ class TrainResult:
 
     out: Path
     baselines: dict[str, dict[str, float]]
+    images: dict[str, int]
     steps: list[dict] = field(default_factory=list)
     epochs: list[dict] = field(default_factory=list)
 
     def summary(self) -> dict:
-        """Validation `before` training, `best` (lowest MAE, with its epoch) and `last`, and the baselines."""
+        """Validation `before` training, `best` (lowest MAE, with its epoch) and `last`; baselines; images."""
         rows = [{"epoch": line["epoch"], **line["val"]} for line in self.epochs]
         best = min(rows[1:], key=lambda row: row["mae"])
-        return {"before": rows[0], "best": best, "last": rows[-1], "baselines": self.baselines}
+        return {"before": rows[0], "best": best, "last": rows[-1], "baselines": self.baselines, "images": self.images}
 
     def last_is_best(self) -> bool:
         """Whether the last epoch's validation MAE is the lowest so far."""

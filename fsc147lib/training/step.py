@@ -53,7 +53,8 @@ class TrainingStep:
         """Accumulate the window's gradient, clip it and update the weights.
 
         Args:
-            window: batches from `Collate` on the device; every answer token and every image of it weighs the same.
+            window: batches from `Collate` on the device; each answer token of it weighs the same, and each image
+                with objects.
             weight: of this step's attention loss; 0 looks at no heatmap.
 
         Returns:
@@ -73,13 +74,14 @@ class TrainingStep:
         self.optimizer.zero_grad()
         numbers = {"count loss": summed.count, "attention loss": summed.attention, "gradient's norm": norm}
         self.unchecked.append(([name for batch in window for name in batch["names"]], numbers))
-        if not weight:
+        if not (weight and any(any(batch["count"]) for batch in window)):
             summed.attention = None  # not looked at, which is not 0
         return summed, norm
 
     def _sizes(self, window: list[Batch]) -> tuple[int | torch.Tensor, int | torch.Tensor]:
-        """Answer tokens and images of a window, over all processes."""
-        sizes = [sum(batch["answer_tokens"] for batch in window), sum(len(batch["names"]) for batch in window)]
+        """Answer tokens and images with objects of a window, over all processes."""
+        with_objects = sum(count > 0 for batch in window for count in batch["count"])
+        sizes = [sum(batch["answer_tokens"] for batch in window), with_objects]
         if self.accelerator.num_processes == 1:
             return sizes[0], sizes[1]
         tokens, images = self.accelerator.reduce(torch.tensor(sizes, device=self.accelerator.device))

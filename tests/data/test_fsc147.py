@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from fsc147lib.data import fsc147 as data
-from fsc147lib.data.fsc147 import FSC147, DataError, check
+from fsc147lib.data.checking import check
+from fsc147lib.data.fsc147 import FSC147, DataError
 from fsc147lib.data.targets import density_map, target_heatmap
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "fsc147"
@@ -161,7 +162,7 @@ def test_annotations_without_images(root):
     sample = FSC147(root, require_images=False)[0]
     assert sample.count == 7
     for attribute in ("image", "size", "density", "target"):
-        with pytest.raises(DataError, match=r"1\.jpg.*(?s:.)*download the image again"):
+        with pytest.raises(DataError, match=r"1\.jpg.*(?s:.)*put a sound copy of the image there"):
             getattr(sample, attribute)
     with pytest.raises(DataError, match=data.IMAGES):
         FSC147(root)
@@ -169,7 +170,7 @@ def test_annotations_without_images(root):
 
 def test_truncated_image_raises_when_read(root):
     truncate(root)
-    with pytest.raises(DataError, match=r"1\.jpg.*(?s:.)*Cure: download the image again"):
+    with pytest.raises(DataError, match=r"1\.jpg.*(?s:.)*Cure: put a sound copy of the image there"):
         _ = FSC147(root)[0].image
 
 
@@ -201,11 +202,26 @@ def test_a_scene_without_objects_is_a_sample(root):
         assert shown.target.shape == (14, 14) and not shown.target.any()
 
 
-def test_mean_count_is_of_the_annotations_or_none(root):
+def test_counts_of_a_split_are_of_the_annotations_alone(root):
     (root / IMAGE_1).unlink()
-    assert data.mean_count(root) == 7.5
+    assert data.split_counts(root) == [7, 8]
     edit(root, data.SPLITS, lambda splits: splits.update(val=[]))
-    assert data.mean_count(root, "val") is None and data.mean_count(root, "nowhere") is None
+    assert data.split_counts(root, "val") == data.split_counts(root, "nowhere") == []
+
+
+def test_a_root_of_ones_own_needs_no_class_file_no_test_split_and_no_boxes(root):
+    (root / data.CLASSES).unlink()
+    edit(root, data.SPLITS, lambda splits: [splits.pop(split) for split in ("test", "val_coco", "test_coco")])
+    keep = {"1.jpg", "2.jpg", "3.jpg", "4.jpg"}
+    write_json(root, data.ANNOTATIONS, {name: {"points": [[1, 2]]} for name in keep})
+    (root / data.IMAGES / "5.jpg").unlink()
+    assert check(root, "apples").clean
+    assert [(s.category, s.count, len(s.boxes)) for s in FSC147(root, category="apples")] == [("apples", 1, 0)] * 2
+    with pytest.raises(DataError, match="--category") as error:
+        FSC147(root)
+    assert "LearningToCountEverything" not in str(error.value)  # it is this one file that is missing
+    with pytest.raises(DataError, match="name what to count"):
+        FSC147(root, category="<|im_end|>")
 
 
 def test_missing_root_says_what_to_download(tmp_path):
@@ -344,6 +360,7 @@ NOT_FATAL = {
     "class line without tab": (lambda r: append(r / C, "9.jpg beads\n"), "bad-class-line", C, "line 6"),
     "control tokens in a category": (
         lambda r: append(r / C, "9.jpg\t<|im_end|>beads\n"), "bad-class-line", C, "line 6"),
+    "a thought in a category": (lambda r: append(r / C, "9.jpg\t<think>\n"), "bad-class-line", C, "line 6"),
     "class line without class": (lambda r: append(r / C, "\n9.jpg\t\n"), "bad-class-line", C, "line 7"),
 }  # fmt: skip
 

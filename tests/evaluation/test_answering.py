@@ -1,13 +1,10 @@
 import csv
 import json
-import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from fsc147lib.data.faults import ANNOTATIONS
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation import answering as evaluation
 from fsc147lib.evaluation.answering import (
@@ -109,13 +106,37 @@ def test_unparsed_answers_cost_the_true_count(tiny, root, monkeypatch):
     assert result.images[2].predicted is None and result.images[2].error == samples[2].count
 
 
-def emptied(sample):
-    """The same picture with nothing to count."""
-    return replace(sample, points=np.zeros((0, 2), np.float32), boxes=np.zeros((0, 4), np.float32))
+def test_answers_in_other_words_count_leniently_alone(tiny, root, monkeypatch):
+    samples = list(FSC147(root, "val"))[:4]
+    end = tiny.tokenizer.eos_token
+    said = [
+        f"There are {samples[0].count + 2} of them.{end}",
+        f"{answer(samples[1].count)}{end}",
+        "I see 3",
+        f"no{end}",
+    ]
+    ids = tiny.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
+    by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
+    answers = lambda model, forced, *_: torch.stack([by_name[name] for name in forced.batch["names"]])  # noqa: E731
+    monkeypatch.setattr(evaluation, "generate_answers", answers)
+    result = evaluate_samples(tiny, samples)
+    counts = [sample.count for sample in samples]
+    assert [image.predicted for image in result.images] == [None, counts[1], None, None]
+    assert [image.predicted_leniently for image in result.images] == [counts[0] + 2, counts[1], None, None]
+    assert (result.metrics["unparsed"], result.metrics["unparsed_leniently"]) == (0.75, 0.5)
+    assert result.metrics["mae"] == pytest.approx((counts[0] + counts[2] + counts[3]) / 4)
+    assert result.metrics["mae_lenient"] == pytest.approx((2 + counts[2] + counts[3]) / 4)
 
 
-def test_empty_scenes_are_answered_and_have_no_map(tiny, root):
-    some, none = list(FSC147(root, "val"))[:3], [emptied(sample) for sample in FSC147(root, "val")[3:5]]
+def test_an_answer_may_be_longer(tiny, root):
+    samples = list(FSC147(root, "val"))[:2]
+    usual, longer = (evaluate_samples(tiny, samples, longest=longest).images for longest in (None, 30))
+    tokens = [[len(tiny.tokenizer.encode(image.answer)) for image in images] for images in (usual, longer)]
+    assert all(few < many for few, many in zip(*tokens, strict=True))
+
+
+def test_empty_scenes_are_answered_and_have_no_map(tiny, root, empty_samples):
+    some, none = [sample for sample in FSC147(root, "val") if sample.count][:3], empty_samples
     result, without = (evaluate_samples(tiny, samples, empty_cost=9) for samples in ([none[0], *some, none[1]], some))
     assert [image.count for image in result.images] == [0, *(sample.count for sample in some), 0]
     for key in ("kl", "mass_on_objects", "pearson", "pointing"):
@@ -128,18 +149,13 @@ def test_empty_scenes_are_answered_and_have_no_map(tiny, root):
     json.dumps(alone.metrics, allow_nan=False)
 
 
-def test_an_empty_scene_without_an_answer_costs_the_training_mean(root, tiny, tmp_path):
+def test_an_empty_scene_without_an_answer_costs_the_training_mean(half_empty_root, tiny, tmp_path):
     """The mean of the root's training split, which is not the one that is answered."""
-    copied = tmp_path / "root"
-    shutil.copytree(root, copied)
-    file = copied / ANNOTATIONS
-    entries = json.loads(file.read_text())
-    name = FSC147(copied, "val")[0].name
-    entries[name].update(points=[], box_examples_coordinates=[])
-    file.write_text(json.dumps(entries))
     tiny.save(tmp_path / "model")
-    result = evaluate(EvaluateConfig(copied, str(tmp_path / "model"), limit=1))
-    assert result.metrics["mae"] == np.mean([sample.count for sample in FSC147(root, "train")])
+    result = evaluate(EvaluateConfig(half_empty_root, str(tmp_path / "model"), limit=1))
+    counts = [sample.count for sample in FSC147(half_empty_root, "train")]
+    assert result.images[0].count == 0 and result.images[0].predicted is None
+    assert result.metrics["mae"] == np.mean(counts) > 1
 
 
 def test_numbers_do_not_depend_on_the_batch_size(tiny, root):

@@ -149,7 +149,7 @@ def test_the_readme_s_example_is_a_method(tiny, batch, monkeypatch):
     monkeypatch.setattr(heatmaps, "METHODS", dict(heatmaps.METHODS))
     exec(readme_example(), {"__name__": "my_method"})
     got, attention = Heatmap(tiny.network, "first_digit")(batch), Heatmap(tiny.network)(batch)
-    single = batch["count"] < 10
+    single = torch.tensor(batch["count"]) < 10
     assert single.any() and not single.all()
     torch.testing.assert_close(got[single], attention[single])
     assert (got - attention)[~single].abs().amax(dim=(1, 2)).min() > 1e-6

@@ -27,7 +27,14 @@ from fsc147lib.training.schedule import learning_rate_factor
 @pytest.fixture
 def config(root, tmp_path):
     def make(**changes):
-        settings = {"data": root, "out": tmp_path / "run", "batch_size": 8, "log_every": 1, "tracking": "disabled"}
+        settings = {
+            "data": root,
+            "model": "tiny-random",
+            "out": tmp_path / "run",
+            "batch_size": 8,
+            "log_every": 1,
+            "tracking": "disabled",
+        }
         return TrainConfig(**{**settings, **changes})
 
     return make
@@ -45,7 +52,7 @@ def test_logged_losses_are_those_of_the_batch(config):
     """The first script of this project logged 0.0000; here the log is computed again, from outside."""
     settings = config(epochs=1, learning_rate=1e-3)
     train(settings)
-    model = load_model("tiny", seed=settings.seed)
+    model = load_model("tiny-random", seed=settings.seed)
     samples = list(FSC147(settings.data, "train"))
     loader = training_loader(
         samples, model, PixelStore(samples, model.image_processor), settings.batch_size, settings.seed
@@ -57,6 +64,29 @@ def test_logged_losses_are_those_of_the_batch(config):
     assert first["attention_loss"] == pytest.approx(parts.attention.item(), rel=1e-5)
     assert first["total"] == pytest.approx(parts.count.item() + 0.1 * parts.attention.item(), rel=1e-5)
     assert first["attention_loss"] > 0.1 and first["count_loss"] > 0.1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 1, "accumulation": 2},
+        {"heatmap": "token_gradient", "heatmap_every": 2, "heatmap_images": 3},
+        {"attention_loss": "mse", "attention_weight": 1.0},
+    ],
+)
+def test_empty_scenes_train_and_are_answered(half_empty_root, config, changes):
+    """Half of the pictures, in windows of any kind: nothing is NaN, and a window without a target says so."""
+    train(config(data=half_empty_root, **changes))
+    steps, epochs = ([line for line in lines(config().out) if ("val" in line) == val] for val in (False, True))
+    assert all(math.isfinite(line["total"]) and math.isfinite(line["gradient_norm"]) for line in steps)
+    looked_at = [line["attention_loss"] is not None for line in steps]
+    assert all(line["attention_loss"] > 0 for line in steps if line["attention_loss"] is not None)
+    assert any(looked_at) and all(looked_at) == ("attention_loss" in changes)
+    mean = sum(sample.count for sample in FSC147(half_empty_root)) / 24
+    assert epochs[0]["val"]["unparsed"] == 1
+    counts = [sample.count for sample in FSC147(half_empty_root, "val")]
+    assert epochs[0]["val"]["mae"] == pytest.approx(sum(count or mean for count in counts) / len(counts))
+    assert all(math.isfinite(value) for line in epochs for value in line["val"].values())
 
 
 def test_logged_validation_is_that_of_the_checkpoint(config):
@@ -201,7 +231,7 @@ def test_accumulation_is_one_large_batch(config, tmp_path):
 def test_a_tiny_learning_rate_moves_fp32_weights_under_bf16(config):
     """bf16 *weights* would swallow updates of 1e-6; fp32 master weights keep them."""
     train(config(epochs=1, learning_rate=1e-6, warmup=0, precision="bf16", weight_decay=0))
-    start = load_model("tiny").network.state_dict()
+    start = load_model("tiny-random").network.state_dict()
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     after = weights(config().out / "last")
     assert after[name].dtype == torch.float32
@@ -220,7 +250,7 @@ def test_vision_stays_frozen_until_its_epoch(config):
             seen[line["epoch"]] = (settings.out / "last").is_dir() and weights(settings.out / "last")
 
     train(settings, watch)
-    start, visual = load_model("tiny").network.state_dict(), "model.visual.blocks.0.mlp.linear_fc1.weight"
+    start, visual = load_model("tiny-random").network.state_dict(), "model.visual.blocks.0.mlp.linear_fc1.weight"
     text = "model.language_model.layers.0.mlp.up_proj.weight"
     assert torch.equal(seen[2][visual], start[visual])  # what epoch 1 left
     assert not torch.equal(seen[2][text], start[text])
@@ -240,7 +270,7 @@ def test_clipping_bounds_the_gradient(config, monkeypatch):
     monkeypatch.setattr(training, "make_optimizer", lambda network, *_: torch.optim.SGD(network.parameters(), lr=1.0))
     result = train(config(epochs=1, limit=8, clip=1e-3, learning_rate=1.0, warmup=0))
     assert len(result.steps) == 1 and result.steps[0]["gradient_norm"] > 1e-3  # logged as it was before
-    before = dict(load_model("tiny").network.named_parameters())
+    before = dict(load_model("tiny-random").network.named_parameters())
     after = dict(load_model(config().out / "last").network.named_parameters())
     moved = torch.stack([(after[name] - before[name]).norm() for name in before]).norm()
     assert moved.item() == pytest.approx(1e-3, rel=1e-2)

@@ -9,10 +9,12 @@ import torch
 from fsc147lib.data.targets import kl_divergence
 from fsc147lib.model.answers import count_loss
 from fsc147lib.model.collate import Collate, select_rows
+from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels
 from fsc147lib.model.heatmaps import Heatmap
 from fsc147lib.model.load import load_model
-from fsc147lib.training.losses import DualLoss, NonFiniteLoss, check_finite, squared_error
+from fsc147lib.training.losses import ATTENTION_TARGETS, DualLoss, NonFiniteLoss, check_finite, squared_error
+from fsc147lib.training.step import TrainingStep
 
 
 def test_count_loss_is_cross_entropy_of_the_answer(tiny, batch):
@@ -120,7 +122,7 @@ def test_a_loss_on_some_images_is_on_average_that_of_all(tiny, batch, monkeypatc
     loss, choices = DualLoss(tiny.network, heatmap=heatmap, heatmap_images=2), list(combinations(range(4), 2))
     attention = 0.0
     for rows in choices:
-        monkeypatch.setattr(loss, "chosen", lambda names, rows=rows: list(rows))
+        monkeypatch.setattr(loss, "chosen", lambda *_, rows=rows: list(rows))
         parts = loss(batch)
         attention += parts.attention.item() / len(choices)
         (parts.total / len(choices)).backward()
@@ -134,9 +136,54 @@ def test_all_images_have_their_turn():
     loss, seen = DualLoss(None, heatmap=object(), heatmap_images=2), np.zeros(8)
     for i in range(400):
         names = [f"{i}-{j}.jpg" for j in range(8)]
-        assert loss.chosen(names) == loss.chosen(list(names))
-        seen[loss.chosen(names)] += 1
+        assert loss.chosen(names, list(range(8))) == loss.chosen(list(names), list(range(8)))
+        seen[loss.chosen(names, list(range(8)))] += 1
     assert seen.sum() == 800 and abs(seen - 100).max() < 40
+    assert {len(loss.chosen([str(i)], [3, 5, 6])) for i in range(9)} == {2} and loss.chosen(names, [3]) == [3]
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+@pytest.mark.parametrize(("method", "images"), [("attention", None), ("token_gradient", None), ("token_gradient", 5)])
+def test_empty_scenes_have_no_attention_loss(tiny, mixed_samples, empty_samples, kind, method, images):
+    """Neither their maps nor their number is in it: loss and gradient are those of the other images alone."""
+    collate, found = Collate(tiny.tokenizer, tiny.image_processor), []
+    loss = DualLoss(tiny.network, 1.0, kind, Heatmap(tiny.network, method), images)
+    for samples in (mixed_samples, [empty_samples[0], *mixed_samples, empty_samples[1]]):
+        tiny.network.zero_grad()
+        parts = loss(collate(samples))
+        parts.attention.backward()
+        gradients = [p.grad for p in tiny.network.parameters() if p.grad is not None]
+        found.append((parts.attention.item(), gradients))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for wanted, gradient in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-3)
+    count = DualLoss(tiny.network, 0.0)(collate([empty_samples[0], *mixed_samples, empty_samples[1]])).count
+    assert parts.count.item() == pytest.approx(count.item(), rel=1e-5)  # but they are answered like all others
+
+
+@pytest.mark.parametrize("images", [None, 1])
+def test_a_batch_of_empty_scenes_is_not_looked_at(tiny, empty_samples, images):
+    batch = Collate(tiny.tokenizer, tiny.image_processor)(empty_samples)
+    parts = DualLoss(tiny.network, 1.0, heatmap_images=images)(batch)
+    parts.total.backward()
+    assert parts.attention.item() == 0 and parts.total.item() == parts.count.item() > 0
+    assert all(p.grad.isfinite().all() for p in tiny.network.parameters())
+
+
+def test_a_window_is_divided_by_its_images_with_objects(tiny, mixed_samples, empty_samples):
+    """In whatever batches they come; a window without any says that there was no attention loss."""
+    accelerator, collate = make_accelerator("fp32"), Collate(tiny.tokenizer, tiny.image_processor)
+    optimizer = torch.optim.SGD(tiny.network.parameters(), lr=0.0)
+    step = TrainingStep(DualLoss(tiny.network), optimizer, accelerator)
+    whole, norm = step([collate([*mixed_samples, *empty_samples])], 1.0)
+    for cut in (1, 4):  # one with and one without an empty scene; all with objects, and none
+        samples = [*mixed_samples, *empty_samples]
+        parts, parts_norm = step([collate(samples[:cut]), collate(samples[cut:])], 1.0)
+        assert parts.attention.item() == pytest.approx(whole.attention.item(), rel=1e-5)
+        assert parts_norm.item() == pytest.approx(norm.item(), rel=1e-4)
+    alone, _ = step([collate(empty_samples[:1]), collate(empty_samples[1:])], 1.0)
+    assert alone.attention is None and alone.total.item() == alone.count.item()
+    step.check()
 
 
 WEIGHTS = (
@@ -153,7 +200,7 @@ WEIGHTS = (
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 def test_attention_gradient_is_the_finite_difference(float64, mixed_samples, kind):
     """Central differences along a random direction of each weight, in float64."""
-    model = load_model("tiny", dtype=torch.float64)
+    model = load_model("tiny-random", dtype=torch.float64)
     batch = Collate(model.tokenizer, model.image_processor)(mixed_samples[:2])
     batch = {
         key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
@@ -220,3 +267,23 @@ def test_bf16_autocast_keeps_the_rows_in_float32(tiny, batch):
         parts = DualLoss(tiny.network)(batch)
     assert parts.attention.dtype == torch.float32
     assert float(parts.attention) == pytest.approx(float(exact), rel=0.02)
+
+
+def test_control_targets_are_another_images_and_the_centre():
+    target = torch.rand(3, 14, 14)
+    target = target / target.sum(dim=(1, 2), keepdim=True)
+    shuffled, centre = ATTENTION_TARGETS["shuffled"](target), ATTENTION_TARGETS["centre"](target)
+    assert torch.equal(shuffled[1], target[0]) and torch.equal(shuffled[0], target[2])
+    assert torch.equal(centre[0], centre[2]) and centre[0].sum() == pytest.approx(1)
+    assert torch.allclose(centre[0], centre[0].flip(0))
+    assert centre[0].argmax() in (6 * 14 + 6, 6 * 14 + 7, 7 * 14 + 6, 7 * 14 + 7)
+
+
+def test_the_loss_is_drawn_to_the_control(tiny, batch):
+    """The same heatmap, held against each target by an independent sum."""
+    heatmap = Heatmap(tiny.network)(batch).double()
+    for name, make in ATTENTION_TARGETS.items():
+        target = make(batch["target"]).double()
+        kl = torch.where(target > 0, target * (target / heatmap).log(), 0).sum(dim=(1, 2)).mean()
+        found = DualLoss(tiny.network, 1.0, attention_target=name)(batch).attention
+        assert found.item() == pytest.approx(kl.item(), rel=1e-3)

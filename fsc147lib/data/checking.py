@@ -1,0 +1,103 @@
+"""`check`: what a root holds, and every fault of it, by file; unlike opening a split, it decodes every image.
+
+Left out: what a fault is (`faults`), and the scan that finds those of the text files and headers (`fsc147`).
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tyro.conf import Positional
+
+from ..options import need
+from .faults import ANNOTATIONS, DENSITIES, IMAGES, DataError, Faults
+from .fsc147 import Sample, scan
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Count what an FSC147 root holds and list every fault, by file.  Exit status 1 if there are faults."""
+
+    root: Positional[Path]
+    """Folder in the official layout."""
+    category: str | None = None
+    """What all images show; the root then needs no class file."""
+    json: Path | None = None
+    """Write the report here too."""
+
+    def __post_init__(self):
+        need(self, "json", self.json is None or not self.json.is_dir(), "a file, not a folder")
+
+
+@dataclass
+class Report:
+    """What `check` found: per split the numbers of usable images and categories, and the spread of counts.
+
+    An image without a dot is no fault: it has a count of 0, and no target heatmap.
+    """
+
+    root: str
+    splits: dict[str, dict[str, float]]  # images, empty (of objects), categories, and of counts min, median, mean, max
+    faults: Faults
+
+    @property
+    def clean(self) -> bool:
+        return not self.faults
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        faults = [asdict(fault) for fault in self.faults]
+        return {"root": self.root, "clean": self.clean, "splits": self.splits, "faults": faults}
+
+    def __str__(self) -> str:
+        rows = [f"  {name}: " + ", ".join(f"{k} {v:g}" for k, v in row.items()) for name, row in self.splits.items()]
+        total = f"{len(self.faults)} faults, {sum(fault.fatal for fault in self.faults)} of them fatal"
+        return "\n".join([f"FSC147 at {self.root}", *rows, total, str(self.faults)]).rstrip()
+
+
+def check(root: str | Path, category: str | None = None) -> Report:
+    """Look for every fault of a root, in all splits, decoding every image.  Bad data never raises.
+
+    `category` as in `FSC147`.
+    """
+    samples, faults = scan(Path(root).expanduser(), category=category)
+    unique = {sample.name: sample for listed in samples.values() for sample in listed}.values()
+    present = [sample for sample in unique if sample.image_path.exists()]
+    with ThreadPoolExecutor() as pool:  # decoding lets go of the interpreter lock
+        for found in pool.map(_pixel_faults, present):
+            faults.extend(found)
+    splits: dict[str, dict[str, float]] = {}
+    for split, listed in samples.items():
+        n = [sample.count for sample in listed]
+        splits[split] = {"images": len(n), "empty": n.count(0), "categories": len({s.category for s in listed})}
+        if n:
+            splits[split] |= {"min": min(n), "median": float(np.median(n)), "mean": float(np.mean(n)), "max": max(n)}
+    return Report(str(root), splits, faults)
+
+
+def _pixel_faults(sample: Sample) -> Faults:
+    """The faults of one sample that show only with its pixels, or that are not fatal."""
+    name, faults = sample.name, Faults()
+    try:
+        height, width = sample.size
+    except DataError:
+        return faults  # the scan has said so
+    try:
+        _ = sample.image  # decoded for its errors alone
+    except DataError as error:
+        return faults.add("unreadable-image", f"{IMAGES}/{name}", name, f"cannot be decoded ({error.__cause__})")
+    limits = np.array([width, height, width, height])
+    dots = sample.points[((sample.points < 0) | (sample.points > limits[:2])).any(axis=1)]
+    if len(dots):
+        problem = f"{len(dots)} of {sample.count} dots outside the {width} x {height} image, first {dots[0].tolist()}"
+        faults.add("dot-outside", ANNOTATIONS, name, problem)
+    boxes = sample.boxes[((sample.boxes < 0) | (sample.boxes > limits)).any(axis=1)]
+    if len(boxes):
+        faults.add("bad-box", ANNOTATIONS, name, f"box {boxes[0].tolist()} leaves the {width} x {height} image")
+    try:
+        if sample.density_path:
+            _ = sample.density  # loaded for its errors alone
+    except DataError as error:
+        faults.add("bad-density", f"{DENSITIES}/{sample.density_path.name}", name, str(error.__cause__))
+    return faults

@@ -1,0 +1,254 @@
+"""`import`: pictures of one's own, with dots from CSV or boxes from COCO JSON, as a root in FSC147's layout.
+
+Left out: labelling; a root may as well be written by hand (docs/data.md), `check` finds what is wrong with it.
+"""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from ..files import new_draft, replace_folder
+from ..options import need
+from .faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS, DataError, is_category, is_plain
+from .picture import SHORT_SIDE, open_picture, shrunk
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a root in FSC147's layout from pictures of your own."""
+
+    out: Positional[Path]
+    """The root to make: a new folder."""
+    images: Path
+    """Folder of the pictures."""
+    points: Path | None = None
+    """CSV with the columns image, x, y (and category), a line an object; or a folder with a CSV of x, y a picture."""
+    coco: Path | None = None
+    """JSON in COCO's format, instead of --points; an object's dot is the centre of its box."""
+    category: str | None = None
+    """What is counted; of COCO's and a CSV's categories this one alone.  None: as each picture's objects are called."""
+    val: float = 0.2
+    """Part of the pictures that goes to the validation split, chosen at random."""
+    test: float = 0.0
+    """Part of the pictures that goes to the test split."""
+    seed: int = 0
+    """Of that choice."""
+    short_side: int = SHORT_SIDE
+    """Pictures are shrunk to so many pixels on their shorter side, as FSC147's are."""
+
+    def __post_init__(self):
+        need(self, "points", (self.points is None) != (self.coco is None), "given, or --coco, and not both")
+        need(self, "val", 0 <= self.val < 1, "in 0..1")
+        need(self, "test", self.test >= 0 and self.val + self.test < 1, "at least 0, and below 1 together with --val")
+        need(self, "seed", self.seed >= 0, "at least 0")
+        need(self, "short_side", self.short_side >= 32, "at least 32")
+        need(self, "category", self.category is None or is_category(self.category), "the name of what is counted")
+
+
+@dataclass
+class Labels:
+    """What is known of one picture."""
+
+    category: str
+    points: list[tuple[float, float]]  # x, y in pixels of the upright picture
+    size: tuple[int, int] | None = None  # (width, height) that the points refer to, where it is given
+
+
+def import_pictures(config: ImportConfig) -> dict[str, int]:
+    """Write the root; `fsc147lib import` calls this.
+
+    Returns:
+        The number of pictures in each split.
+
+    Raises:
+        DataError: labels or a picture that cannot be used; the message names the file and the place in it.
+        FileExistsError: the root's folder holds something already.
+    """
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise FileExistsError(f"{config.out} is not empty: name a new folder, or remove it first")
+    labels = read_points(config.points, config.category) if config.points else read_coco(config.coco, config.category)
+    if not labels:
+        raise DataError(f"{config.points or config.coco} names no picture to count {config.category or 'anything'} in")
+    draft = new_draft(config.out)
+    (draft / IMAGES).mkdir(parents=True)
+    entries: dict[str, dict] = {}
+    sources: dict[str, Path] = {}
+    for name, label in tqdm(labels.items(), desc="import", leave=False):
+        source = find_picture(config.images, name)
+        stored = f"{source.stem}.jpg"
+        if stored in sources:
+            raise DataError(f"{source} and {sources[stored]} would both become {stored}: rename one of them")
+        sources[stored] = source
+        image = open_picture(source)
+        _need_fitting(source, label, image.size)
+        small = shrunk(image, config.short_side)
+        small.save(draft / IMAGES / stored, quality=95)
+        scale = np.array(small.size) / image.size
+        entries[stored] = {"points": (np.array(label.points).reshape(-1, 2) * scale).round(3).tolist()}
+    splits = choose_splits(list(entries), config.val, config.test, config.seed)
+    (draft / ANNOTATIONS).write_text(json.dumps(entries, indent=1))
+    (draft / SPLITS).write_text(json.dumps(splits, indent=1))
+    lines = (f"{name}\t{label.category}\n" for name, label in zip(entries, labels.values(), strict=True))
+    (draft / CLASSES).write_text("".join(lines))
+    replace_folder(draft, config.out)
+    return {split: len(names) for split, names in splits.items()}
+
+
+def find_picture(folder: Path, name: str) -> Path:
+    """The picture of this name, or the only one with this stem."""
+    if is_plain(name) and (folder / name).is_file():
+        return folder / name
+    found = [path for path in sorted(folder.glob("*")) if path.stem == name and path.suffix.lower() != ".csv"]
+    if len(found) != 1:
+        which = ", ".join(path.name for path in found) or "none"
+        raise DataError(f"{folder} must hold one picture called {name!r}, but has {which}")
+    return found[0]
+
+
+def choose_splits(names: list[str], val: float, test: float, seed: int) -> dict[str, list[str]]:
+    """Names by split, at random: a split that is wanted gets a picture at least; `test` is left out where it is 0."""
+    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    sizes = {split: max(1, round(part * len(names))) for split, part in (("val", val), ("test", test)) if part}
+    if sum(sizes.values()) >= len(names):
+        raise DataError(f"too few pictures for train and {' and '.join(sizes)}: there is {len(names)}, label more")
+    splits: dict[str, list[str]] = {"train": []}
+    start = 0
+    for split, size in sizes.items():
+        splits[split], start = sorted(order[start : start + size]), start + size
+    splits["train"] = sorted(order[start:])
+    return splits
+
+
+def _need_fitting(path: Path, label: Labels, size: tuple[int, int]) -> None:
+    """Refuse points that cannot belong to a picture of this (width, height)."""
+    if label.size not in (None, size):
+        raise DataError(
+            f"{path} is {size[0]} x {size[1]} pixels, but its labels are of {label.size[0]} x {label.size[1]}"
+        )
+    for x, y in label.points:
+        if not (0 <= x <= size[0] and 0 <= y <= size[1]):
+            raise DataError(f"{path} is {size[0]} x {size[1]} pixels, but has a dot at ({x:g}, {y:g})")
+    if len(label.points) > 1 and max(map(max, label.points)) <= 1:
+        raise DataError(f"all dots of {path} lie within one pixel: give x and y in pixels, not as parts of the picture")
+
+
+# --- Labels
+
+
+def read_points(path: Path, category: str | None = None) -> dict[str, Labels]:
+    """Dots from CSV, by picture.
+
+    Args:
+        path: a file with the columns `image`, `x`, `y` and perhaps `category`; or a folder of files with `x` and
+            `y`, each named after its picture.  A line whose x and y are empty, or a file without lines, says that
+            there is nothing to count.
+        category: what is counted; needed where there is no such column.
+
+    Raises:
+        DataError: the file, the line and what is wrong with it.
+    """
+    labels: dict[str, Labels] = {}
+    if path.is_dir():
+        for file in sorted(path.glob("*.csv")):
+            labels[file.stem] = Labels(_need_category(category, file), [])
+            _read_csv(file, labels, category, file.stem)
+    else:
+        _read_csv(path, labels, category, None)
+    return labels
+
+
+def _read_csv(path: Path, labels: dict[str, Labels], category: str | None, image: str | None) -> None:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}") from error
+    columns = {"x", "y"} if image else {"image", "x", "y"}
+    if columns - set(reader.fieldnames or ()):
+        raise DataError(f"{path} must begin with a line that names the columns {', '.join(sorted(columns))}")
+    for number, row in rows:
+        place, name = f"{path}, line {number}", image or (row["image"] or "").strip()
+        if not name:
+            raise DataError(f"{place}: no image is named")
+        kind = (row.get("category") or "").strip()
+        label = labels.setdefault(name, Labels(_need_category(kind or category, place), []))
+        if category is None and label.category != kind:
+            raise DataError(f"{place}: {name} shows {label.category!r} and {kind!r}: choose one with --category")
+        if (row["x"] or row["y"]) and category in (None, kind or category):
+            label.points.append((_number(row["x"], "x", place), _number(row["y"], "y", place)))
+    for label in labels.values():
+        label.category = category or label.category
+
+
+def _number(text: str | None, name: str, place: str) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{place}: {name} is {text!r}, but must be a number of pixels")
+    return value
+
+
+def _need_category(text: str | None, place) -> str:
+    if not is_category(text or ""):
+        raise DataError(f"{place}: the category is {text!r}: name what is counted there, or with --category for all")
+    return text
+
+
+def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
+    """The centres of a COCO file's boxes, by picture.
+
+    Args:
+        path: JSON with `images` (id, file_name, width, height), `annotations` (image_id, category_id, bbox as x, y,
+            width, height) and `categories` (id, name).
+        category: what is counted; None where each picture shows one category.  A picture without it has a count
+            of 0; one with a crowd of it (`iscrowd`) is left out, for its count is not known.
+
+    Raises:
+        DataError: what is wrong, and in which image or annotation.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8-sig"))
+        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
+        pictures = {entry["id"]: entry for entry in content["images"]}
+        annotations = list(content["annotations"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is no COCO file ({type(error).__name__}: {error}): see docs/data.md") from error
+    if category not in (None, *names.values()):
+        raise DataError(f"{path} has no category {category!r}, only {', '.join(sorted(names.values()))}")
+    only = next(iter(names.values())) if len(names) == 1 else None
+    found: dict = {number: {} for number in pictures}  # category -> its points, or None where it is a crowd
+    for entry in annotations:
+        try:
+            kind, (x, y, width, height) = names[entry["category_id"]], map(float, entry["bbox"])
+            kinds = found[entry["image_id"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: an annotation cannot be used ({error!r}): {entry!r:.200}") from error
+        if entry.get("iscrowd"):
+            kinds[kind] = None
+        elif kinds.setdefault(kind, []) is not None:
+            kinds[kind].append((x + width / 2, y + height / 2))
+    labels: dict[str, Labels] = {}
+    for number, kinds in found.items():
+        try:
+            entry = pictures[number]
+            name, size = Path(entry["file_name"]).name, (int(entry["width"]), int(entry["height"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: an image cannot be used ({error!r}): {pictures[number]!r:.200}") from error
+        if name in labels:
+            raise DataError(f"{path}: two images are called {name}: rename one, and its file")
+        if category is None and len(kinds) > 1:
+            raise DataError(f"{path}: {name} shows {', '.join(sorted(kinds))}: choose one with --category")
+        kind = category or next(iter(kinds), only)
+        points = kinds.get(kind, [])
+        if kind is not None and points is not None:
+            labels[name] = Labels(_need_category(kind, path), points, size)
+    return labels

@@ -1,0 +1,55 @@
+"""A picture from anywhere: opened upright in RGB, or refused in a sentence, and shrunk to FSC147's size.
+
+Left out: the images of a root, whose annotations refer to the pixels as they are stored (`fsc147`).
+"""
+
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from .faults import DataError
+
+MAX_PIXELS = 100_000_000
+"""A larger picture is not decoded: 100 million pixels are 300 MB already."""
+
+SHORT_SIDE = 384
+"""Height of FSC147's images, which are wider than high."""
+
+
+def open_picture(picture: str | Path | Image.Image) -> Image.Image:
+    """A picture in RGB, as a viewer shows it: turned as its EXIF data say, transparent parts white.
+
+    Args:
+        picture: a file in any format that Pillow reads, or an image in memory.
+
+    Raises:
+        DataError: it cannot be read, or is too large; the message names the file.
+    """
+    name = picture if isinstance(picture, (str, Path)) else "the image given"
+    try:
+        image = Image.open(picture) if isinstance(picture, (str, Path)) else picture
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: make it smaller")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises many types on damaged files
+        reason = "the file is empty" if _is_empty(picture) else f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{name} cannot be used as a picture ({reason}): give a whole JPEG, PNG or other image file"
+        ) from error
+
+
+def _is_empty(picture) -> bool:
+    return isinstance(picture, (str, Path)) and Path(picture).is_file() and Path(picture).stat().st_size == 0
+
+
+def shrunk(image: Image.Image, short_side: int = SHORT_SIDE) -> Image.Image:
+    """The image with its shorter side brought down to `short_side` pixels, or the image itself if it is not longer."""
+    scale = short_side / min(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)

@@ -1,0 +1,202 @@
+"""Pictures of one's own: labels in, a root out that `check` finds clean, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fsc147lib.data import FSC147, DataError, check
+from fsc147lib.data.own import ImportConfig, import_pictures, read_coco
+from fsc147lib.data.picture import open_picture, shrunk
+from fsc147lib.options import ConfigError
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Five pictures: two large ones, a small one, a grey one, and one that a viewer turns by 90 degrees."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, size in (("a.jpg", (1536, 768)), ("b.png", (768, 1536)), ("c.jpg", (300, 200))):
+        Image.new("RGB", size, (90, 120, 60)).save(folder / name)
+    Image.new("L", (400, 400), 77).save(folder / "d.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (600, 400)).save(folder / "e.jpg", exif=exif)
+    return folder
+
+
+def write_csv(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def all_samples(root):
+    splits = json.loads((root / "Train_Test_Val_FSC_147.json").read_text())
+    return {sample.name: sample for split in splits for sample in FSC147(root, split)}
+
+
+def test_a_csv_of_dots_becomes_a_clean_root(tmp_path, images):
+    points = write_csv(
+        tmp_path / "dots.csv", "image,x,y,category", "a.jpg,100,200,shells", "a.jpg,1536,768,shells",
+        "b.png,10,20,shells", "c.jpg,1.5,2,nails", "d.png,,,shells", "e.jpg,390,590,shells",
+    )  # fmt: skip
+    sizes = import_pictures(ImportConfig(tmp_path / "root", images, points=points, val=0.2, test=0.2))
+    assert sizes == {"train": 3, "val": 1, "test": 1} and check(tmp_path / "root").clean
+    samples = all_samples(tmp_path / "root")
+    np.testing.assert_allclose(samples["a.jpg"].points, [[50, 100], [768, 384]])  # the shorter side becomes 384
+    assert samples["a.jpg"].size == (384, 768) and samples["b.jpg"].size == (768, 384)
+    assert samples["c.jpg"].size == (200, 300) and samples["c.jpg"].category == "nails"  # never enlarged
+    assert samples["d.jpg"].count == 0 and samples["d.jpg"].category == "shells"
+    assert samples["e.jpg"].size == (576, 384)  # upright
+    np.testing.assert_allclose(samples["e.jpg"].points, [[390 * 0.96, 590 * 0.96]], atol=1e-3)
+
+
+def test_of_several_categories_one_is_chosen(tmp_path, images):
+    points = write_csv(
+        tmp_path / "dots.csv", "image,x,y,category", "a.jpg,1,2,shells", "a.jpg,3,4,nails", "c.jpg,5,6,nails"
+    )
+    with pytest.raises(DataError, match=r"dots\.csv, line 3: a\.jpg shows 'shells' and 'nails'.*--category"):
+        import_pictures(ImportConfig(tmp_path / "root", images, points=points))
+    import_pictures(ImportConfig(tmp_path / "root", images, points=points, category="shells"))
+    assert {name: (s.category, s.count) for name, s in all_samples(tmp_path / "root").items()} == {
+        "a.jpg": ("shells", 1), "c.jpg": ("shells", 0)}  # fmt: skip
+
+
+def test_a_folder_of_csv_files(tmp_path, images):
+    (tmp_path / "dots").mkdir()
+    write_csv(tmp_path / "dots" / "a.csv", "x, y", "10, 20", "30, 40")
+    write_csv(tmp_path / "dots" / "b.csv", "x,y")
+    import_pictures(ImportConfig(tmp_path / "root", images, points=tmp_path / "dots", category="shells", val=0.5))
+    assert {name: s.count for name, s in all_samples(tmp_path / "root").items()} == {"a.jpg": 2, "b.jpg": 0}
+    with pytest.raises(DataError, match=r"a\.csv: the category is None"):
+        import_pictures(ImportConfig(tmp_path / "other", images, points=tmp_path / "dots"))
+
+
+def coco_file(path, **change):
+    content = {
+        "images": [
+            {"id": 1, "file_name": "sub/a.jpg", "width": 1536, "height": 768},
+            {"id": 2, "file_name": "c.jpg", "width": 300, "height": 200},
+            {"id": 3, "file_name": "d.png", "width": 400, "height": 400},
+        ],
+        "categories": [{"id": 7, "name": "car"}, {"id": 8, "name": "bus"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 7, "bbox": [10, 20, 30, 40]},
+            {"image_id": 1, "category_id": 8, "bbox": [0, 0, 8, 8]},
+            {"image_id": 2, "category_id": 7, "bbox": [0, 0, 2, 2]},
+            {"image_id": 2, "category_id": 7, "bbox": [0, 0, 200, 200], "iscrowd": 1},
+        ],
+    } | change  # fmt: skip
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_coco_boxes_become_dots_in_their_centres(tmp_path, images):
+    file = coco_file(tmp_path / "coco.json")
+    with pytest.raises(DataError, match=r"a\.jpg shows bus, car: choose one with --category"):
+        read_coco(file)
+    labels = read_coco(file, "car")
+    assert {name: label.points for name, label in labels.items()} == {"a.jpg": [(25, 40)], "d.png": []}  # c: a crowd
+    assert import_pictures(ImportConfig(tmp_path / "root", images, coco=file, category="car")) == {"train": 1, "val": 1}
+    samples = all_samples(tmp_path / "root")
+    np.testing.assert_allclose(samples["a.jpg"].points, [[12.5, 20]])
+    assert samples["d.jpg"].category == "car"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a.jpg,1,2"], "must begin with a line that names the columns image, x, y"),
+        (["image,x,y,category", "a.jpg,one,2,shells"], "line 2: x is 'one', but must be a number of pixels"),
+        (["image,x,y,category", "a.jpg,nan,2,shells"], "line 2: x is 'nan'"),
+        (["image,x,y,category", "a.jpg,1,,shells"], "line 2: y is ''"),
+        (["image,x,y,category", "a.jpg,1,2,"], "line 2: the category is None"),
+        (["image,x,y,category", "a.jpg,1,2,<|im_end|>"], "line 2: the category is '<|im_end|>'"),
+        (["image,x,y,category", ",1,2,shells"], "line 2: no image is named"),
+        (["image,x,y,category", "z.jpg,1,2,shells"], "must hold one picture called 'z.jpg', but has none"),
+        (["image,x,y,category", "../images/a.jpg,1,2,shells"], "must hold one picture called"),
+        (["image,x,y,category", "a.jpg,1537,2,shells"], "1536 x 768 pixels, but has a dot at (1537, 2)"),
+        (["image,x,y,category", "a.jpg,.2,.3,shells", "a.jpg,.4,.5,shells"], "one pixel: give x and y in pixels"),
+        (["image,x,y,category", "a.jpg,1,2,shells"], "too few pictures for train and val: there is 1"),
+        (["image,x,y,category"], "names no picture"),
+    ],
+)  # fmt: skip
+def test_bad_csv_is_refused_in_a_sentence(tmp_path, images, lines, message):
+    points = write_csv(tmp_path / "dots.csv", *lines)
+    with pytest.raises(DataError) as error:
+        import_pictures(ImportConfig(tmp_path / "root", images, points=points))
+    assert message in str(error.value) and not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": None}, "is no COCO file"),
+        ({"categories": [{"id": 7}]}, "is no COCO file (KeyError: 'name')"),
+        ({"annotations": [{"image_id": 9, "category_id": 7, "bbox": [1, 2, 3, 4]}]}, "cannot be used (KeyError(9))"),
+        ({"annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3]}]}, "an annotation cannot be used"),
+        ({"images": [{"id": i, "file_name": f"{i}/a.jpg", "width": 1, "height": 1} for i in (1, 2)],
+          "annotations": []}, "two images are called a.jpg"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "image cannot be used (KeyError('width'))"),
+        ({"images": [{"id": 1, "file_name": "a.jpg", "width": 768, "height": 1536}], "annotations": []},
+         "1536 x 768 pixels, but its labels are of 768 x 1536"),
+    ],
+)  # fmt: skip
+def test_bad_coco_is_refused_in_a_sentence(tmp_path, images, change, message):
+    file = coco_file(tmp_path / "coco.json", **change)
+    with pytest.raises(DataError) as error:
+        import_pictures(ImportConfig(tmp_path / "root", images, coco=file, category="car"))
+    assert message in str(error.value)
+
+
+def test_what_coco_does_not_have_is_named(tmp_path):
+    with pytest.raises(DataError, match="no category 'tram', only bus, car"):
+        read_coco(coco_file(tmp_path / "coco.json"), "tram")
+
+
+def test_nothing_is_overwritten_and_names_stay_apart(tmp_path, images):
+    points = write_csv(tmp_path / "dots.csv", "image,x,y,category", "a.jpg,1,2,shells", "a.png,1,2,shells")
+    with pytest.raises(FileExistsError, match="not empty"):
+        import_pictures(ImportConfig(images, images, points=points))
+    Image.new("RGB", (50, 50)).save(images / "a.png")
+    with pytest.raises(DataError, match=r"a\.png and .*a\.jpg would both become a\.jpg"):
+        import_pictures(ImportConfig(tmp_path / "root", images, points=points))
+    for choice in ({}, {"points": points, "coco": points}, {"points": points, "val": 0.5, "test": 0.5}):
+        with pytest.raises(ConfigError):
+            ImportConfig(tmp_path / "root", images, **choice)
+
+
+# Pictures from anywhere
+
+
+def test_a_picture_is_upright_opaque_and_shrunk(images):
+    assert open_picture(images / "e.jpg").size == (400, 600)
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert open_picture(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert shrunk(open_picture(images / "a.jpg")).size == (768, 384)
+    small = open_picture(images / "c.jpg")
+    assert shrunk(small) is small
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "the file is empty"), (b"<html>404</html>", "UnidentifiedImageError"), (None, "FileNotFoundError")],
+)
+def test_what_is_no_picture_gets_a_sentence(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=rf"x\.jpg cannot be used as a picture \({message}"):
+        open_picture(tmp_path / "x.jpg")
+
+
+def test_broken_and_huge_pictures_get_a_sentence(tmp_path, images):
+    whole = (images / "a.jpg").read_bytes()
+    (images / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.jpg cannot be used as a picture"):
+        open_picture(images / "a.jpg")
+    Image.new("1", (20_000, 6_000)).save(tmp_path / "huge.png")
+    with pytest.raises(DataError, match="20000 x 6000 pixels are more than 100,000,000"):
+        open_picture(tmp_path / "huge.png")
+    with pytest.raises(DataError, match="cannot be used as a picture"):
+        open_picture(tmp_path)
