@@ -218,7 +218,7 @@ class Run:
         self.training_step = TrainingStep(loss, optimizer, self.accelerator, config.clip)
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
-        self.total_steps = math.ceil(len(self.loader) / config.accumulation) * config.epochs
+        self.total_steps = math.ceil(len(self.loader) / self.batches.per_step) * config.epochs
         self.step, self.epoch = 0, 0  # done so far
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
         images = {split: len(listed) for split, listed in counts.items()}
@@ -231,7 +231,7 @@ class Run:
         self.store = PixelStore(samples, self.model.image_processor, shared=self.workers > 0) if pixels else None
         loader = training_loader(
             self.samples["train"], self.model, self.store, config.batch_size, config.seed, config.flip,
-            config.batch_by_size, self.workers,
+            config.batch_by_size, self.workers, config.accumulation, self.accelerator.num_processes,
         )  # fmt: skip
         self.batches, self.loader = loader.batch_sampler, self.accelerator.prepare(loader)
 
@@ -290,7 +290,7 @@ class Run:
         self.batches.shuffle(self.epoch)
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
-        for window in windows(self.loader, config.accumulation):
+        for window in windows(self.loader, self.batches.per_step):
             factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
             rate = config.learning_rate * factor
             for group in step.optimizer.param_groups:
