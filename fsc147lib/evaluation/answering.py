@@ -36,9 +36,9 @@ from ..model import (
     method_names,
     to_device,
 )
-from ..model.answers import DeferredCopy, agreement, greedy_tokens
+from ..model.answers import DeferredCopy, agreement, greedy_tokens, longest_answer
 from ..model.layers import KeysValues
-from ..model.prompt import MAX_DIGITS, parse_count
+from ..model.prompt import parse_count
 from ..options import Precision, need
 from .metrics import absolute_errors, alignment, constant_baselines, counting_metrics, metrics_by_bin
 
@@ -262,10 +262,9 @@ def generate_answers(model: CountingModel, forced: ForcedPass, compiled: bool = 
     Returns:
         [B, tokens] on the device; after an end-of-turn token only those.
     """
-    longest = len(model.tokenizer.encode("COUNT: " + "0" * MAX_DIGITS, add_special_tokens=False)) + 1
     return greedy_tokens(
-        model.network, forced.batch, forced.logits, forced.keys_values, forced.agreed, longest,
-        model.tokenizer.eos_token_id, compiled,
+        model.network, forced.batch, forced.logits, forced.keys_values, forced.agreed,
+        longest_answer(model.tokenizer), model.tokenizer.eos_token_id, compiled,
     )  # fmt: skip
 
 
