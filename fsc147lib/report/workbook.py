@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from ..data.scenes import make_dataset
 from ..files import write_text
-from ..model.load import TINY
 from .timing import table
 
 PICTURES = {"train": 800, "val": 100, "test": 50}
@@ -75,7 +74,7 @@ class Settings:
         return folder
 
 
-def settings(data: str | Path | None = None, model: str = TINY, out: str | Path | None = None) -> Settings:
+def settings(data: str | Path | None = None, model: str = "tiny", out: str | Path | None = None) -> Settings:
     """Settle where things are, and draw the default data set if it is needed and not there.
 
     The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT win over the arguments.

@@ -26,7 +26,14 @@ from fsc147lib.training.schedule import learning_rate_factor
 @pytest.fixture
 def config(root, tmp_path):
     def make(**changes):
-        settings = {"data": root, "out": tmp_path / "run", "batch_size": 8, "log_every": 1, "tracking": "disabled"}
+        settings = {
+            "data": root,
+            "model": "tiny-random",
+            "out": tmp_path / "run",
+            "batch_size": 8,
+            "log_every": 1,
+            "tracking": "disabled",
+        }
         return TrainConfig(**{**settings, **changes})
 
     return make
@@ -44,7 +51,7 @@ def test_logged_losses_are_those_of_the_batch(config):
     """The first script of this project logged 0.0000; here the log is computed again, from outside."""
     settings = config(epochs=1, learning_rate=1e-3)
     train(settings)
-    model = load_model("tiny", seed=settings.seed)
+    model = load_model("tiny-random", seed=settings.seed)
     samples = list(FSC147(settings.data, "train"))
     loader = training_loader(
         samples, model, PixelStore(samples, model.image_processor), settings.batch_size, settings.seed
@@ -223,7 +230,7 @@ def test_accumulation_is_one_large_batch(config, tmp_path):
 def test_a_tiny_learning_rate_moves_fp32_weights_under_bf16(config):
     """bf16 *weights* would swallow updates of 1e-6; fp32 master weights keep them."""
     train(config(epochs=1, learning_rate=1e-6, warmup=0, precision="bf16", weight_decay=0))
-    start = load_model("tiny").network.state_dict()
+    start = load_model("tiny-random").network.state_dict()
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     after = weights(config().out / "last")
     assert after[name].dtype == torch.float32
@@ -242,7 +249,7 @@ def test_vision_stays_frozen_until_its_epoch(config):
             seen[line["epoch"]] = (settings.out / "last").is_dir() and weights(settings.out / "last")
 
     train(settings, watch)
-    start, visual = load_model("tiny").network.state_dict(), "model.visual.blocks.0.mlp.linear_fc1.weight"
+    start, visual = load_model("tiny-random").network.state_dict(), "model.visual.blocks.0.mlp.linear_fc1.weight"
     text = "model.language_model.layers.0.mlp.up_proj.weight"
     assert torch.equal(seen[2][visual], start[visual])  # what epoch 1 left
     assert not torch.equal(seen[2][text], start[text])
@@ -262,7 +269,7 @@ def test_clipping_bounds_the_gradient(config, monkeypatch):
     monkeypatch.setattr(training, "make_optimizer", lambda network, *_: torch.optim.SGD(network.parameters(), lr=1.0))
     result = train(config(epochs=1, limit=8, clip=1e-3, learning_rate=1.0, warmup=0))
     assert len(result.steps) == 1 and result.steps[0]["gradient_norm"] > 1e-3  # logged as it was before
-    before = dict(load_model("tiny").network.named_parameters())
+    before = dict(load_model("tiny-random").network.named_parameters())
     after = dict(load_model(config().out / "last").network.named_parameters())
     moved = torch.stack([(after[name] - before[name]).norm() for name in before]).norm()
     assert moved.item() == pytest.approx(1e-3, rel=1e-2)
