@@ -2,9 +2,10 @@
 
 What comes back is what the model says, how probable it finds each number, and where it looked while it said so.
 
-Left out: drawing (`report`), and whether its probabilities are right (`evaluation.calibration`).
+Left out: drawing (`report`), and whether its probabilities are right (`evaluation.intervals`).
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +14,49 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from ..data import Picture, Sample
+from ..files import write_text
+from ..options import Precision, need
 from .answers import own_answers
 from .collate import Collate, to_device
 from .counts import count_log_probabilities
 from .device import make_accelerator
 from .heatmaps import Heatmap
+from .load import load_model
 from .looking import answer_texts, map_title
 from .network import CountingModel
 from .pixels import PixelStore
 from .prompt import parse_count
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Count in pictures of your own."""
+
+    images: Positional[tuple[Path, ...]]
+    """Picture files."""
+    category: str
+    """What to count, for example apples."""
+    model: str = "tiny-dual"
+    """"tiny-dual", a folder such as runs/train/best, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
+    map: Path | None = None
+    """Draw picture, map and probabilities here; of several pictures to the same name with -1, -2, ..."""
+    json: Path | None = None
+    """Write all numbers here."""
+    precision: Precision = "auto"
+    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+
+    def __post_init__(self):
+        need(self, "images", len(self.images) > 0, "a picture or more")
+        formats = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+        need(self, "map", self.map is None or self.map.suffix in formats, f"a file that ends in {', '.join(formats)}")
+        need(self, "json", self.json is None or not self.json.is_dir(), "a file, not a folder")
+
+    def map_path(self, i: int) -> Path:
+        """Where the map of the i-th picture goes."""
+        return self.map if len(self.images) == 1 else self.map.with_stem(f"{self.map.stem}-{i + 1}")
 
 
 @dataclass
@@ -66,6 +99,16 @@ class Prediction:
         """Which answer the map belongs to, for a figure."""
         return map_title(self.answer, "own")
 
+    def __str__(self) -> str:
+        first, last = self.interval()
+        told = f"{self.count} {self.sample.category}" if self.count is not None else "no number"
+        likely = f"most probable {self.mode} ({self.distribution[self.mode]:.0%}), mean {self.mean:.1f}"
+        return (
+            f"{self.sample.name}: {told}; the model says {self.answer!r:.80}\n"
+            f"  {likely}, 90 % between {first} and {last}, if it answers COUNT: and a number, "
+            f"which it does with probability {self.covered:.3f}"
+        )
+
     def to_dict(self) -> dict:
         """Plain values for JSON: of the distribution the numbers above one in a million."""
         likely = np.flatnonzero(self.distribution > 1e-6)
@@ -89,6 +132,17 @@ def predict(model: CountingModel, image: str | Path | Image.Image, category: str
         DataError: the picture or the category cannot be used.
     """
     return predict_samples(model, [Picture(image, category)])[0]
+
+
+def predict_files(config: PredictConfig) -> list[Prediction]:
+    """Count in the pictures named and write the numbers; `fsc147lib predict` calls this."""
+    pictures: list[Sample] = [Picture(path, config.category) for path in config.images]
+    model = load_model(config.model)
+    found = predict_samples(model, pictures, accelerator=make_accelerator(config.precision))
+    if config.json is not None:
+        numbers = [prediction.to_dict() for prediction in found]
+        write_text(config.json, json.dumps({"model": config.model, "predictions": numbers}, indent=1))
+    return found
 
 
 @torch.no_grad()
