@@ -15,11 +15,12 @@ from .metrics import (
     paired_difference,
 )
 from .own_maps import own_against_true, own_against_true_table
+from .ridge import ridge_baseline
 from .tables import metrics_table
 
 __all__ = [
     "EvaluateConfig", "Evaluation", "ImageResult", "absolute_errors", "alignment", "answer_histogram",
     "bootstrap_interval", "calibration", "calibration_table", "constant_baselines", "counting_metrics",
     "evaluate", "evaluate_samples", "metrics_table", "own_against_true", "own_against_true_table",
-    "paired_difference",
+    "paired_difference", "ridge_baseline",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ def own_against_true_table(groups: dict[str, dict[str, float]]) -> str:
     names = list(next(iter(groups.values())))
     lines = [f"{'':24}" + "".join(f"{group:>16}" for group in groups)]
     for name in names:
-        form = "16d" if name == "images" else "16.3f"
-        lines.append(f"{name:24}" + "".join(f"{row[name]:{form}}" for row in groups.values()))
+        form = "d" if name == "images" else "z.3f"
+        cells = (format(row[name], form) for row in groups.values())
+        lines.append(f"{name:24}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)

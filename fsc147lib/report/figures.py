@@ -184,24 +184,6 @@ def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
     return figure
 
 
-def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
-    """How often each number is right, upwards, and how often it is said, downwards: answers that cluster stand out.
-
-    Args:
-        histogram: of `metrics.answer_histogram`.
-    """
-    numbers, (true, said) = list(histogram), np.array(list(histogram.values())).T
-    figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
-    axes.bar(numbers, true, color=GREY, label=f"true: {sum(true > 0)} numbers")
-    spoken = f"said: {sum(said > 0)}, never said: {sum(said[true > 0] == 0)}"
-    axes.bar(numbers, -said, color=COUNT_COLOUR, label=spoken)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-    axes.set(xlabel="number", ylabel="images")
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
 def map_comparison(
     samples: Sequence[Sample], maps: dict[str, Look | np.ndarray], captions: Sequence[str] = ()
 ) -> Figure:

@@ -1,4 +1,4 @@
-"""Pictures of predictions: the photograph, where the model looked, how probable it found each number; calibration.
+"""Pictures of predictions: photograph, map and how probable each number is; calibration; which numbers are said.
 
 Left out: everything that is computed (`model.prediction`, `evaluation.intervals`).
 """
@@ -74,5 +74,23 @@ def calibration_figure(rows: Sequence[dict]) -> Figure:
     axes.errorbar(claimed, inside, spread, fmt="o-", color=COUNT_COLOUR, capsize=3, label="measured")
     axes.set(xlabel="probability that the interval claims, %", ylabel="truth lies in it, %", ylim=(0, 102))
     axes.set_xlim(min(40, *claimed) - 3, 102)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
+    """How often each number is right, upwards, and how often it is said, downwards: answers that cluster stand out.
+
+    Args:
+        histogram: of `metrics.answer_histogram`.
+    """
+    numbers, (true, said) = list(histogram), np.array(list(histogram.values())).T
+    figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
+    axes.bar(numbers, true, color=GREY, label=f"true: {sum(true > 0)} numbers")
+    spoken = f"said: {sum(said > 0)}, never said: {sum(said[true > 0] == 0)}"
+    axes.bar(numbers, -said, color=COUNT_COLOUR, label=spoken)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    axes.set(xlabel="number", ylabel="images")
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -51,6 +51,25 @@ def sweep_groups(rows: Sequence[dict]) -> list[dict]:
     return found
 
 
+def epoch_curves(runs: dict[str, Sequence[dict]], baseline: float | None = None) -> Figure:
+    """Validation MAE and alignment of several runs, epoch by epoch.
+
+    Args:
+        runs: name -> its `TrainResult.epochs`.
+        baseline: MAE of always the training mean, drawn as a line if given.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    for place, key, label in ((axes[0], "mae", "validation MAE, objects"), (axes[1], "kl", "KL(P || A), nats")):
+        for name, epochs in runs.items():
+            place.plot([line["epoch"] for line in epochs], [line["val"][key] for line in epochs], "o-", label=name)
+        place.set(xlabel="epoch", title=label, ylim=(0, None))
+        place.xaxis.get_major_locator().set_params(integer=True)
+    if baseline is not None:
+        axes[0].axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
+    axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
 def sweep_table(rows: Sequence[dict]) -> str:
     """The groups of a sweep as text, with mean and range over seeds."""
     return table(sweep_groups(rows), COLUMNS)
