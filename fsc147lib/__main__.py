@@ -65,6 +65,19 @@ def run_evaluate(config) -> int:
     return 0
 
 
+def run_predict(config) -> int:
+    from .model.prediction import predict_files
+
+    for i, prediction in enumerate(predict_files(config)):
+        print(prediction)
+        if config.map is not None:
+            from .report.predictions import save_prediction
+
+            save_prediction(prediction, config.map_path(i))
+            print(f"  map in {config.map_path(i)}")
+    return 0
+
+
 def run_sweep(config) -> int:
     from . import training
     from .report.sweeps import sweep_figure, sweep_table
@@ -104,6 +117,11 @@ COMMANDS = {  # name: (the dataclass of its options and the module it lies in, w
     "train": ("training.loop:TrainConfig", run_train, "train to count and to look, and keep the best weights"),
     "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
+    "predict": (
+        "model.prediction:PredictConfig",
+        run_predict,
+        "count in your pictures, and show where it looks",
+    ),
     "overhead": ("report.overhead:OverheadConfig", run_overhead, "measure what the attention loss costs"),
     "throughput": ("report.throughput:ThroughputConfig", run_throughput, "measure training, variant by variant"),
 }

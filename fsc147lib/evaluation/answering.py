@@ -36,9 +36,9 @@ from ..model import (
     method_names,
     to_device,
 )
-from ..model.answers import DeferredCopy, agreement, greedy_tokens
+from ..model.answers import DeferredCopy, agreement, greedy_tokens, longest_answer
 from ..model.layers import KeysValues
-from ..model.prompt import MAX_DIGITS, parse_count, parse_count_leniently
+from ..model.prompt import parse_count, parse_count_leniently
 from ..options import Precision, need
 from .metrics import absolute_errors, alignment, constant_baselines, counting_metrics, metrics_by_bin
 
@@ -279,10 +279,10 @@ def generate_answers(
     Returns:
         [B, tokens] on the device; after an end-of-turn token only those.
     """
-    longest = longest or len(model.tokenizer.encode("COUNT: " + "0" * MAX_DIGITS, add_special_tokens=False)) + 1
+    longest = longest or longest_answer(model.tokenizer)
     return greedy_tokens(
-        model.network, forced.batch, forced.logits, forced.keys_values, forced.agreed, longest,
-        model.tokenizer.eos_token_id, compiled,
+        model.network, forced.batch, forced.logits, forced.keys_values, forced.agreed,
+        longest, model.tokenizer.eos_token_id, compiled,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch
 
 from ..data import GRID, Sample, area_weights
 from .pixels import PixelStore, resized_size
-from .prompt import IMAGE_TOKEN, Tokens, tokenize
+from .prompt import IMAGE_TOKEN, Tokens, tokenize, with_answer
 
 
 class Batch(TypedDict, total=False):
@@ -82,16 +82,23 @@ class Collate:
             self._tokens[key] = tokenize(self.tokenizer, *key)
         return self._tokens[key]
 
-    def lengths(self, sample: Sample) -> tuple[int, int, int]:
+    def lengths(self, sample: Sample, tokens: Tokens | None = None) -> tuple[int, int, int]:
         """Patch rows and columns of a sample's image, and the length of its whole sequence."""
-        processor, tokens = self.image_processor, self.tokens(sample)
+        processor, tokens = self.image_processor, tokens or self.tokens(sample)
         rows, columns = (length // processor.patch_size for length in resized_size(sample, processor))
         text = len(tokens.head) + len(tokens.tail) + len(tokens.answer)
         return rows, columns, text + rows * columns // processor.merge_size**2
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
+    def __call__(self, samples: Sequence[Sample], answers: Sequence[list[int]] | None = None) -> Batch:
+        """The batch of some samples.
+
+        Args:
+            answers: tokens of an answer to each in place of the true one, for example `answers.own_answers`.
+        """
         tokens = [self.tokens(sample) for sample in samples]
-        *sizes, lengths = zip(*(self.lengths(sample) for sample in samples), strict=True)
+        if answers is not None:
+            tokens = [with_answer(self.tokenizer, *pair) for pair in zip(tokens, answers, strict=True)]
+        *sizes, lengths = zip(*map(self.lengths, samples, tokens), strict=True)
         sizes = list(zip(*sizes, strict=True))
         rows, length, width = len(samples), max(lengths), max(len(t.answer) for t in tokens)
         batch = Batch(

@@ -109,25 +109,25 @@ def next_token_logits(
     *,
     compiled: bool = False,
 ) -> torch.Tensor:
-    """One step of decoding after a pass that kept its keys.
+    """Going on after a pass that kept its keys: by one token in decoding, or by several that are alternatives.
 
     Args:
-        tokens: [B] the last ones.
-        position_ids: [3, B, 1] of these.
-        seen: [B, 1, 1, K + 1] which of the past's K positions, and of the tokens, are attended to.
+        tokens: [B, S].
+        position_ids: [3, B, S] of these.
+        seen: [B, 1, S, K + S] which of the past's K positions, and of the tokens, are attended to.
         past: keys and values of each layer; those of the tokens are put behind them.
 
     Returns:
-        [B, V].
+        [B, S, V].
     """
     model = network.model.language_model
-    hidden = _embed_tokens(network, tokens[:, None])
+    hidden = _embed_tokens(network, tokens)
     cos, sin = model.rotary_emb(hidden, position_ids)
     for i, layer in enumerate(model.layers):
         hidden, _, past[i] = run_layer(
             text_layer, layer, hidden, cos, sin, compiled=compiled, past=past[i], seen=seen, keep_keys=True
         )
-    return network.lm_head(model.norm(hidden[:, 0]))
+    return network.lm_head(model.norm(hidden))
 
 
 def _embed_tokens(network, tokens: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def text_layer(
             them.  The numbers stay the same.
         create_graph: let the attention have a second derivative.
         keep_keys: return keys and values.
-        past: keys and values that come before those of `hidden`, which is then one new token.
+        past: keys and values that come before those of `hidden`, which is then a few new tokens.
         seen: with `past`: [B, 1, T, K + T] True where attended.
 
     Returns:
@@ -107,7 +107,7 @@ def _causal_attention(attention, hidden, cos, sin, rows_at, rows_in_output: bool
 
 
 def _few_queries_attention(attention, hidden, cos, sin, only_at, past, seen):
-    """Few queries after many keys, by plain products: at positions of `hidden`, or of one token after a past."""
+    """Few queries after many keys, by plain products: at positions of `hidden`, or of a few tokens after a past."""
     key, value = _keys_values(attention, hidden, cos, sin)
     if past is None:
         seen = up_to(only_at, key.shape[2])

@@ -83,7 +83,7 @@ class Tokens:
 
     head: list[int]  # up to the image
     tail: list[int]  # after the image, up to where the answer begins
-    answer: list[int]  # "COUNT: 37" and the end-of-turn token
+    answer: list[int]  # "COUNT: 37" and the end-of-turn token, or what the model said of its own
     is_digit: list[bool]  # for each answer token: is it a part of the number?
 
 
@@ -108,5 +108,17 @@ def tokenize(tokenizer, category: str, count: int) -> Tokens:
         )
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in text.split(IMAGE_TOKEN))
     ids = tokenizer.encode(answer(count), add_special_tokens=False)
+    return Tokens(head, tail, *_answer_tokens(tokenizer, [*ids, tokenizer.eos_token_id]))
+
+
+def with_answer(tokenizer, tokens: Tokens, ids: list[int]) -> Tokens:
+    """The same prompt with another answer, for example the model's own (`answers.own_answers`).
+
+    Where it has no digit, all its tokens stand for the number: a map is then that of the whole answer.
+    """
+    return Tokens(tokens.head, tokens.tail, *_answer_tokens(tokenizer, ids))
+
+
+def _answer_tokens(tokenizer, ids: list[int]) -> tuple[list[int], list[bool]]:
     is_digit = [tokenizer.decode([token]).strip().isdigit() for token in ids]
-    return Tokens(head, tail, ids + [tokenizer.eos_token_id], is_digit + [False])
+    return ids, is_digit if any(is_digit) else [True] * len(ids)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..data.fsc147 import Sample
 from ..evaluation.answering import ImageResult
+from ..model import Look
 
 NO_TARGET = "nothing to count: no target"
 COUNT_COLOUR, ATTENTION_COLOUR, GREY = "#1f6fb4", "#d9541e", "#777777"
@@ -183,29 +184,13 @@ def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
     return figure
 
 
-def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
-    """How often each number is right, upwards, and how often it is said, downwards: answers that cluster stand out.
-
-    Args:
-        histogram: of `metrics.answer_histogram`.
-    """
-    numbers, (true, said) = list(histogram), np.array(list(histogram.values())).T
-    figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
-    axes.bar(numbers, true, color=GREY, label=f"true: {sum(true > 0)} numbers")
-    spoken = f"said: {sum(said > 0)}, never said: {sum(said[true > 0] == 0)}"
-    axes.bar(numbers, -said, color=COUNT_COLOUR, label=spoken)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-    axes.set(xlabel="number", ylabel="images")
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def map_comparison(samples: Sequence[Sample], maps: dict[str, np.ndarray], captions: Sequence[str] = ()) -> Figure:
+def map_comparison(
+    samples: Sequence[Sample], maps: dict[str, Look | np.ndarray], captions: Sequence[str] = ()
+) -> Figure:
     """Photograph, target and one column for each kind of map; a row for each sample.
 
     Args:
-        maps: title -> [B, 14, 14], in the samples' order.
+        maps: title -> [B, 14, 14] in the samples' order, or a `Look` of them (`mean_map`), whose answers are named.
         captions: a title for each row's photograph, instead of count and category.
     """
     rows, columns = len(samples), 2 + len(maps)
@@ -217,16 +202,18 @@ def map_comparison(samples: Sequence[Sample], maps: dict[str, np.ndarray], capti
             axes[i, 0].set_title(captions[i], fontsize=9)
         show_map(axes[i, 1], image, sample.target, NO_TARGET if not sample.count else "target" if i == 0 else "")
         for j, (title, values) in enumerate(maps.items(), start=2):
-            show_map(axes[i, j], image, np.asarray(values[i]), title if i == 0 else "")
+            titles = [title] * (i == 0) + ([values.titles[i]] if isinstance(values, Look) else [])
+            show_map(axes[i, j], image, np.asarray(getattr(values, "maps", values)[i]), ": ".join(titles))
     return figure
 
 
-def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int]) -> Figure:
+def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int], title: str = "") -> Figure:
     """All layers and heads of one image, each on its own colour scale, titled with its mass on the image.
 
     Args:
         maps: [L, H, 14, 14] attention mass.
         layers: the L layers' numbers.
+        title: of the whole, for example the answer that the maps belong to (`Look.titles`).
     """
     rows, columns = maps.shape[:2]
     figure, axes = plt.subplots(
@@ -234,9 +221,10 @@ def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int])
     )
     for i in range(rows):
         for j in range(columns):
-            title = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
-            show_map(axes[i, j], image, maps[i, j], title)
+            name = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
+            show_map(axes[i, j], image, maps[i, j], name)
             axes[i, j].title.set_fontsize(7)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

@@ -100,6 +100,7 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
     model = os.environ.get("FSC147_MODEL") or str(model)
     project = Path() if Path("notebooks").is_dir() else Path("..")  # a kernel starts beside its notebook
     out = Path(os.environ.get("FSC147_OUT") or out or project / RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
     if data is None:
         data = out / "drawn-{train}-{val}-{test}".format(**PICTURES)
         if not data.exists():

@@ -115,12 +115,6 @@ def test_empty_scenes_are_drawn(samples):
     comparison.savefig(io.BytesIO())
 
 
-def test_answer_bars_stand_for_true_and_said():
-    axes = figures.answer_bars({0: (1, 0), 4: (2, 3), 5: (0, 1)}).axes[0]
-    assert [bar.get_height() for bar in axes.patches] == [1, 2, 0, 0, -3, -1]
-    assert axes.get_legend().get_texts()[1].get_text() == "said: 2, never said: 1"
-
-
 def test_comparison_puts_each_map_in_its_column(samples):
     maps = np.random.default_rng(0).random((2, 2, 14, 14))
     figure = figures.map_comparison(samples[:2], {"before": maps[0], "after": maps[1]}, ["one", "two"])
