@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _ROOM_OF = {
     "FSC147": "data", "check": "data", "make_dataset": "data",
-    "load_model": "model", "Heatmap": "model", "look": "model", "register": "model",
+    "load_model": "model", "predict": "model", "Heatmap": "model", "look": "model", "register": "model",
     "evaluate_samples": "evaluation",
     "TrainConfig": "training", "train": "training",
 }  # fmt: skip

@@ -65,6 +65,19 @@ def run_evaluate(config) -> int:
     return 0
 
 
+def run_predict(config) -> int:
+    from .model.prediction import predict_files
+
+    for i, prediction in enumerate(predict_files(config)):
+        print(prediction)
+        if config.map is not None:
+            from .report.predictions import save_prediction
+
+            save_prediction(prediction, config.map_path(i))
+            print(f"  map in {config.map_path(i)}")
+    return 0
+
+
 def run_sweep(config) -> int:
     from . import training
     from .report.sweeps import sweep_figure, sweep_table
@@ -90,13 +103,25 @@ def run_throughput(config) -> int:
     return 0
 
 
+def run_verify(config) -> int:
+    from .report.verify import verify_model
+
+    return 0 if all(line.passed for line in verify_model(config)) else 1
+
+
 COMMANDS = {  # name: (the dataclass of its options and the module it lies in, what runs, a line of help)
     "check": ("data.checking:CheckConfig", run_check, "count what an FSC147 root holds and list every fault"),
     "import": ("data.own:ImportConfig", run_import, "make a root of pictures of your own, from CSV or COCO JSON"),
     "synth": ("data.scenes:SynthConfig", run_synth, "draw a small data set in FSC147's layout"),
+    "verify": ("report.verify:VerifyConfig", run_verify, "see whether a model works on this machine"),
     "train": ("training.loop:TrainConfig", run_train, "train to count and to look, and keep the best weights"),
     "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
+    "predict": (
+        "model.prediction:PredictConfig",
+        run_predict,
+        "count in your pictures, and show where it looks",
+    ),
     "overhead": ("report.overhead:OverheadConfig", run_overhead, "measure what the attention loss costs"),
     "throughput": ("report.throughput:ThroughputConfig", run_throughput, "measure training, variant by variant"),
 }

@@ -3,17 +3,22 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the library does, which is imported after torch here
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken, normalizers
+from transformers import AutoTokenizer
 
 from fsc147lib.data.faults import ANNOTATIONS, SPLITS
 from fsc147lib.data.fsc147 import FSC147
@@ -21,6 +26,8 @@ from fsc147lib.data.scenes import make_dataset
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import normalised_pixels
 from fsc147lib.model.load import load_model
+from fsc147lib.model.network import CountingModel, random_network
+from fsc147lib.model.tiny import tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +51,40 @@ def half_empty_root(root, tmp_path_factory):
 @pytest.fixture
 def tiny():
     """A fresh tiny model: a test may change its weights."""
-    return load_model("tiny")
+    return load_model("tiny-random")
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory):
+    """A small network over Qwen's real vocabulary, as the hub's folder has it: same ids, same tokenizer class."""
+    tool = Path(__file__).parents[2] / "shared" / "tools" / "qwen_tokenizer.py"
+    if not tool.is_file():
+        pytest.skip("Qwen's vocabulary is written by ../shared/tools/qwen_tokenizer.py, which is not here")
+    folder = tmp_path_factory.mktemp("qwen")
+    done = subprocess.run([sys.executable, tool, folder], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"Qwen's vocabulary cannot be had: {done.stderr.strip().splitlines()[-1]}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    later = ["<tool_call>", "</tool_call>", *(f"<|fim_{part}|>" for part in ("prefix", "middle", "suffix", "pad")),
+             "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]  # fmt: skip
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in later])  # 151657 to 151668
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    config = tiny_config(tokenizer)
+    config.text_config.vocab_size = 151936
+    torch.manual_seed(0)
+    network = random_network(config)
+    network.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    network.generation_config.pad_token_id = tokenizer.pad_token_id
+    CountingModel(network, tokenizer, load_model("tiny").image_processor).save(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "Qwen2Tokenizer"}))
+    return folder
+
+
+@pytest.fixture
+def qwen(qwen_folder):
+    """That model, fresh."""
+    return load_model(qwen_folder)
 
 
 @pytest.fixture(scope="session")

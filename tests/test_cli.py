@@ -50,7 +50,7 @@ def test_synth_train_evaluate(command, tmp_path):
     status, _, err = command("synth", tmp_path / "data", "--train", 6, "--val", 3, "--test", 1, "--seed", 4)
     assert status == 0, err
     done = python_m(
-        "train", "--data", tmp_path / "data", "--model", "tiny", "--epochs", 1, "--out", tmp_path / "run",
+        "train", "--data", tmp_path / "data", "--model", "tiny-random", "--epochs", 1, "--out", tmp_path / "run",
         "--batch-size", 3, "--attention-layers", 1, 2, "--tracking", "disabled",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -112,8 +112,8 @@ def is_plain(name: str) -> bool:
 
 
 def is_category(text: str) -> bool:
-    """Whether a text names what to count, and nothing that a tokenizer would read as control tokens."""
-    return bool(text.strip()) and "<|" not in text and text.isprintable()
+    """Whether a text names what to count, and nothing like <think> or <|im_end|>, which are control tokens."""
+    return bool(text.strip()) and "<" not in text and text.isprintable()
 
 
 def read_numbers(entry: dict, key: str, *shape: int) -> np.ndarray:
@@ -187,7 +187,7 @@ def parse_classes(text: str, faults: Faults) -> dict[str, str]:
     for number, line in enumerate(text.splitlines(), start=1):
         name, _, category = (part.strip() for part in line.partition("\t"))
         if name and category and not is_category(category):
-            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category!r:.60} would be read as control tokens")
+            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category!r:.60} may be read as control tokens")
         elif name and category:
             classes[name] = category
         elif line.strip():

@@ -5,9 +5,11 @@ Left out: the images of a root, whose annotations refer to the pixels as they ar
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
-from .faults import DataError
+from .faults import DataError, is_category
+from .fsc147 import Sample
 
 MAX_PIXELS = 100_000_000
 """A larger picture is not decoded: 100 million pixels are 300 MB already."""
@@ -53,3 +55,24 @@ def shrunk(image: Image.Image, short_side: int = SHORT_SIDE) -> Image.Image:
         return image
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+class Picture(Sample):
+    """A sample of no root: an image in memory, and nothing known of it but what to count."""
+
+    def __init__(self, picture: str | Path | Image.Image, category: str, name: str | None = None):
+        """Open it upright, shrunk to FSC147's size; raises DataError where it cannot be used."""
+        if not is_category(category):
+            raise DataError(f"the category is {category!r:.60}: name what to count, for example 'apples'")
+        image = shrunk(open_picture(picture))
+        name = name or (str(picture) if isinstance(picture, (str, Path)) else "picture")
+        super().__init__(name, category, np.zeros((0, 2), np.float32), np.zeros((0, 4), np.float32), Path(name))
+        object.__setattr__(self, "_image", image)
+
+    @property
+    def image(self) -> Image.Image:
+        return self._image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._image.height, self._image.width

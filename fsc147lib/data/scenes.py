@@ -34,13 +34,13 @@ COUNTS = (1, 60)
 EMPTY = 0.04
 """Part of the pictures that show distractors alone: the answer is 0."""
 
-MAX_DISTRACTORS = 60
+MAX_DISTRACTORS = 20
 """Most distractors: drawn log-uniformly from none, whatever the count is, so that the total tells little."""
 
 DRAWN = ("train", "val", "test", "val_seen", "test_seen")
 """The splits; the last two hold new pictures of training's categories, as many as `val` and `test`."""
 
-RADII = (12, 44)
+RADII = (15, 44)
 """Smallest and largest radius of an object, in pixels."""
 
 OVERLAP = 0.75

@@ -91,7 +91,7 @@ def read_sprites(folder: str | Path, seed: int = 0) -> Sprites:
     for path in files:
         name = _words(path.parent.name) if a_folder_each else _name(path)
         if name and _is_cut_out(path):
-            if "<|" in name or not name.isprintable():
+            if "<" in name or not name.isprintable():
                 raise ValueError(f"--sprites: {str(path)!r} would be called {name!r}, which a prompt cannot hold")
             pictures[name].append(path)
     if not pictures:

@@ -4,6 +4,7 @@ Left out: drawing the numbers (`report`).
 """
 
 from .answering import EvaluateConfig, Evaluation, ImageResult, evaluate, evaluate_samples
+from .intervals import calibration, calibration_table
 from .metrics import (
     absolute_errors,
     alignment,
@@ -13,10 +14,13 @@ from .metrics import (
     counting_metrics,
     paired_difference,
 )
+from .own_maps import own_against_true, own_against_true_table
+from .ridge import ridge_baseline
 from .tables import metrics_table
 
 __all__ = [
     "EvaluateConfig", "Evaluation", "ImageResult", "absolute_errors", "alignment", "answer_histogram",
-    "bootstrap_interval", "constant_baselines", "counting_metrics", "evaluate", "evaluate_samples", "metrics_table",
-    "paired_difference",
+    "bootstrap_interval", "calibration", "calibration_table", "constant_baselines", "counting_metrics",
+    "evaluate", "evaluate_samples", "metrics_table", "own_against_true", "own_against_true_table",
+    "paired_difference", "ridge_baseline",
 ]  # fmt: skip

@@ -36,9 +36,9 @@ from ..model import (
     method_names,
     to_device,
 )
-from ..model.answers import DeferredCopy, agreement, greedy_tokens
+from ..model.answers import DeferredCopy, agreement, greedy_tokens, longest_answer
 from ..model.layers import KeysValues
-from ..model.prompt import MAX_DIGITS, parse_count
+from ..model.prompt import parse_count, parse_count_leniently
 from ..options import Precision, need
 from .metrics import absolute_errors, alignment, constant_baselines, counting_metrics, metrics_by_bin
 
@@ -74,6 +74,9 @@ class EvaluateConfig:
     """Processes that read images; None: up to 8 on a GPU, else 0."""
     compile: bool | None = None
     """Compile the layers with torch.compile; None: on a GPU."""
+    longest: int | None = None
+    """Tokens of an answer at the most; None: as "COUNT: " and six digits need.  A model that was never fine-tuned
+    talks on: give it 64 where `unparsed_leniently` matters."""
 
     def __post_init__(self):
         if self.json is not None:
@@ -81,7 +84,8 @@ class EvaluateConfig:
             need(self, "json", not self.json.is_dir(), "a file, not a folder")
         need(self, "heatmap", self.heatmap in method_names(), f"one of {', '.join(method_names())}")
         need(self, "batch_size", self.batch_size >= 1, "at least 1")
-        need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
+        for name in ("limit", "longest"):
+            need(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
 
 
@@ -99,6 +103,7 @@ class ImageResult:
     pearson: float | None
     pointing: float | None
     error: float  # in objects, see `metrics.absolute_errors`
+    predicted_leniently: int | None = None  # read by `parse_count_leniently`; decides nothing
 
 
 @dataclass
@@ -138,6 +143,7 @@ def evaluate_samples(
     cache: VisionCache | None = None,
     store: PixelStore | None = None,
     empty_cost: float | None = None,
+    longest: int | None = None,
 ) -> Evaluation:
     """Evaluate a model that is already in memory.
 
@@ -151,10 +157,13 @@ def evaluate_samples(
         store: keeps the images, for another evaluation; None to keep none.
         empty_cost: mean count of the training images, which an answer that does not parse costs on an empty
             scene; None for the mean count of `samples`.
+        longest: tokens of an answer at the most; None for those of the longest number that parses, which cuts
+            off a model that was never fine-tuned.
 
     Returns:
-        Metrics: `counting_metrics`, unparsed (rate, 0..1), count_loss (nats per answer token), and the mean
-        `alignment` of images with objects.
+        Metrics: `counting_metrics`, unparsed (rate, 0..1), unparsed_leniently and mae_lenient (the same where
+        answers are read by `parse_count_leniently`), count_loss (nats per answer token), and the mean `alignment`
+        of images with objects.
     """
     accelerator = accelerator or make_accelerator("auto")
     network = model.network.to(accelerator.device)
@@ -173,7 +182,7 @@ def evaluate_samples(
     found = []  # stays on the device until the end: nothing waits for it
     for forced in one_ahead(passes):
         with accelerator.autocast():
-            answers = generate_answers(model, forced, heatmap.compiled)
+            answers = generate_answers(model, forced, heatmap.compiled, longest)
         summed = count_loss(forced.logits, forced.batch["answer_labels"])
         found.append((answers, summed, alignment(forced.heatmap, forced.batch["target"])))
     empty_cost = float(np.mean([sample.count for sample in samples])) if empty_cost is None else empty_cost
@@ -182,9 +191,11 @@ def evaluate_samples(
         loss += float(summed)
         maps = {key: value.tolist() for key, value in maps.items()}
         texts = model.tokenizer.batch_decode(answers.tolist(), skip_special_tokens=True)
+        ended = (answers == model.tokenizer.eos_token_id).any(dim=1).tolist()
         for i, (sample, text) in enumerate(zip(chunk, texts, strict=True)):
             row = {key: value[i] if sample.count else None for key, value in maps.items()}
             predicted = parse_count(text)
+            row["predicted_leniently"] = parse_count_leniently(text, complete=ended[i])
             row["error"] = float(absolute_errors([predicted], [sample.count], empty_cost)[0])
             results.append(ImageResult(sample.name, sample.category, sample.count, predicted, text, **row))
     tokens = sum(len(collate.tokens(sample).answer) for sample in samples)
@@ -205,6 +216,7 @@ def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
 
 def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Evaluation:
     counts = [image.predicted for image in images], [image.count for image in images], empty_cost
+    leniently = [image.predicted_leniently for image in images]
     maps = {}
     for key in ("kl", "mass_on_objects", "pearson", "pointing"):
         values = [getattr(image, key) for image in images if image.count]
@@ -212,6 +224,8 @@ def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Eva
     metrics = {
         **counting_metrics(*counts),
         "unparsed": float(np.mean([image.predicted is None for image in images])),
+        "unparsed_leniently": float(np.mean([number is None for number in leniently])),
+        "mae_lenient": float(absolute_errors(leniently, *counts[1:]).mean()),
         "count_loss": loss,
         **maps,
     }
@@ -251,21 +265,24 @@ def one_ahead(items: Iterator) -> Iterator:
     return (item for item, _ in pairwise(chain(items, [None])))
 
 
-def generate_answers(model: CountingModel, forced: ForcedPass, compiled: bool = False) -> torch.Tensor:
-    """Greedy answers, at most as long as the longest number that parses.
+def generate_answers(
+    model: CountingModel, forced: ForcedPass, compiled: bool = False, longest: int | None = None
+) -> torch.Tensor:
+    """Greedy answers.
 
     Args:
         model: its network in eval mode.
         forced: the forced pass of the batch, whose keys are used up.
         compiled: compile the layers.
+        longest: tokens at the most; None for those of the longest number that parses.
 
     Returns:
         [B, tokens] on the device; after an end-of-turn token only those.
     """
-    longest = len(model.tokenizer.encode("COUNT: " + "0" * MAX_DIGITS, add_special_tokens=False)) + 1
+    longest = longest or longest_answer(model.tokenizer)
     return greedy_tokens(
-        model.network, forced.batch, forced.logits, forced.keys_values, forced.agreed, longest,
-        model.tokenizer.eos_token_id, compiled,
+        model.network, forced.batch, forced.logits, forced.keys_values, forced.agreed,
+        longest, model.tokenizer.eos_token_id, compiled,
     )  # fmt: skip
 
 
@@ -281,7 +298,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     workers = default_workers() if config.workers is None else config.workers
     training = split_counts(config.data)
     empty_cost = float(np.mean(training)) if training else None
-    result = evaluate_samples(model, samples, config.batch_size, heatmap, accelerator, workers, empty_cost=empty_cost)
+    result = evaluate_samples(
+        model, samples, config.batch_size, heatmap, accelerator, workers, empty_cost=empty_cost, longest=config.longest
+    )
     if training:
         result.baselines = constant_baselines(training, [sample.count for sample in samples])
     if config.json is not None:

@@ -12,6 +12,8 @@ MEASURES = {  # key of `counting_metrics` or `alignment`: words, which end is go
     "within_1": ("right within 1 object", "high", "{:.0%}"),
     "within_10_percent": ("right within 10 %", "high", "{:.0%}"),
     "unparsed": ("answers that are no number", "low", "{:.0%}"),
+    "unparsed_leniently": ("the same, read leniently", "low", "{:.0%}"),
+    "mae_lenient": ("MAE, read leniently (decides nothing)", "low", "{:.2f}"),
     "count_loss": ("count loss (nats per answer token)", "low", "{:.3f}"),
     "kl": ("KL(target || map) (nats; 0 is perfect)", "low", "{:.3f}"),
     "mass_on_objects": ("part of the map on objects", "high", "{:.0%}"),

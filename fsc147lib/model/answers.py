@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from .collate import Batch
-from .forward import next_token_logits
+from .forward import Trace, answer_logits, next_token_logits
 from .layers import KeysValues
+from .network import CountingModel
+from .prompt import MAX_DIGITS
 
 
 class DeferredCopy:
@@ -78,10 +80,36 @@ def greedy_tokens(
     unchecked = 3 if last.is_cuda else 0  # steps before a GPU, which may have another pass to do first, is waited for
     while len(tokens) < longest and not (len(tokens) > known + unchecked and (tokens[-1] == end).all()):
         seen = F.pad(seen, (0, 1), value=True)
-        after = next_token_logits(network, tokens[-1], position + len(tokens), seen, past, compiled=compiled)
-        tokens.append(torch.where(tokens[-1] == end, end, after.argmax(dim=-1)))
+        after = next_token_logits(network, tokens[-1][:, None], position + len(tokens), seen, past, compiled=compiled)
+        tokens.append(torch.where(tokens[-1] == end, end, after[:, 0].argmax(dim=-1)))
     past.clear()
     return torch.stack(tokens, dim=1)
+
+
+def longest_answer(tokenizer) -> int:
+    """Tokens of the longest answer that parses, its end included."""
+    return len(tokenizer.encode("COUNT: " + "0" * MAX_DIGITS, add_special_tokens=False)) + 1
+
+
+@torch.no_grad()
+def own_answers(
+    model: CountingModel, batch: Batch, compiled: bool = False
+) -> tuple[list[list[int]], torch.Tensor, Trace]:
+    """What a model answers to the prompts of a batch, whatever answers the batch holds.
+
+    Args:
+        model: its network in eval mode, on the batch's device.
+
+    Returns:
+        Of each image the tokens up to the end of the answer or to the length of the longest that parses, never
+        none; logits [B, A, V] and trace, with all keys, of the pass over the batch's answers.
+    """
+    end = model.tokenizer.eos_token_id
+    logits, trace = answer_logits(model.network, batch, keep_keys=True, compiled=compiled)
+    agreed = agreement(batch, logits, end)
+    longest = longest_answer(model.tokenizer)
+    tokens = greedy_tokens(model.network, batch, logits, list(trace.keys_values), agreed, longest, end, compiled)
+    return [row[: row.index(end) + 1] if end in row else row for row in tokens.tolist()], logits, trace
 
 
 def count_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

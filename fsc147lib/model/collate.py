@@ -10,14 +10,14 @@ Left out: the model itself, and pixels (`pixels`).
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Annotated, TypedDict, get_type_hints
+from typing import Annotated, TypedDict, cast, get_type_hints
 
 import numpy as np
 import torch
 
 from ..data import GRID, Sample, area_weights
 from .pixels import PixelStore, resized_size
-from .prompt import IMAGE_TOKEN, Tokens, tokenize
+from .prompt import IMAGE_TOKEN, Tokens, tokenize, with_answer
 
 
 class Batch(TypedDict, total=False):
@@ -82,16 +82,23 @@ class Collate:
             self._tokens[key] = tokenize(self.tokenizer, *key)
         return self._tokens[key]
 
-    def lengths(self, sample: Sample) -> tuple[int, int, int]:
+    def lengths(self, sample: Sample, tokens: Tokens | None = None) -> tuple[int, int, int]:
         """Patch rows and columns of a sample's image, and the length of its whole sequence."""
-        processor, tokens = self.image_processor, self.tokens(sample)
+        processor, tokens = self.image_processor, tokens or self.tokens(sample)
         rows, columns = (length // processor.patch_size for length in resized_size(sample, processor))
         text = len(tokens.head) + len(tokens.tail) + len(tokens.answer)
         return rows, columns, text + rows * columns // processor.merge_size**2
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
+    def __call__(self, samples: Sequence[Sample], answers: Sequence[list[int]] | None = None) -> Batch:
+        """The batch of some samples.
+
+        Args:
+            answers: tokens of an answer to each in place of the true one, for example `answers.own_answers`.
+        """
         tokens = [self.tokens(sample) for sample in samples]
-        *sizes, lengths = zip(*(self.lengths(sample) for sample in samples), strict=True)
+        if answers is not None:
+            tokens = [with_answer(self.tokenizer, *pair) for pair in zip(tokens, answers, strict=True)]
+        *sizes, lengths = zip(*map(self.lengths, samples, tokens), strict=True)
         sizes = list(zip(*sizes, strict=True))
         rows, length, width = len(samples), max(lengths), max(len(t.answer) for t in tokens)
         batch = Batch(
@@ -160,10 +167,11 @@ def _mrope(head: int, y: torch.Tensor, x: torch.Tensor, tail: int) -> torch.Tens
 
 def to_device(batch: Batch, device) -> Batch:
     """The batch with its tensors on a device; all else stays as it is."""
-    return {
+    moved = {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
+    return cast(Batch, moved)
 
 
 def select_rows(batch: Batch, rows: list[int]) -> Batch:
@@ -182,8 +190,8 @@ def select_rows(batch: Batch, rows: list[int]) -> Batch:
         start = starts[layout[axis]]
         return torch.cat([value.narrow(axis, start[row], start[row + 1] - start[row]) for row in rows], dim=axis)
 
-    selected = {name: select(batch[name], layout) for name, layout in LAYOUTS.items() if name in batch}
+    selected = {name: select(value, LAYOUTS[name]) for name, value in batch.items() if name in LAYOUTS}
     shifts = torch.tensor([(new - row) * length for new, row in enumerate(rows)])
     shifts = shifts.repeat_interleave(torch.tensor([tokens[row + 1] - tokens[row] for row in rows]))
     selected["visual_index"] = selected["visual_index"] + shifts.to(index.device)
-    return selected
+    return cast(Batch, selected)

@@ -15,7 +15,9 @@ def make_accelerator(precision: str) -> Accelerator:
     AcceleratorState._reset_state()  # it is shared, and would refuse a second run of another precision in one notebook
     return Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
-        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+        dataloader_config=DataLoaderConfiguration(
+            even_batches=False, non_blocking=torch.cuda.is_available()
+        ),  # `SizeBatches` does
     )
 
 

@@ -25,18 +25,6 @@ VISION = -1
 
 
 @dataclass
-class ImageFeatures:
-    """Outputs of the vision encoder for a batch's V visual tokens, image after image.
-
-    `embeddings` [V, C] stand in the sequence; `deepstack` [V, C] each are added after the language
-    model's first layers.
-    """
-
-    embeddings: torch.Tensor
-    deepstack: list[torch.Tensor]
-
-
-@dataclass
 class Trace:
     """What a forward pass computed beside its logits, as far as `answer_logits` was asked for it.
 
@@ -83,18 +71,20 @@ def answer_logits(
     """
     model, trace = network.model.language_model, Trace()
     answer, visual = batch["answer_positions"], batch["visual_index"]
-    images = encode_images(network, batch, create_graph=create_graph and gradient_from == VISION, compiled=compiled)
-    if gradient_from is not None and gradient_from != VISION:
-        images.deepstack[gradient_from:] = map(_differentiable, images.deepstack[gradient_from:])
+    through_vision = gradient_from == VISION
+    images = encode_images(network, batch, create_graph=create_graph and through_vision, compiled=compiled)
+    embeddings, *deepstack = images
+    if gradient_from is not None and not through_vision:
+        deepstack[gradient_from:] = [_differentiable(features) for features in deepstack[gradient_from:]]
     hidden = _embed_tokens(network, batch["input_ids"])  # [B, T, C]
-    hidden = hidden.flatten(0, 1).index_copy(0, visual, images.embeddings.to(hidden)).view_as(hidden)
+    hidden = hidden.flatten(0, 1).index_copy(0, visual, embeddings.to(hidden)).view_as(hidden)
     cos, sin = model.rotary_emb(hidden, batch["position_ids"])
     for i, layer in enumerate(model.layers):
         if i == gradient_from:
             hidden = _differentiable(hidden)
-            trace.inputs = [hidden, *images.deepstack[i:]]
+            trace.inputs = [hidden, *deepstack[i:]]
         differentiated = gradient_from is not None and i >= gradient_from
-        last = i + 1 == len(model.layers) and i >= len(images.deepstack)
+        last = i + 1 == len(model.layers) and i >= len(deepstack)
         hidden, rows, keys_values = run_layer(
             text_layer, layer, hidden, cos, sin, compiled=compiled and not differentiated,
             only_at=answer if last else None, rows_at=answer if i in rows_of and not last else None,
@@ -104,8 +94,8 @@ def answer_logits(
             trace.rows[i] = rows
         if keep_keys:
             trace.keys_values.append(keys_values)
-        if i < len(images.deepstack):
-            hidden = hidden.flatten(0, 1).index_add(0, visual, images.deepstack[i].to(hidden)).view_as(hidden)
+        if i < len(deepstack):
+            hidden = hidden.flatten(0, 1).index_add(0, visual, deepstack[i].to(hidden)).view_as(hidden)
     hidden = hidden if last else select_positions(hidden, answer)
     return network.lm_head(model.norm(hidden)), trace
 
@@ -119,25 +109,25 @@ def next_token_logits(
     *,
     compiled: bool = False,
 ) -> torch.Tensor:
-    """One step of decoding after a pass that kept its keys.
+    """Going on after a pass that kept its keys: by one token in decoding, or by several that are alternatives.
 
     Args:
-        tokens: [B] the last ones.
-        position_ids: [3, B, 1] of these.
-        seen: [B, 1, 1, K + 1] which of the past's K positions, and of the tokens, are attended to.
+        tokens: [B, S].
+        position_ids: [3, B, S] of these.
+        seen: [B, 1, S, K + S] which of the past's K positions, and of the tokens, are attended to.
         past: keys and values of each layer; those of the tokens are put behind them.
 
     Returns:
-        [B, V].
+        [B, S, V].
     """
     model = network.model.language_model
-    hidden = _embed_tokens(network, tokens[:, None])
+    hidden = _embed_tokens(network, tokens)
     cos, sin = model.rotary_emb(hidden, position_ids)
     for i, layer in enumerate(model.layers):
         hidden, _, past[i] = run_layer(
             text_layer, layer, hidden, cos, sin, compiled=compiled, past=past[i], seen=seen, keep_keys=True
         )
-    return network.lm_head(model.norm(hidden[:, 0]))
+    return network.lm_head(model.norm(hidden))
 
 
 def _embed_tokens(network, tokens: torch.Tensor) -> torch.Tensor:
@@ -169,30 +159,33 @@ def normalised_pixels(batch: Batch) -> torch.Tensor:
     return ((colours - mean[:, None, None]) / std[:, None, None]).expand(-1, -1, 2, -1).flatten(1)
 
 
-def encode_images(network, batch: Batch, *, create_graph: bool = False, compiled: bool = False) -> ImageFeatures:
-    """Outputs of the vision encoder for a batch's images, or those that the batch brings along (`vision_cache`).
+def encode_images(network, batch: Batch, *, create_graph: bool = False, compiled: bool = False) -> list[torch.Tensor]:
+    """Outputs of the vision encoder for a batch's V visual tokens, or those that the batch brings along.
 
     Args:
         network: from `load_model`.
         batch: from `collate.Collate`, on the network's device.
         create_graph: make it differentiable twice.
         compiled: compile the blocks, where they need no gradient.
+
+    Returns:
+        1 + D times [V, C]: the embeddings that stand in the sequence, and the deepstack features that are added
+        after the language model's first D layers.
     """
-    if "image_features" in batch:  # [V, 1 + D, C]
-        embeddings, *deepstack = batch["image_features"].unbind(1)
-        return ImageFeatures(embeddings, deepstack)
+    if "image_features" in batch:  # [V, 1 + D, C], see `vision_cache`
+        return list(batch["image_features"].unbind(1))
     tower = network.model.visual
     hidden = _in_autocast_dtype(_embed_patches(tower, batch))  # [P, hidden]
     learned, (cos, sin) = _patch_positions(tower, batch["image_sizes"], hidden)
     hidden = hidden + learned
     bounds = torch.tensor([0, *accumulate(h * w for h, w in batch["image_sizes"])])
     compiled = compiled and not hidden.requires_grad
-    deepstack = []
+    deepstack: list[torch.Tensor] = []
     for i, block in enumerate(tower.blocks):
         hidden = run_layer(vision_block, block, hidden, cos, sin, bounds, compiled=compiled, create_graph=create_graph)
         if i in tower.deepstack_visual_indexes:
             deepstack.append(tower.deepstack_merger_list[len(deepstack)](hidden))
-    return ImageFeatures(tower.merger(hidden), deepstack)
+    return [tower.merger(hidden), *deepstack]
 
 
 def _embed_patches(tower, batch: Batch) -> torch.Tensor:

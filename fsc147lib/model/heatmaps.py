@@ -7,26 +7,22 @@ can keep their graph, so that a loss on them trains the network.
 
 A new method is a function given to `register`, from any file.
 
-Left out: the losses, and how attention rows are computed (`layers`).
+Left out: the losses, how attention rows are computed (`layers`), and looking at samples (`looking`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from ..data import Sample
 from ..options import ConfigError
-from .collate import Batch, Collate, to_device
-from .device import make_accelerator
+from .collate import Batch
 from .forward import VISION, Trace, answer_logits, normalised_pixels
-from .network import CountingModel
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make a heatmap; see `register`."""
+    """A heatmap method; its fields are the arguments of `register`."""
 
     function: Callable
     trainable: bool
@@ -269,44 +265,3 @@ def _on_sequence(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Values of the visual tokens [V] put in their places [B, T], 0 elsewhere."""
     empty = tokens.new_zeros(batch["input_ids"].numel())
     return empty.index_copy(0, batch["visual_index"], tokens).view(batch["input_ids"].shape)
-
-
-@torch.no_grad()
-def look(
-    model: CountingModel, samples: list[Sample], layers: tuple[int, ...] | None = None, batch_size: int = 16
-) -> torch.Tensor:
-    """Where a model's attention goes on some samples while the right answer is forced.
-
-    Args:
-        model: is moved to this machine's accelerator, if it has one, and put in eval mode.
-        samples: with images.
-        layers: None for `default_layers`.
-
-    Returns:
-        [N, L, H, 14, 14] float32 on the CPU: the attention mass of every layer and head.
-    """
-    accelerator = make_accelerator("auto")
-    network = model.network.to(accelerator.device).eval()
-    layers = choose_layers(network, layers)
-    collate = Collate(model.tokenizer, model.image_processor)
-    maps = []
-    for start in tqdm(range(0, len(samples), batch_size), desc="look", leave=False):
-        batch = to_device(collate(samples[start : start + batch_size]), accelerator.device)
-        with accelerator.autocast():
-            _, trace = answer_logits(network, batch, rows_of=layers)
-        maps.append(layer_head_maps(trace, batch, layers).float().cpu())
-    return torch.cat(maps)
-
-
-def mean_map(maps: torch.Tensor) -> torch.Tensor:
-    """The `attention` heatmaps [N, 14, 14], each summing to 1, of the layers and heads in maps [N, L, H, 14, 14]."""
-    mean = maps.mean(dim=(1, 2))
-    return mean / mean.sum(dim=(1, 2), keepdim=True)
-
-
-def corner_share(maps: torch.Tensor) -> torch.Tensor:
-    """How much of each head's attention to the image lies in the top-left cell: [N, L, H, 14, 14] -> mean [L, H].
-
-    Even attention would give 1/196.  Qwen-VL is known to let attention sink there.
-    """
-    return (maps[..., 0, 0] / maps.sum(dim=(-1, -2)).clamp_min(1e-9)).mean(dim=0)

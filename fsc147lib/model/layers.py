@@ -22,7 +22,7 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def run_layer(function, layer, *inputs, compiled: bool = False, **kwargs):
-    """`function(layer, *inputs, **kwargs)`, compiled where asked for, checkpointed where the layer says so."""
+    """`function(layer, *inputs, **kwargs)`, compiled on request, checkpointed where the layer is set to."""
     function = _compile(function) if compiled else function
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return checkpoint(function, layer, *inputs, use_reentrant=False, **kwargs)
@@ -64,7 +64,7 @@ def text_layer(
             them.  The numbers stay the same.
         create_graph: let the attention have a second derivative.
         keep_keys: return keys and values.
-        past: keys and values that come before those of `hidden`, which is then one new token.
+        past: keys and values that come before those of `hidden`, which is then a few new tokens.
         seen: with `past`: [B, 1, T, K + T] True where attended.
 
     Returns:
@@ -107,7 +107,7 @@ def _causal_attention(attention, hidden, cos, sin, rows_at, rows_in_output: bool
 
 
 def _few_queries_attention(attention, hidden, cos, sin, only_at, past, seen):
-    """Few queries after many keys, by plain products: at positions of `hidden`, or of one token after a past."""
+    """Few queries after many keys, by plain products: at positions of `hidden`, or of a few tokens after a past."""
     key, value = _keys_values(attention, hidden, cos, sin)
     if past is None:
         seen = up_to(only_at, key.shape[2])
@@ -189,8 +189,9 @@ def vision_block(
     heads = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))  # [P, 3, H, D]
     query, key, value = heads.permute(1, 0, 2, 3).unbind(0)
     query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
-    parts = [x.transpose(0, 1) for x in (query, key, value)]  # [H, P, D]
-    hidden = hidden + attention.proj(attention_by_size(*parts, bounds, attention.scaling, create_graph).flatten(1))
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [H, P, D]
+    output = attention_by_size(query, key, value, bounds, attention.scaling, create_graph)
+    hidden = hidden + attention.proj(output.flatten(1))
     return hidden + block.mlp(block.norm2(hidden))
 
 
@@ -215,8 +216,8 @@ def _by_size(query, key, value, bounds, scaling: float) -> torch.Tensor:
     lengths = [length * number for length, number in runs]
     outputs = []
     for (length, _), *parts in zip(runs, *(x.split(lengths, dim=1) for x in (query, key, value)), strict=True):
-        parts = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in parts)  # [images, H, length, D]
-        outputs.append(F.scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(0, 1))
+        q, k, v = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in parts)  # [images, H, length, D]
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 

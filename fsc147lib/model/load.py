@@ -17,25 +17,29 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGenerat
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
-from .network import CountingModel, ModelError
+from .network import CountingModel, ModelError, Recipe
 from .tiny import tiny_model
 
-TINY = "tiny"
+SHIPPED = Path(__file__).parent / "weights"
+"""Small models that come with the package, a folder each: tiny and tiny-dual."""
+
+RANDOM = "tiny-random"
+"""The same network untrained."""
 
 
 def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingModel:
     """Load a model, its tokenizer and its image processor.
 
     Args:
-        name: "tiny" (random weights, nothing to download), a folder, or a hub id such as
-            "Qwen/Qwen3-VL-2B-Instruct".
+        name: "tiny" (trained on counts alone), "tiny-dual" (on both losses), "tiny-random" (untrained), none of
+            which needs a download; a folder; or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
         dtype: of the weights; float32 to train (bfloat16 weights lose small updates).
-        seed: of the random weights of "tiny".
+        seed: of the random weights of "tiny-random".
 
     Raises:
         ModelError: missing folder, not a Qwen3-VL, or a hub that cannot be reached.
     """
-    if str(name) == TINY:
+    if str(name) == RANDOM:
         return tiny_model(dtype, seed)
     name = _find(name)
     try:
@@ -56,11 +60,13 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
             "If it is a hub id: is it spelled right, and is the hub reachable? With no network, copy the model's "
             "folder to this machine and give its path, or use 'tiny', which needs no download."
         ) from error
-    return CountingModel(network, tokenizer, image_processor)
+    return CountingModel(network, tokenizer, image_processor, Recipe.read(name))
 
 
 def _find(name: str | Path) -> str:
-    """The folder, or the hub id; a path that is not there is told from a hub id by its form."""
+    """The folder, or the hub id; a missing path differs from a hub id by its form."""
+    if str(name) in (folder.name for folder in SHIPPED.iterdir()):
+        return str(SHIPPED / name)
     if Path(name).is_dir():
         if (Path(name) / "best" / "config.json").is_file():
             raise ModelError(f"{name} is the folder of a run: give one of its checkpoints, {name}/best or {name}/last")

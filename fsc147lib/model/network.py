@@ -3,7 +3,8 @@
 Left out: where its weights come from (`load`, `tiny`), which of them train (`adapt`).
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +19,34 @@ class ModelError(ValueError):
     """A model that cannot be loaded; the message says which and what to do."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a model trains with unless told otherwise; a file beside its weights."""
+
+    learning_rate: float = 1e-5
+    train_vision: bool = False
+
+    FILE = "recipe.json"
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Recipe":
+        """The recipe in a model's folder; without the file, that of a large trained model.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        path = Path(folder) / cls.FILE
+        if not path.is_file():
+            return cls()
+        try:
+            recipe = cls(**json.loads(path.read_text()))
+            if not (0 < recipe.learning_rate < 1 and isinstance(recipe.train_vision, bool)):
+                raise ValueError(f"{recipe} is out of range")
+            return recipe
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{path} is damaged ({error}): restore it, or remove it") from error
+
+
 @dataclass
 class CountingModel:
     """A Qwen3-VL network with what it needs to read a question about an image."""
@@ -25,6 +54,7 @@ class CountingModel:
     network: Qwen3VLForConditionalGeneration
     tokenizer: PreTrainedTokenizerFast
     image_processor: Qwen2VLImageProcessorPil
+    recipe: Recipe = field(default_factory=Recipe)
 
     def save(self, folder: str | Path) -> None:
         """Write weights (safetensors), config, tokenizer and image processor, all or nothing.
@@ -41,6 +71,7 @@ class CountingModel:
         self.network.save_pretrained(folder, state_dict=merged_weights(self.network))
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
+        (folder / Recipe.FILE).write_text(json.dumps(asdict(self.recipe)))
 
 
 def random_network(config: Qwen3VLConfig, dtype: torch.dtype = torch.float32) -> Qwen3VLForConditionalGeneration:

@@ -81,7 +81,7 @@ class PixelStore:
             free = min(free, shutil.disk_usage(SHARED_MEMORY).free)
         self.places: dict[Path, tuple[int, int, int]] = {}  # number, first byte, end
         if 2 * starts[-1] <= free:
-            self.places = {path: (i, *starts[i : i + 2]) for i, path in enumerate(sizes)}
+            self.places = {path: (i, starts[i], starts[i + 1]) for i, path in enumerate(sizes)}
         self.bytes = torch.empty(starts[-1] if self.places else 0, dtype=torch.uint8)
         self.filled = torch.zeros(len(self.places), dtype=torch.bool)
         if shared:

@@ -1,4 +1,4 @@
-"""The question, the answer "COUNT: 37", its tokens, and strict parsing of what comes back.
+"""The question, the answer "COUNT: 37", its tokens, and parsing of what comes back: strict, and leniently beside it.
 
 Left out: padding and tensors (`collate`), and the model's chat template, which belongs to its
 tokenizer.
@@ -15,16 +15,37 @@ MAX_DIGITS = 6
 """Longest number that counts as an answer; FSC147's largest count, 3,701, has four digits."""
 
 _PARSED = re.compile(rf"COUNT: ([0-9]{{1,{MAX_DIGITS}}})")
+_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+_WITH_DIGITS = r"[\w.,+-]*[0-9][\w.,+-]*"  # "37.", "1,234", and "3.7" or "IMG2", which are no whole numbers
+_MARKED = re.compile(rf"\bCOUNT\b\W*?({_WITH_DIGITS})", re.IGNORECASE)
+_WHOLE = re.compile(r"[0-9]{1,3}(,[0-9]{3})+|[0-9]+")
 
 
 def question(category: str) -> str:
-    """What is asked about an image, for example "How many apples are in this image? ..."."""
+    """The question about an image, for example "How many apples are in this image? ..."."""
     return QUESTION.format(category=category)
 
 
 def answer(count: int) -> str:
-    """What the model is taught to say, for example "COUNT: 37"."""
+    """The target answer, for example "COUNT: 37"."""
     return ANSWER.format(count=count)
+
+
+def chat_text(tokenizer, category: str) -> str:
+    """The question about an image in the model's own chat template, up to where the answer begins.
+
+    Raises:
+        ValueError: the category holds the text of a control token, such as "<think>".
+    """
+    control = [token for token in tokenizer.get_added_vocab() if token in category]
+    if control:
+        raise ValueError(
+            f"the category {category!r:.60} holds {control[0]}, which the model reads as a control token: "
+            "name the objects in words"
+        )
+    content = [{"type": "image"}, {"type": "text", "text": question(category)}]
+    messages = [{"role": "user", "content": content}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def parse_count(text: str) -> int | None:
@@ -37,13 +58,32 @@ def parse_count(text: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def parse_count_leniently(text: str, complete: bool = True) -> int | None:
+    """The one whole number in an answer of a model that was never fine-tuned, or None.
+
+    Read beside `parse_count`, to tell a model that counts in words of its own from one that does not count.
+    What stands between <think> and </think> is skipped.  Of the rest, numbers after a "COUNT" go before others;
+    there must be one number, though it may be repeated.  Numbers in words are not read.
+
+    Args:
+        complete: False where the answer was cut off: one with a number at its very end is then not read, since
+            the number may have had more digits.
+    """
+    text = _THOUGHT.sub("", text).rstrip()
+    if not complete and re.search(rf"{_WITH_DIGITS}\Z", text):
+        return None
+    words = [word.strip(".,") for word in _MARKED.findall(text) or re.findall(_WITH_DIGITS, text)]
+    numbers = {int(word.replace(",", "")) for word in words if _WHOLE.fullmatch(word)}
+    return numbers.pop() if len(numbers) == 1 and max(numbers) < 10**MAX_DIGITS else None
+
+
 @dataclass(frozen=True)
 class Tokens:
     """One prompt and its answer as token ids; the image is still to be put between head and tail."""
 
     head: list[int]  # up to the image
     tail: list[int]  # after the image, up to where the answer begins
-    answer: list[int]  # "COUNT: 37" and the end-of-turn token
+    answer: list[int]  # "COUNT: 37" and the end-of-turn token, or what the model said of its own
     is_digit: list[bool]  # for each answer token: is it a part of the number?
 
 
@@ -58,11 +98,9 @@ def tokenize(tokenizer, category: str, count: int) -> Tokens:
         count: the right answer.
 
     Raises:
-        ValueError: the chat template does not put exactly one image token into the prompt.
+        ValueError: as `chat_text`, or the chat template does not put exactly one image token into the prompt.
     """
-    content = [{"type": "image"}, {"type": "text", "text": question(category)}]
-    messages = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = chat_text(tokenizer, category)
     if text.count(IMAGE_TOKEN) != 1:
         raise ValueError(
             f"the tokenizer's chat template made {text.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of one image: "
@@ -70,5 +108,17 @@ def tokenize(tokenizer, category: str, count: int) -> Tokens:
         )
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in text.split(IMAGE_TOKEN))
     ids = tokenizer.encode(answer(count), add_special_tokens=False)
+    return Tokens(head, tail, *_answer_tokens(tokenizer, [*ids, tokenizer.eos_token_id]))
+
+
+def with_answer(tokenizer, tokens: Tokens, ids: list[int]) -> Tokens:
+    """The same prompt with another answer, for example the model's own (`answers.own_answers`).
+
+    Where it has no digit, all its tokens stand for the number: a map is then that of the whole answer.
+    """
+    return Tokens(tokens.head, tokens.tail, *_answer_tokens(tokenizer, ids))
+
+
+def _answer_tokens(tokenizer, ids: list[int]) -> tuple[list[int], list[bool]]:
     is_digit = [tokenizer.decode([token]).strip().isdigit() for token in ids]
-    return Tokens(head, tail, ids + [tokenizer.eos_token_id], is_digit + [False])
+    return ids, is_digit if any(is_digit) else [True] * len(ids)

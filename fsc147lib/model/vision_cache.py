@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -96,10 +97,12 @@ class VisionCache:
     @torch.no_grad()
     def _fill(self, network, accelerator: Accelerator, loader: DataLoader, compiled: bool) -> None:
         for batch in tqdm(loader, desc="encode images", leave=False):
-            pixels = {key: batch[key] for key in ("pixel_values", "pixel_scale", "image_sizes")}
+            pixels = Batch(
+                pixel_values=batch["pixel_values"], pixel_scale=batch["pixel_scale"], image_sizes=batch["image_sizes"]
+            )
             with accelerator.autocast():
                 encoded = encode_images(network, to_device(pixels, self.device), compiled=compiled)
-            features = torch.stack([encoded.embeddings, *encoded.deepstack], dim=1)  # [V, 1 + D, C]
+            features = torch.stack(encoded, dim=1)  # [V, 1 + D, C]
             start = 0
             for key in batch["image_keys"]:
                 first, end = self.places[key]
@@ -168,7 +171,7 @@ def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
         return False
 
 
-def _map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype, mode: str = "c"):
-    integers = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]  # numpy has no bfloat16
+def _map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype, mode: Literal["c", "r+"] = "c"):
+    integers = np.dtype(f"i{dtype.itemsize}")  # numpy has no bfloat16
     mapped = np.memmap(path, integers, mode, offset=len(_header(shape, dtype)), shape=shape)
     return torch.from_numpy(mapped).view(dtype), mapped

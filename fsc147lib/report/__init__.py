@@ -6,6 +6,7 @@ Nothing imports it but commands and notebooks.
 __all__ = [
     "figures",
     "overhead",
+    "predictions",
     "sweeps",
     "throughput",
     "timing",

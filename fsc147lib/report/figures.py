@@ -14,14 +14,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.scale import SymmetricalLogScale
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, SymmetricalLogLocator
 from PIL import Image
 
 from ..data.fsc147 import Sample
 from ..evaluation.answering import ImageResult
+from ..model import Look
 
+NO_TARGET = "nothing to count: no target"
 COUNT_COLOUR, ATTENTION_COLOUR, GREY = "#1f6fb4", "#d9541e", "#777777"
 MAP_COLOURS = "inferno"
+COUNT_SCALE = SymmetricalLogScale(None, linthresh=1, linscale=0.3)  # logarithmic, with room for 0
 
 
 def show_dots(axes, sample: Sample, boxes: bool = True) -> None:
@@ -69,20 +73,21 @@ def sample_views(sample: Sample) -> Figure:
     show_dots(axes[0], sample)
     density = sample.density
     show_map(axes[1], sample.image, density, f"density, sums to {density.sum(dtype=float):.2f}")
-    show_map(axes[2], sample.image, sample.target, "14x14 target heatmap, sums to 1")
+    show_map(axes[2], sample.image, sample.target, "14x14 target heatmap, sums to 1" if sample.count else NO_TARGET)
     return figure
 
 
 def count_histogram(counts: dict[str, Sequence[int]]) -> Figure:
-    """How many images have how many objects, for each split; both axes logarithmic."""
+    """How many images have how many objects, for each split; both axes logarithmic, below 1 linear."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    largest = max(max(values) for values in counts.values() if len(values))
-    smallest = min(min(values) for values in counts.values() if len(values))
-    edges = np.unique(np.geomspace(smallest, largest + 1, 16).round()) - 0.5  # whole counts, so no empty bins
+    found = np.concatenate(list(counts.values()))
+    edges = np.geomspace(max(found.min(), 1), found.max() + 1, 16).round()
+    edges = np.unique([found.min(), *edges]) - 0.5  # whole counts, so no empty bins
     for (split, values), colour in zip(counts.items(), ("#1f6fb4", "#d9541e", "#3a923a"), strict=False):
         axes.hist(values, edges, histtype="step", linewidth=1.8, color=colour, label=f"{split} ({len(values)} images)")
         axes.axvline(float(np.median(values)), color=colour, linestyle=":", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="objects in the image (dotted: median)", ylabel="images")
+    axes.set(xlabel="objects in the image (dotted: median)", ylabel="images", yscale="log")
+    axes.set(xscale=COUNT_SCALE, xlim=(edges[0], edges[-1]))
     _plain_numbers(axes)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -91,7 +96,8 @@ def count_histogram(counts: dict[str, Sequence[int]]) -> Figure:
 def _plain_numbers(axes) -> None:
     """On log axes: 5, 10, 20, 50 instead of powers of ten."""
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        log, transform = axis.get_scale() == "log", axis.get_transform()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else SymmetricalLogLocator(transform, (1, 2, 5)))
         axis.set_major_formatter(FormatStrFormatter("%g"))
         axis.set_minor_formatter(NullFormatter())
 
@@ -161,29 +167,30 @@ def training_curves(lines: Sequence[dict], baseline: float | None = None) -> Fig
 
 
 def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
-    """Each image's predicted count against its true one, on log axes; unparsed answers at the bottom."""
+    """Each image's predicted count against its true one, on axes logarithmic above 1; unparsed at the bottom."""
     figure, axes = plt.subplots(figsize=(4.6, 4.3), layout="constrained")
-    parsed = [image for image in images if image.predicted]
-    lost = [image for image in images if not image.predicted]
+    parsed = [image for image in images if image.predicted is not None]
+    lost = [image for image in images if image.predicted is None]
     axes.scatter([i.count for i in parsed], [i.predicted for i in parsed], s=16, alpha=0.6, color=COUNT_COLOUR)
-    low = 0.8 * min(min(image.count for image in images), *(image.predicted for image in parsed), 10**9)
-    high = 1.2 * max(max(image.count for image in images), *(image.predicted for image in parsed), 0)
-    if lost:
-        axes.scatter(
-            [i.count for i in lost], [low] * len(lost), marker="x", color="red", label=f"{len(lost)} unparsed or 0"
-        )
-        axes.legend(frameon=False, fontsize=8)
+    counts = [image.count for image in images] + [image.predicted for image in parsed]
+    low, high = 0.8 * min(counts), 1.2 * max(counts) + 0.1
     axes.plot([low, high], [low, high], color="black", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="true count", ylabel="predicted count")
+    if lost:
+        below = low if low >= 1 else -0.6  # and not on a true 0
+        axes.plot([i.count for i in lost], [below] * len(lost), "rx", label=f"{len(lost)} unparsed")
+        axes.legend(frameon=False, fontsize=8)
+    axes.set(xscale=COUNT_SCALE, yscale=COUNT_SCALE, xlabel="true count", ylabel="predicted count")
     _plain_numbers(axes)
     return figure
 
 
-def map_comparison(samples: Sequence[Sample], maps: dict[str, np.ndarray], captions: Sequence[str] = ()) -> Figure:
+def map_comparison(
+    samples: Sequence[Sample], maps: dict[str, Look | np.ndarray], captions: Sequence[str] = ()
+) -> Figure:
     """Photograph, target and one column for each kind of map; a row for each sample.
 
     Args:
-        maps: title -> [B, 14, 14], in the samples' order.
+        maps: title -> [B, 14, 14] in the samples' order, or a `Look` of them (`mean_map`), whose answers are named.
         captions: a title for each row's photograph, instead of count and category.
     """
     rows, columns = len(samples), 2 + len(maps)
@@ -193,18 +200,20 @@ def map_comparison(samples: Sequence[Sample], maps: dict[str, np.ndarray], capti
         show_dots(axes[i, 0], sample, boxes=False)
         if captions:
             axes[i, 0].set_title(captions[i], fontsize=9)
-        show_map(axes[i, 1], image, sample.target, "target" if i == 0 else "")
+        show_map(axes[i, 1], image, sample.target, NO_TARGET if not sample.count else "target" if i == 0 else "")
         for j, (title, values) in enumerate(maps.items(), start=2):
-            show_map(axes[i, j], image, np.asarray(values[i]), title if i == 0 else "")
+            titles = [title] * (i == 0) + ([values.titles[i]] if isinstance(values, Look) else [])
+            show_map(axes[i, j], image, np.asarray(getattr(values, "maps", values)[i]), ": ".join(titles))
     return figure
 
 
-def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int]) -> Figure:
+def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int], title: str = "") -> Figure:
     """All layers and heads of one image, each on its own colour scale, titled with its mass on the image.
 
     Args:
         maps: [L, H, 14, 14] attention mass.
         layers: the L layers' numbers.
+        title: of the whole, for example the answer that the maps belong to (`Look.titles`).
     """
     rows, columns = maps.shape[:2]
     figure, axes = plt.subplots(
@@ -212,9 +221,10 @@ def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int])
     )
     for i in range(rows):
         for j in range(columns):
-            title = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
-            show_map(axes[i, j], image, maps[i, j], title)
+            name = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
+            show_map(axes[i, j], image, maps[i, j], name)
             axes[i, j].title.set_fontsize(7)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

@@ -87,7 +87,7 @@ def load_or_shape(name: str, device: str = "cpu") -> CountingModel:
     if name not in SHAPES:
         return load_model(name)
     text, vision = SHAPES[name]
-    tiny = load_model("tiny")
+    tiny = load_model("tiny-random")
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
     config = tiny.network.config.to_dict()
     config["tie_word_embeddings"] = name != "qwen3-vl-8b"
@@ -245,7 +245,7 @@ def measure_overhead(config: OverheadConfig) -> list[dict]:
         samples = drawn_samples(config.batches * config.batch_size, Path(folder), config.image_size)
         rows = time_losses(
             model, samples, config.methods, config.batch_size, config.rounds, config.heatmap_layer,
-            config.model == "tiny", config.precision, config.compile,
+            model.recipe.train_vision, config.precision, config.compile,
         )  # fmt: skip
     if config.json is not None:
         write_report(config.json, {"rows": rows}, config)

@@ -42,13 +42,32 @@ def sweep_groups(rows: Sequence[dict]) -> list[dict]:
         errors = [row["error"] for row in members if row["error"]]
         group = {"name": name, "runs": len(finished), "error": errors[0] if errors else None, "curves": []}
         for key, part, metric in (("best", "best", "mae"), ("last", "last", "mae"), ("kl", "last", "kl")):
-            values = [row[part][metric] for row in finished]
+            values = [row[part][metric] for row in finished if row[part][metric] is not None]  # KL of empty scenes
             group[key] = (float(np.mean(values)), min(values), max(values)) if values else None
         if finished:
             group["seconds"] = float(np.mean([row["seconds"] for row in finished]))
             group["curves"] = [[line["mae"] for line in row["curve"]] for row in finished]
         found.append(group)
     return found
+
+
+def epoch_curves(runs: dict[str, Sequence[dict]], baseline: float | None = None) -> Figure:
+    """Validation MAE and alignment of several runs, epoch by epoch.
+
+    Args:
+        runs: name -> its `TrainResult.epochs`.
+        baseline: MAE of always the training mean, drawn as a line if given.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    for place, key, label in ((axes[0], "mae", "validation MAE, objects"), (axes[1], "kl", "KL(P || A), nats")):
+        for name, epochs in runs.items():
+            place.plot([line["epoch"] for line in epochs], [line["val"][key] for line in epochs], "o-", label=name)
+        place.set(xlabel="epoch", title=label, ylim=(0, None))
+        place.xaxis.get_major_locator().set_params(integer=True)
+    if baseline is not None:
+        axes[0].axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
+    axes[0].legend(frameon=False, fontsize=9)
+    return figure
 
 
 def sweep_table(rows: Sequence[dict]) -> str:
@@ -71,7 +90,7 @@ def sweep_figure(rows: Sequence[dict]) -> Figure:
         axes[0].plot(epochs, curves.mean(axis=0), ".-", color=f"C{i}", label=name)
         axes[0].fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=f"C{i}", alpha=0.15)
         for place, key in ((axes[1], "best"), (axes[2], "kl")):
-            mean, low, high = group[key]
+            mean, low, high = group[key] or (np.nan,) * 3
             place.barh(i, mean, xerr=[[mean - low], [high - mean]], color=f"C{i}", capsize=3)
     axes[0].set(xlabel="epoch", ylabel="validation MAE, objects", title="mean over runs, with their range")
     axes[0].legend(frameon=False, fontsize=8)

@@ -300,7 +300,7 @@ def make_setup(config: ThroughputConfig, folder: Path) -> Setup:
         add_lora(network, config.lora, narrow=accelerator.mixed_precision == "bf16")
     if config.gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
-    frozen, train = config.model != "tiny", samples["train"]
+    frozen, train = not model.recipe.train_vision, samples["train"]
     freeze_vision(network.to(accelerator.device).train(), frozen)
     store = PixelStore([*train, *samples["val"]], model.image_processor, shared=workers > 0)
     if not workers:  # as from the second epoch on

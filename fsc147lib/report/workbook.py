@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from ..data.scenes import make_dataset
 from ..files import write_text
-from ..model.load import TINY
 from .timing import table
 
 PICTURES = {"train": 800, "val": 100, "test": 50}
@@ -54,9 +53,19 @@ class Settings:
     out: Path
 
     @property
-    def finetune(self) -> Path:
-        """The run of notebook 03 with this data and model."""
-        return self.out / f"finetune-{Path(self.model).name}-{self.data.name}"
+    def runs(self) -> Path:
+        """Notebook 03's runs with this data and model, a folder each: NAME-1, NAME-2 ..."""
+        return self.out / f"finetune-{'-'.join(Path(self.model).parts[-3:])}-{self.data.name}"
+
+    def new_run(self, name: str) -> Path:
+        """A folder that no run has used: what was trained before stays."""
+        numbers = [int(path.name.rpartition("-")[2]) for path in self.runs.glob(f"{name}-[0-9]*")]
+        return self.runs / f"{name}-{max(numbers, default=0) + 1}"
+
+    @property
+    def comparison(self) -> Path:
+        """What notebook 03 found on the test split."""
+        return self.out / "comparison.json"
 
     @property
     def overhead(self) -> Path:
@@ -64,18 +73,18 @@ class Settings:
         return self.out / "overhead.json"
 
     def trained(self) -> Path:
-        """The best checkpoint of notebook 03.
+        """The best checkpoint of notebook 03's last run with both losses.
 
         Raises:
             WorkbookError: it has not been run with this data and model.
         """
-        folder = self.finetune / "best"
-        if not folder.is_dir():
-            raise WorkbookError(f"there is no trained model in {folder}: run 03_dual_loss_finetuning.ipynb first")
-        return folder
+        found = sorted(self.runs.glob("both-[0-9]*/best"), key=lambda best: int(best.parent.name.rpartition("-")[2]))
+        if not found:
+            raise WorkbookError(f"there is no trained model in {self.runs}: run 03_dual_loss_finetuning.ipynb first")
+        return found[-1]
 
 
-def settings(data: str | Path | None = None, model: str = TINY, out: str | Path | None = None) -> Settings:
+def settings(data: str | Path | None = None, model: str = "tiny", out: str | Path | None = None) -> Settings:
     """Settle where things are, and draw the default data set if it is needed and not there.
 
     The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT win over the arguments.
@@ -91,6 +100,7 @@ def settings(data: str | Path | None = None, model: str = TINY, out: str | Path 
     model = os.environ.get("FSC147_MODEL") or str(model)
     project = Path() if Path("notebooks").is_dir() else Path("..")  # a kernel starts beside its notebook
     out = Path(os.environ.get("FSC147_OUT") or out or project / RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
     if data is None:
         data = out / "drawn-{train}-{val}-{test}".format(**PICTURES)
         if not data.exists():
@@ -130,15 +140,13 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
 
 def summarise(where: Settings, seconds: dict[str, float]) -> dict:
     """The numbers of a run of all notebooks, from the files that they wrote."""
-    run = json.loads((where.finetune / "summary.json").read_text())
+    found = json.loads(where.comparison.read_text())
     rows = {row["name"]: row for row in json.loads(where.overhead.read_text())["rows"]}
     both = rows["attention, trained"]
     return {
         "data": str(where.data),
         "model": where.model,
-        "before": run["before"],
-        "after": run["best"],
-        "baselines": run["baselines"],
+        "test": found["rows"],
         "attention_loss_overhead": {key: both[f"overhead_{key}"] for key in ("low", "median", "high")},
         "seconds": seconds,
     }
@@ -146,14 +154,9 @@ def summarise(where: Settings, seconds: dict[str, float]) -> dict:
 
 def summary_text(summary: dict) -> str:
     """The summary as the few lines that `make run` ends with."""
-    rows = [
-        {"name": "before training", **summary["before"]},
-        {"name": "after training", **summary["after"]},
-        {"name": "always the training mean", **summary["baselines"]["mean"]},
-    ]
     overhead = summary["attention_loss_overhead"]
     lines = [
-        table(rows, COLUMNS, head="validation"),
+        table(summary["test"], COLUMNS, head="test split"),
         "overhead of the attention loss: {median:.1%} (95 % interval {low:.1%} to {high:.1%})".format(**overhead),
         *(f"{name:<28}{spent:>8.0f} s" for name, spent in summary["seconds"].items()),
     ]

@@ -3,6 +3,7 @@
 Left out: what a batch holds (`collate`).
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -32,20 +33,38 @@ class TrainingImages(Dataset):
 class SizeBatches(Sampler):
     """Batches of images of like size, in an order that depends on seed and epoch alone.
 
-    Each epoch shows each sample once.  Which samples of like length meet in a batch, which are mirrored, and
-    the order of the batches change from epoch to epoch; a batch that is not full comes last, and holds
-    the longest: they are few, and would pad a full one.
+    Each epoch shows each sample once, and all weigh alike: batches differ by at most one image, and so do steps,
+    and chance alone decides which are smaller.  Which samples of like length meet in a batch, which are
+    mirrored, and the order of the batches change from epoch to epoch.
 
     Args:
         lengths: of each sample (rows, columns, tokens), see `Collate.lengths`.
+        batch_size: at the most.
         by_size: False takes the samples as they come.
+        accumulation: batches of a step, at the most.
+        processes: that share out the batches.
+
+    Attributes:
+        per_step: batches of a step of one process.
     """
 
     drop_last = False  # accelerate asks
 
-    def __init__(self, lengths: list[tuple[int, int, int]], batch_size: int, seed: int, flip: bool, by_size: bool):
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.flip, self.by_size = flip, by_size
+    def __init__(
+        self,
+        lengths: list[tuple[int, int, int]],
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        by_size: bool,
+        accumulation: int = 1,
+        processes: int = 1,
+    ):
+        self.lengths, self.seed, self.flip, self.by_size = lengths, seed, flip, by_size
+        together = batch_size * processes
+        steps = math.ceil(len(lengths) / (together * accumulation))
+        self.per_step = math.ceil(len(lengths) / (together * steps))
+        self.number = steps * self.per_step * processes
         self.shuffle(0)
 
     def shuffle(self, epoch: int) -> None:
@@ -60,11 +79,14 @@ class SizeBatches(Sampler):
         if self.by_size:  # within a few tokens, so that an image does not always meet the same others
             jitter = (3 * torch.rand(len(order), generator=generator)).tolist()
             order.sort(key=lambda i: self.lengths[i][2] + jitter[i])
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        full = len(order) // self.batch_size  # a rest keeps its place at the end
-        batches[:full] = [batches[i] for i in torch.randperm(full, generator=generator).tolist()]
-        # images of one size side by side, for the vision encoder
-        self.batches = [[(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)] for batch in batches]
+        drawn = torch.randperm(self.number, generator=generator).tolist()  # which batch is the first, the second ...
+        ends = [len(order) * turn // self.number for turn in range(self.number + 1)]  # even, also step by step
+        rest, batches = iter(order), {}
+        for turn in sorted(range(self.number), key=drawn.__getitem__):  # from the shortest images to the longest
+            batch = islice(rest, ends[turn + 1] - ends[turn])
+            # images of one size side by side, for the vision encoder
+            batches[turn] = [(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)]
+        self.batches = [batches[turn] for turn in range(self.number)]
 
     def padding(self) -> float:
         """Part of this epoch's batches that is padding, 0..1."""
@@ -87,16 +109,19 @@ def training_loader(
     flip: bool = True,
     by_size: bool = True,
     workers: int = 0,
+    accumulation: int = 1,
+    processes: int = 1,
 ) -> DataLoader:
     """Batches of a run; `loader.batch_sampler.shuffle(epoch)` chooses the epoch.
 
     Args:
         store: of the images' bytes; None leaves pixels out, where image features come from a cache.
         workers: processes that read images.
+        accumulation, processes: as in `SizeBatches`.
     """
     collate = Collate(model.tokenizer, model.image_processor, store, pixels=store is not None)
     lengths = [collate.lengths(sample) for sample in samples]
-    batches = SizeBatches(lengths, batch_size, seed, flip, by_size)
+    batches = SizeBatches(lengths, batch_size, seed, flip, by_size, accumulation, processes)
     ahead = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
     return DataLoader(
         TrainingImages(samples), batch_sampler=batches, collate_fn=collate, num_workers=workers,

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -26,6 +26,7 @@ from ..model.adapt import add_lora, freeze_vision
 from ..model.device import default_workers, make_accelerator
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
+from ..model.network import Recipe
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import Precision, need
@@ -63,7 +64,7 @@ class TrainConfig:
     accumulation: int = 1
     """Batches of one step, whose gradients are added up: as one batch so many times as large, in less memory."""
     learning_rate: float | None = None
-    """Highest learning rate; None is 3e-3 for the tiny model (random weights) and 1e-5 for a trained one."""
+    """Highest learning rate; None for that of the model's own recipe, 1e-5 where it has none."""
     weight_decay: float = 0.05
     """AdamW's pull of matrices towards 0, times the learning rate; norms and biases are spared."""
     warmup: float = 0.1
@@ -76,6 +77,8 @@ class TrainConfig:
     """Weight w of the attention loss; 0 trains on counts alone."""
     attention_loss: Literal["kl", "mse"] = "kl"
     """How heatmap and target are compared: KL(target || heatmap) in nats, or the squared error summed over cells."""
+    attention_target: Literal["objects", "shuffled", "centre"] = "objects"
+    """What the heatmap is drawn to: the objects, or as a control another image's objects or a blob in the centre."""
     heatmap: str = "attention"
     """What is held against the target: attention, token_gradient, input_gradient, or a method of your own."""
     heatmap_layer: int = 0
@@ -89,7 +92,7 @@ class TrainConfig:
     attention_heads: tuple[int, ...] | None = None
     """Heads whose attention is trained; None for all."""
     unfreeze_vision_at: int | None = None
-    """First epoch (from 0) that trains the vision encoder; None: 0 for the tiny model, never for a trained one."""
+    """First epoch (from 0) that trains the vision encoder; None for the recipe's: 0 or, where it has none, never."""
     flip: bool = True
     """Show images mirrored half of the time."""
     precision: Precision = "auto"
@@ -141,15 +144,18 @@ class TrainConfig:
             "off with input_gradient, which needs the encoder in each step",
         )  # fmt: skip
         need(
-            self, "vision_cache", self.vision_cache in ("auto", "off") or not self.vision_trains(0),
+            self, "vision_cache", self.vision_cache in ("auto", "off") or self.unfreeze_vision_at != 0,
             "off when the vision encoder trains from the start",
         )  # fmt: skip
         need(self, "unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
 
-    @property
-    def resolved_learning_rate(self) -> float:
-        return self.learning_rate or (3e-3 if self.model == "tiny" else 1e-5)
+    def resolved(self, recipe: Recipe) -> "TrainConfig":
+        """The same with what is left to the model's recipe filled in."""
+        first = self.unfreeze_vision_at
+        if first is None:
+            first = 0 if recipe.train_vision else self.epochs
+        return replace(self, learning_rate=self.learning_rate or recipe.learning_rate, unfreeze_vision_at=first)
 
     @property
     def resolved_heatmap_every(self) -> int:
@@ -160,16 +166,13 @@ class TrainConfig:
         return self.heatmap_images or METHODS[self.heatmap].images
 
     def vision_trains(self, epoch: int) -> bool:
-        """Whether the vision encoder trains in this epoch (from 0)."""
-        first = self.unfreeze_vision_at
-        if first is None:
-            return self.model == "tiny"
-        return epoch >= first
+        """Whether the vision encoder trains in this epoch (from 0), once `resolved`."""
+        return epoch >= self.unfreeze_vision_at
 
     @property
     def caches_vision(self) -> bool:
         """Whether the vision encoder's outputs are kept: it must be frozen, and used again."""
-        frozen = self.epochs if self.unfreeze_vision_at is None else min(self.unfreeze_vision_at, self.epochs)
+        frozen = min(self.unfreeze_vision_at, self.epochs)
         if self.vision_trains(0) or self.heatmap == "input_gradient":
             return False
         return frozen >= 2 if self.vision_cache == "auto" else self.vision_cache != "off"
@@ -188,7 +191,7 @@ class Run:
     """One training run, put together: images, model, step and folder.  `train` drives it."""
 
     def __init__(self, config: TrainConfig, on_log: Callable[[dict], None] | None = None):
-        self.config, self.on_log = config, on_log
+        self.on_log = on_log
         self.folder = RunFolder(config)
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
@@ -197,6 +200,7 @@ class Run:
             split: open_split(config.data, split, config.limit, config.category) for split in ("train", "val")
         }
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
+        self.config = config = config.resolved(self.model.recipe)
         network = self.model.network
         if config.lora:
             add_lora(network, config.lora, narrow=self.accelerator.mixed_precision == "bf16")
@@ -207,13 +211,14 @@ class Run:
             compiled=torch.cuda.is_available() if config.compile is None else config.compile,
         )  # fmt: skip
         loss = DualLoss(
-            network, config.attention_weight, config.attention_loss, self.heatmap, config.resolved_heatmap_images
-        )
-        optimizer = make_optimizer(network, config.resolved_learning_rate, config.weight_decay)
+            network, config.attention_weight, config.attention_loss, self.heatmap, config.resolved_heatmap_images,
+            config.attention_target,
+        )  # fmt: skip
+        optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
         self.training_step = TrainingStep(loss, optimizer, self.accelerator, config.clip)
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
-        self.total_steps = math.ceil(len(self.loader) / config.accumulation) * config.epochs
+        self.total_steps = math.ceil(len(self.loader) / self.batches.per_step) * config.epochs
         self.step, self.epoch = 0, 0  # done so far
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
         images = {split: len(listed) for split, listed in counts.items()}
@@ -226,7 +231,7 @@ class Run:
         self.store = PixelStore(samples, self.model.image_processor, shared=self.workers > 0) if pixels else None
         loader = training_loader(
             self.samples["train"], self.model, self.store, config.batch_size, config.seed, config.flip,
-            config.batch_by_size, self.workers,
+            config.batch_by_size, self.workers, config.accumulation, self.accelerator.num_processes,
         )  # fmt: skip
         self.batches, self.loader = loader.batch_sampler, self.accelerator.prepare(loader)
 
@@ -285,9 +290,9 @@ class Run:
         self.batches.shuffle(self.epoch)
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
-        for window in windows(self.loader, config.accumulation):
+        for window in windows(self.loader, self.batches.per_step):
             factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
-            rate = config.resolved_learning_rate * factor
+            rate = config.learning_rate * factor
             for group in step.optimizer.param_groups:
                 group["lr"] = rate
             losses, norm = step(window, lazy_weight(config.attention_weight, every, self.step))

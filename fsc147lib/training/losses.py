@@ -28,6 +28,22 @@ ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
 """An attention loss is a function of target and heatmap [B, 14, 14] to [B]."""
 
 
+def another_image(target: torch.Tensor) -> torch.Tensor:
+    """Targets [B, 14, 14] dealt to the next image of the batch: a control, with nothing to learn but statistics."""
+    return target.roll(1, dims=0)
+
+
+def centre_blob(target: torch.Tensor) -> torch.Tensor:
+    """The same Gaussian in the middle for all images, standard deviation an eighth of the side: a control."""
+    cells = torch.arange(target.shape[-1], device=target.device, dtype=target.dtype)
+    profile = torch.exp(-0.5 * ((cells - cells.mean()) / (len(cells) / 8)) ** 2)
+    return (profile[:, None] * profile / profile.sum() ** 2).expand_as(target)
+
+
+ATTENTION_TARGETS = {"objects": lambda target: target, "shuffled": another_image, "centre": centre_blob}
+"""What the heatmap is drawn to: the objects, or a control that shows what drawing it anywhere is worth."""
+
+
 @dataclass
 class LossParts:
     """Scalars of one step; `total` = `count` + weight * `attention`."""
@@ -49,6 +65,7 @@ class DualLoss(nn.Module):
         heatmap: what is held against the target; None for `Heatmap(network)`, the attention.
         heatmap_images: look at so many images of a batch only, chosen at random among those with objects, in a
             pass of their own; the mean over all choices is the loss of the whole batch.  None looks at all.
+        attention_target: a name of ATTENTION_TARGETS.
     """
 
     def __init__(
@@ -58,8 +75,10 @@ class DualLoss(nn.Module):
         kind: str = "kl",
         heatmap: Heatmap | None = None,
         heatmap_images: int | None = None,
+        attention_target: str = "objects",
     ):
         super().__init__()
+        self.attention_target = ATTENTION_TARGETS[attention_target]
         self.network, self.weight, self.kind, self.heatmap_images = network, weight, kind, heatmap_images
         self.heatmap = heatmap or Heatmap(network)
 
@@ -95,7 +114,8 @@ class DualLoss(nn.Module):
         attention = torch.zeros_like(count)
         if weight:
             target = looked_at["target"]
-            divergence = ATTENTION_LOSSES[self.kind](target, heatmap) * (target > 0).any(dim=2).any(dim=1)
+            divergence = ATTENTION_LOSSES[self.kind](self.attention_target(target), heatmap)
+            divergence = divergence * (target > 0).any(dim=2).any(dim=1)
             attention = divergence.sum() / share / (len(with_objects) if images is None else images)
         return LossParts(count + weight * attention, count, attention)
 

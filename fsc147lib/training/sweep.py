@@ -11,14 +11,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import tyro
 
+from ..data import open_split
+from ..evaluation import evaluate_samples
 from ..files import write_text
+from ..model import load_model
+from ..model.device import make_accelerator
 from ..options import ConfigError, need, parse_options
 from .loop import TrainConfig
 from .run import need_same_run
@@ -36,6 +41,8 @@ class SweepConfig:
     """Folder of the sweep: a folder for each run, logs/, sweep.json."""
     parallel: int = 1
     """Runs at once."""
+    splits: tuple[str, ...] = ()
+    """Splits that the last weights of each run answer at the end, image by image: test and test_seen, for example."""
 
     def __post_init__(self):
         need(self, "parallel", self.parallel >= 1, "at least 1")
@@ -117,7 +124,25 @@ def run_sweep(config: SweepConfig) -> list[dict]:
         rows[run.name] = {**run.row(), "seconds": rows[run.name]["seconds"] + seconds, "error": error}
         _write(path, config, rows)
         print(f"{run.name}: {error or 'MAE {mae:.2f}'.format(**rows[run.name]['best'])}, {seconds:.0f} s", flush=True)
+    if config.splits:
+        for run in runs:
+            if rows[run.name]["finished"] and "splits" not in rows[run.name]:
+                rows[run.name]["splits"] = answer_splits(run.config, config.splits)
+                _write(path, config, rows)
     return list(rows.values())
+
+
+def answer_splits(config: TrainConfig, splits: Sequence[str]) -> dict[str, dict]:
+    """What a run's last weights answer: per split the `metrics`, and of each image its `error` and `kl`."""
+    model, accelerator = load_model(config.out / "last"), make_accelerator(config.precision)
+    training_mean = float(np.mean([sample.count for sample in open_split(config.data, "train", config.limit)]))
+    answered = {}
+    for split in splits:
+        samples = open_split(config.data, split)
+        found = evaluate_samples(model, samples, 64, accelerator=accelerator, empty_cost=training_mean)
+        images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
+        answered[split] = {"metrics": found.metrics, **images}
+    return answered
 
 
 def _write(path: Path, config: SweepConfig, rows: dict[str, dict]) -> None:
@@ -126,7 +151,8 @@ def _write(path: Path, config: SweepConfig, rows: dict[str, dict]) -> None:
 
 def processes(runs: list[GridRun], logs: Path, parallel: int) -> Iterator[tuple[GridRun, float, str | None]]:
     """Run some at once; yields each that ended, its seconds and what went wrong.  Interrupted, it ends them all."""
-    waiting, running = list(runs), {}
+    waiting = list(runs)
+    running: dict[str, tuple[GridRun, float, subprocess.Popen]] = {}
     threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, len(runs))))
     try:
         while waiting or running:

@@ -360,6 +360,7 @@ NOT_FATAL = {
     "class line without tab": (lambda r: append(r / C, "9.jpg beads\n"), "bad-class-line", C, "line 6"),
     "control tokens in a category": (
         lambda r: append(r / C, "9.jpg\t<|im_end|>beads\n"), "bad-class-line", C, "line 6"),
+    "a thought in a category": (lambda r: append(r / C, "9.jpg\t<think>\n"), "bad-class-line", C, "line 6"),
     "class line without class": (lambda r: append(r / C, "\n9.jpg\t\n"), "bad-class-line", C, "line 7"),
 }  # fmt: skip
 

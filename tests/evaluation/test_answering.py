@@ -109,6 +109,35 @@ def test_unparsed_answers_cost_the_true_count(tiny, root, monkeypatch):
     assert result.images[2].predicted is None and result.images[2].error == samples[2].count
 
 
+def test_answers_in_other_words_count_leniently_alone(tiny, root, monkeypatch):
+    samples = list(FSC147(root, "val"))[:4]
+    end = tiny.tokenizer.eos_token
+    said = [
+        f"There are {samples[0].count + 2} of them.{end}",
+        f"{answer(samples[1].count)}{end}",
+        "I see 3",
+        f"no{end}",
+    ]
+    ids = tiny.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
+    by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
+    answers = lambda model, forced, *_: torch.stack([by_name[name] for name in forced.batch["names"]])  # noqa: E731
+    monkeypatch.setattr(evaluation, "generate_answers", answers)
+    result = evaluate_samples(tiny, samples)
+    counts = [sample.count for sample in samples]
+    assert [image.predicted for image in result.images] == [None, counts[1], None, None]
+    assert [image.predicted_leniently for image in result.images] == [counts[0] + 2, counts[1], None, None]
+    assert (result.metrics["unparsed"], result.metrics["unparsed_leniently"]) == (0.75, 0.5)
+    assert result.metrics["mae"] == pytest.approx((counts[0] + counts[2] + counts[3]) / 4)
+    assert result.metrics["mae_lenient"] == pytest.approx((2 + counts[2] + counts[3]) / 4)
+
+
+def test_an_answer_may_be_longer(tiny, root):
+    samples = list(FSC147(root, "val"))[:2]
+    usual, longer = (evaluate_samples(tiny, samples, longest=longest).images for longest in (None, 30))
+    tokens = [[len(tiny.tokenizer.encode(image.answer)) for image in images] for images in (usual, longer)]
+    assert all(few < many for few, many in zip(*tokens, strict=True))
+
+
 def test_empty_scenes_are_answered_and_have_no_map(tiny, root, empty_samples):
     some, none = [sample for sample in FSC147(root, "val") if sample.count][:3], empty_samples
     result, without = (evaluate_samples(tiny, samples, empty_cost=9) for samples in ([none[0], *some, none[1]], some))

@@ -26,7 +26,7 @@ def in_float64(batch):
 @pytest.fixture
 def exact(float64, mixed_samples):
     """The tiny model and a batch of two images in float64."""
-    model = load_model("tiny", dtype=torch.float64)
+    model = load_model("tiny-random", dtype=torch.float64)
     return model.network, in_float64(Collate(model.tokenizer, model.image_processor)(mixed_samples[1:3]))
 
 
@@ -71,8 +71,8 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, state_laye
 
     def watched_images(*args, **kwargs):
         images = plain_images(*args, **kwargs)
-        for i in range(state_layer, len(images.deepstack)):
-            images.deepstack[i] = watch(f"deepstack {i}", images.deepstack[i])
+        for i in range(state_layer, len(images) - 1):
+            images[1 + i] = watch(f"deepstack {i}", images[1 + i])
         return images
 
     plain_images, plain_layer = forward.encode_images, forward.text_layer
@@ -291,7 +291,8 @@ def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
 
 @pytest.mark.slow
 def test_a_lazy_run_logs_what_it_looked_at(root, tmp_path):
-    config = TrainConfig(data=root, out=tmp_path / "run", batch_size=4, epochs=1, heatmap="token_gradient",
+    config = TrainConfig(data=root, model="tiny-random", out=tmp_path / "run", batch_size=4, epochs=1,
+                         heatmap="token_gradient",
                          heatmap_layer=2, heatmap_every=3, log_every=1, tracking="disabled")  # fmt: skip
     result = train(config)
     seen = [line["attention_loss"] is not None for line in result.steps]
@@ -309,7 +310,8 @@ def test_accumulation_is_one_large_batch(root, tmp_path, method):
     results = []
     for batch_size, accumulation in ((8, 1), (4, 2)):
         config = TrainConfig(
-            data=root, out=tmp_path / str(accumulation), heatmap=method, heatmap_every=1, heatmap_images=8, limit=8,
+            data=root, model="tiny-random",
+            out=tmp_path / str(accumulation), heatmap=method, heatmap_every=1, heatmap_images=8, limit=8,
             batch_size=batch_size, accumulation=accumulation, tracking="disabled",
         )  # fmt: skip
         results.append(train(config).steps[0])

@@ -15,7 +15,8 @@ from fsc147lib.evaluation import EvaluateConfig
 from fsc147lib.model import heatmaps
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import answer_logits
-from fsc147lib.model.heatmaps import Heatmap, corner_share, default_layers, layer_head_maps, look, mean_map, visual_mass
+from fsc147lib.model.heatmaps import Heatmap, default_layers, layer_head_maps, visual_mass
+from fsc147lib.model.looking import corner_share, look, mean_map
 from fsc147lib.options import ConfigError
 from fsc147lib.training import TrainConfig
 
@@ -118,10 +119,10 @@ def test_padding_changes_no_heatmap(tiny, mixed_samples, batch):
 
 
 def test_looking_at_samples_is_the_heatmap_of_each(tiny, mixed_samples, batch):
-    maps = look(tiny, mixed_samples, layers=(1, 2, 3), batch_size=3)
-    assert maps.shape == (4, 3, 4, 14, 14)
+    seen = look(tiny, mixed_samples, layers=(1, 2, 3), batch_size=3, answer="true")
+    assert seen.maps.shape == (4, 3, 4, 14, 14)
     with torch.no_grad():
-        torch.testing.assert_close(mean_map(maps[:, 1:]), Heatmap(tiny.network)(batch), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(mean_map(seen, [1, 2]).maps, Heatmap(tiny.network)(batch), atol=1e-6, rtol=1e-4)
 
 
 def test_corner_share():

@@ -29,9 +29,9 @@ def test_tiny_leaves_nothing_out(tiny):
 
 def test_tiny_weights_depend_on_the_seed_alone():
     torch.manual_seed(3)
-    a = load_model("tiny", seed=1).network.state_dict()
+    a = load_model("tiny-random", seed=1).network.state_dict()
     torch.manual_seed(4)
-    b, c = load_model("tiny", seed=1).network.state_dict(), load_model("tiny", seed=2).network.state_dict()
+    b, c = load_model("tiny-random", seed=1).network.state_dict(), load_model("tiny", seed=2).network.state_dict()
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(torch.equal(a[key], c[key]) for key in a)
 

@@ -1,5 +1,8 @@
 """Pictures draw what they are given: read back from the axes."""
 
+import io
+from dataclasses import replace
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -55,7 +58,8 @@ def test_gallery_has_a_place_for_each(samples):
 def test_histogram_counts_every_image_on_log_axes():
     counts = {"train": [5, 8, 13, 400], "val": [9, 3701]}
     axes = figures.count_histogram(counts).axes[0]
-    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("symlog", "log")
+    assert 0 < axes.get_xlim()[0] < 5
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train (4 images)", "val (2 images)"]
 
 
@@ -88,14 +92,27 @@ def test_predictions_and_lost_answers():
     def image(count, predicted):
         return ImageResult("x", "y", count, predicted, "", 0, 0, 0, 0, 0)
 
-    axes = figures.predictions_against_truth([image(10, 12), image(30, 25), image(7, None), image(9, 0)]).axes[0]
-    np.testing.assert_array_equal(axes.collections[0].get_offsets(), [[10, 12], [30, 25]])
-    assert "2 unparsed" in axes.get_legend().get_texts()[0].get_text()
+    axes = figures.predictions_against_truth([image(10, 12), image(30, 25), image(7, None), image(9, 8)]).axes[0]
+    np.testing.assert_array_equal(axes.collections[0].get_offsets(), [[10, 12], [30, 25], [9, 8]])
+    assert axes.get_legend().get_texts()[0].get_text() == "1 unparsed"
+    axes = figures.predictions_against_truth([image(0, 0), image(9, 0), image(0, None)]).axes[0]
+    np.testing.assert_array_equal(axes.collections[0].get_offsets(), [[0, 0], [9, 0]])
+    assert axes.lines[1].get_ydata()[0] < 0  # silence is not a true 0
 
 
 def test_all_answers_lost_is_a_picture_too():
     lost = [ImageResult("x", "y", 10, None, "", 0, 0, 0, 0, 0)]
     assert figures.predictions_against_truth(lost).axes[0].get_legend() is not None
+
+
+def test_empty_scenes_are_drawn(samples):
+    empty = replace(samples[0], points=np.zeros((0, 2), np.float32), boxes=np.zeros((0, 4), np.float32))
+    assert figures.sample_views(empty).axes[2].get_title() == figures.NO_TARGET
+    comparison = figures.map_comparison([samples[1], empty], {"after": np.full((2, 14, 14), 1 / 196)})
+    assert [comparison.axes[i].get_title() for i in (1, 4)] == ["target", figures.NO_TARGET]
+    axes = figures.count_histogram({"train": [0, 0, 3, 40]}).axes[0]
+    assert axes.get_xlim()[0] < 0 and axes.patches[0].get_xy()[:, 1].max() == 2
+    comparison.savefig(io.BytesIO())
 
 
 def test_comparison_puts_each_map_in_its_column(samples):

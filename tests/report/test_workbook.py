@@ -80,13 +80,25 @@ def test_results_are_in_one_place_for_the_runner_and_for_a_kernel(tmp_path, monk
     found = []
     for folder in (tmp_path, tmp_path / "notebooks"):  # the runner starts in the first, a kernel in the other
         monkeypatch.chdir(folder)
-        found.append(workbook.settings(tmp_path).finetune.resolve())
+        found.append(workbook.settings(tmp_path).runs.resolve())
     assert found[0] == found[1] and found[0].is_relative_to(tmp_path / "runs")
 
 
 def test_notebook_4_before_3_says_what_to_run(tmp_path):
     with pytest.raises(workbook.WorkbookError, match="run 03_dual_loss_finetuning.ipynb first"):
         workbook.settings(tmp_path, out=tmp_path).trained()
+
+
+def test_a_new_run_never_takes_an_older_ones_folder(tmp_path):
+    where = workbook.Settings(tmp_path / "root", "runs/a/best", tmp_path)
+    for expected in ("both-1", "both-2"):
+        folder = where.new_run("both")
+        assert folder.name == expected
+        (folder / "best").mkdir(parents=True)
+    (where.runs / "both-10" / "best").mkdir(parents=True)
+    assert where.new_run("both").name == "both-11" and where.new_run("counts").name == "counts-1"
+    assert where.trained() == where.runs / "both-10" / "best"
+    assert where.runs != workbook.Settings(tmp_path / "root", "runs/b/best", tmp_path).runs
 
 
 def notebook(path, *sources):
@@ -115,9 +127,9 @@ def test_a_failing_notebook_is_named_and_what_ran_is_kept(tmp_path):
 def test_the_table_shows_the_files_numbers(tmp_path):
     metrics = {"mae": 20.0, "rmse": 30.0, "kl": 1.2, "mass_on_objects": 0.3}
     where = workbook.Settings(tmp_path, "tiny", tmp_path)
-    where.finetune.mkdir(parents=True)
-    run = {"before": metrics, "best": {**metrics, "mae": 5.25}, "baselines": {"mean": {"mae": 12.5, "rmse": 15.0}}}
-    (where.finetune / "summary.json").write_text(json.dumps(run))
+    tested = [{"name": "both losses", **metrics}, {"name": "counts alone", **metrics, "mae": 5.25}]
+    tested += [{"name": "always the training mean", "mae": 12.5, "rmse": 15.0}]
+    where.comparison.write_text(json.dumps({"rows": tested}))
     rows = [{"name": "attention, trained", "overhead_low": 0.01, "overhead_median": 0.023, "overhead_high": 0.04}]
     where.overhead.write_text(json.dumps({"rows": rows}))
     text = workbook.summary_text(workbook.summarise(where, {"01_inspect_data": 12.0}))

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,7 +27,14 @@ from fsc147lib.training.schedule import learning_rate_factor
 @pytest.fixture
 def config(root, tmp_path):
     def make(**changes):
-        settings = {"data": root, "out": tmp_path / "run", "batch_size": 8, "log_every": 1, "tracking": "disabled"}
+        settings = {
+            "data": root,
+            "model": "tiny-random",
+            "out": tmp_path / "run",
+            "batch_size": 8,
+            "log_every": 1,
+            "tracking": "disabled",
+        }
         return TrainConfig(**{**settings, **changes})
 
     return make
@@ -45,7 +53,7 @@ def test_logged_losses_are_those_of_the_batch(config):
     """The first script of this project logged 0.0000; here the log is computed again, from outside."""
     settings = config(epochs=1, learning_rate=1e-3)
     train(settings)
-    model = load_model("tiny", seed=settings.seed)
+    model = load_model("tiny-random", seed=settings.seed)
     samples = list(FSC147(settings.data, "train"))
     loader = training_loader(
         samples, model, PixelStore(samples, model.image_processor), settings.batch_size, settings.seed
@@ -240,7 +248,7 @@ def test_accumulation_is_one_large_batch(config, tmp_path):
 def test_a_tiny_learning_rate_moves_fp32_weights_under_bf16(config):
     """bf16 *weights* would swallow updates of 1e-6; fp32 master weights keep them."""
     train(config(epochs=1, learning_rate=1e-6, warmup=0, precision="bf16", weight_decay=0))
-    start = load_model("tiny").network.state_dict()
+    start = load_model("tiny-random").network.state_dict()
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     after = weights(config().out / "last")
     assert after[name].dtype == torch.float32
@@ -260,7 +268,7 @@ def test_vision_stays_frozen_until_its_epoch(config):
             seen[line["epoch"]] = (settings.out / "last").is_dir() and weights(settings.out / "last")
 
     train(settings, watch)
-    start, visual = load_model("tiny").network.state_dict(), "model.visual.blocks.0.mlp.linear_fc1.weight"
+    start, visual = load_model("tiny-random").network.state_dict(), "model.visual.blocks.0.mlp.linear_fc1.weight"
     text = "model.language_model.layers.0.mlp.up_proj.weight"
     assert torch.equal(seen[2][visual], start[visual])  # what epoch 1 left
     assert not torch.equal(seen[2][text], start[text])
@@ -281,7 +289,7 @@ def test_clipping_bounds_the_gradient(config, monkeypatch):
     monkeypatch.setattr(training, "make_optimizer", lambda network, *_: torch.optim.SGD(network.parameters(), lr=1.0))
     result = train(config(epochs=1, limit=8, clip=1e-3, learning_rate=1.0, warmup=0))
     assert len(result.steps) == 1 and result.steps[0]["gradient_norm"] > 1e-3  # logged as it was before
-    before = dict(load_model("tiny").network.named_parameters())
+    before = dict(load_model("tiny-random").network.named_parameters())
     after = dict(load_model(config().out / "last").network.named_parameters())
     moved = torch.stack([(after[name] - before[name]).norm() for name in before]).norm()
     assert moved.item() == pytest.approx(1e-3, rel=1e-2)
@@ -410,18 +418,37 @@ LENGTHS = [
 @pytest.mark.parametrize("by_size", [True, False])
 def test_order_is_fair(by_size):
     """Each epoch shows each image once; order, company and mirroring change, and come back with the seed."""
-    batches = SizeBatches(LENGTHS, 32, seed=0, flip=True, by_size=by_size)
+    batches = SizeBatches(LENGTHS, 36, seed=0, flip=True, by_size=by_size)
     epochs = []
     for epoch in (0, 1, 0):
         batches.shuffle(epoch)
         epochs.append(list(batches))
-        assert [len(batch) for batch in batches] == [32] * 7 + [16] and len(batches) == 8
+        assert sorted(len(batch) for batch in batches) == [34] * 5 + [35] * 2 and len(batches) == 7
     assert epochs[0] == epochs[2] != epochs[1]
     for batches_of_epoch in epochs:
         assert sorted(i for batch in batches_of_epoch for i, _ in batch) == list(range(len(LENGTHS)))
     companies = [{frozenset(i for i, _ in batch) for batch in epoch} for epoch in epochs[:2]]
-    assert len(companies[0] & companies[1]) <= 1  # the widest images are few and may meet again
+    assert len(companies[0] & companies[1]) <= 2  # the widest images differ from all others and meet again
     assert 60 < sum(mirrored for batch in epochs[0] for _, mirrored in batch) < 180
+
+
+@pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (4, 1), (2, 2)])
+def test_every_image_weighs_alike(accumulation, processes):
+    """An image weighs 1 / (images of its step): over epochs that is the same for wide and for narrow ones."""
+    lengths, epochs = LENGTHS[7:], 200
+    batches = SizeBatches(lengths, 14, 0, True, True, accumulation, processes)
+    together, (weights, smaller) = batches.per_step * processes, np.zeros((2, len(lengths)))
+    for epoch in range(epochs):
+        batches.shuffle(epoch)
+        sizes = [len(batch) for batch in batches]
+        assert max(sizes) - min(sizes) <= 1 and max(sizes) <= 14 and len(sizes) % together == 0
+        for step in windows(batches, together):
+            images = [i for batch in step for i, _ in batch]
+            weights[images] += 1 / len(images) / epochs
+            smaller[images] += (len(images) < len(lengths) * together / len(sizes)) / epochs
+    assert weights.max() / weights.min() < 1.02
+    assert weights[-16:].mean() == pytest.approx(weights.mean(), rel=5e-3)  # the widest
+    assert smaller[-16:].mean() == pytest.approx(smaller.mean(), abs=0.1) and 0.05 < smaller.mean() < 0.95
 
 
 def test_batches_by_size_hold_little_padding():

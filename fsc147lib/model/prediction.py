@@ -1,0 +1,182 @@
+"""`predict`: one picture from anywhere, and what to count in it; no root and no dots.
+
+What comes back is what the model says, how probable it finds each number, and where it looked while it said so.
+
+Left out: drawing (`report`), and whether its probabilities are right (`evaluation.intervals`).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from ..data import Picture, Sample
+from ..files import write_text
+from ..options import Precision, need
+from .answers import own_answers
+from .collate import Collate, to_device
+from .counts import count_log_probabilities
+from .device import make_accelerator
+from .heatmaps import Heatmap
+from .load import load_model
+from .looking import answer_texts, map_title
+from .network import CountingModel
+from .pixels import PixelStore
+from .prompt import parse_count
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Count in pictures of your own."""
+
+    images: Positional[tuple[Path, ...]]
+    """Picture files."""
+    category: str
+    """What to count, for example apples."""
+    model: str = "tiny-dual"
+    """"tiny-dual", a folder such as runs/train/best, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
+    map: Path | None = None
+    """Draw picture, map and probabilities here; of several pictures to the same name with -1, -2, ..."""
+    json: Path | None = None
+    """Write all numbers here."""
+    precision: Precision = "auto"
+    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+
+    def __post_init__(self):
+        need(self, "images", len(self.images) > 0, "a picture or more")
+        formats = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+        need(self, "map", self.map is None or self.map.suffix in formats, f"a file that ends in {', '.join(formats)}")
+        need(self, "json", self.json is None or not self.json.is_dir(), "a file, not a folder")
+
+    def map_path(self, i: int) -> Path:
+        """Where the map of the i-th picture goes."""
+        return self.map if len(self.images) == 1 else self.map.with_stem(f"{self.map.stem}-{i + 1}")
+
+
+@dataclass
+class Prediction:
+    """What a model says of one picture.
+
+    Attributes:
+        sample: the picture, and what was counted in it.
+        answer: its greedy answer, raw.
+        count: the number in it; None where it does not parse.
+        distribution: [10000] float64, summing to 1: how probable each number is, if the answer is a number.
+        covered: probability that the answer is one of the numbers that were followed, in the form "COUNT: 37".
+        heatmap: [14, 14] float32, summing to 1: where it looked during its own answer.
+    """
+
+    sample: Sample
+    answer: str
+    count: int | None
+    distribution: np.ndarray
+    covered: float
+    heatmap: np.ndarray
+
+    @property
+    def mode(self) -> int:
+        """The most probable number; not always the greedy answer, which chooses digit by digit."""
+        return int(self.distribution.argmax())
+
+    @property
+    def mean(self) -> float:
+        return float(self.distribution @ np.arange(len(self.distribution)))
+
+    def interval(self, level: float = 0.9) -> tuple[int, int]:
+        """First and last number of the central interval that holds so much probability, or a little more."""
+        below = self.distribution.cumsum()
+        ends = np.searchsorted(below, ((1 - level) / 2, below[-1] - (1 - level) / 2))
+        return int(ends[0]), int(min(ends[1], len(below) - 1))
+
+    @property
+    def map_title(self) -> str:
+        """Which answer the map belongs to, for a figure."""
+        return map_title(self.answer, "own")
+
+    def __str__(self) -> str:
+        first, last = self.interval()
+        told = f"{self.count} {self.sample.category}" if self.count is not None else "no number"
+        likely = f"most probable {self.mode} ({self.distribution[self.mode]:.0%}), mean {self.mean:.1f}"
+        return (
+            f"{self.sample.name}: {told}; the model says {self.answer!r:.80}\n"
+            f"  {likely}, 90 % between {first} and {last}, if it answers COUNT: and a number, "
+            f"which it does with probability {self.covered:.3f}"
+        )
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON: of the distribution the numbers above one in a million."""
+        likely = np.flatnonzero(self.distribution > 1e-6)
+        return {
+            "name": self.sample.name, "category": self.sample.category, "answer": self.answer, "count": self.count,
+            "mode": self.mode, "mean": self.mean, "interval_90": self.interval(), "covered": self.covered,
+            "distribution": {int(number): float(self.distribution[number]) for number in likely},
+            "heatmap": self.heatmap.tolist(), "heatmap_of": "own answer",
+        }  # fmt: skip
+
+
+def predict(model: CountingModel, image: str | Path | Image.Image, category: str) -> Prediction:
+    """Count in one picture.
+
+    Args:
+        model: is moved to this machine's accelerator, if it has one, and put in eval mode.
+        image: a file, or an image in memory; it is turned upright and shrunk to 384 pixels on its shorter side.
+        category: what to count, for example "apples".
+
+    Raises:
+        DataError: the picture or the category cannot be used.
+    """
+    return predict_samples(model, [Picture(image, category)])[0]
+
+
+def predict_files(config: PredictConfig) -> list[Prediction]:
+    """Count in the pictures named and write the numbers; `fsc147lib predict` calls this."""
+    pictures: list[Sample] = [Picture(path, config.category) for path in config.images]
+    model = load_model(config.model)
+    found = predict_samples(model, pictures, accelerator=make_accelerator(config.precision))
+    if config.json is not None:
+        numbers = [prediction.to_dict() for prediction in found]
+        write_text(config.json, json.dumps({"model": config.model, "predictions": numbers}, indent=1))
+    return found
+
+
+@torch.no_grad()
+def predict_samples(
+    model: CountingModel,
+    samples: list[Sample],
+    batch_size: int = 8,
+    heatmap: Heatmap | None = None,
+    accelerator: Accelerator | None = None,
+) -> list[Prediction]:
+    """`predict` for many.
+
+    Args:
+        samples: `Picture`s, or samples of a root; their true counts do not enter.
+        heatmap: where it looked; None for `Heatmap(model.network)`, the attention.
+        accelerator: gives device and precision; None for `make_accelerator("auto")`.
+    """
+    accelerator = accelerator or make_accelerator("auto")
+    network = model.network.to(accelerator.device).eval()
+    heatmap = heatmap or Heatmap(network)
+    collate = Collate(model.tokenizer, model.image_processor)
+    predictions = []
+    for start in tqdm(range(0, len(samples), batch_size), desc="predict", leave=False):
+        chunk = samples[start : start + batch_size]
+        collate.store = PixelStore(chunk, model.image_processor)
+        batch = to_device(collate(chunk), accelerator.device)
+        with accelerator.autocast():
+            answers, logits, trace = own_answers(model, batch)
+            log_p = count_log_probabilities(model, batch, logits, trace.keys_values)
+            answered = to_device(collate(chunk, answers), accelerator.device)
+            maps = heatmap(answered).float().cpu().numpy()
+        for i, (sample, text) in enumerate(zip(chunk, answer_texts(model, answered), strict=True)):
+            relative = log_p[i].sub(log_p[i].max()).exp()  # an untrained model's numbers are all very improbable
+            distribution = (relative / relative.sum()).numpy()
+            covered = float(log_p[i].exp().sum())
+            predictions.append(Prediction(sample, text, parse_count(text), distribution, covered, maps[i]))
+    return predictions

@@ -1,0 +1,296 @@
+"""The checks of `verify`: what this library computes in ways of its own, held against plain transformers.
+
+Inputs of plain transformers are built without the library's collate.  A check returns whether it passed, and a
+sentence; None where there is nothing to check.
+
+Left out: which checks there are, what cures what, and where the pictures come from (`verify`).
+"""
+
+import tempfile
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+
+from ..data import GRID, Sample
+from ..data.targets import resample_map
+from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
+from ..model.adapt import add_lora, freeze_vision, merged_weights
+from ..model.answers import agreement, greedy_tokens
+from ..model.load import RANDOM
+from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
+from ..training import DualLoss
+from ..training.step import TrainingStep, make_optimizer
+from .overhead import load_or_shape
+from .timing import peak_memory, seconds_of
+
+
+class Subject:
+    """A model that is checked, and what it is given.
+
+    Args:
+        config: a `VerifyConfig`.
+        samples: with images; the first four are of different sizes.
+    """
+
+    def __init__(self, config, samples: list[Sample]):
+        self.config, self.samples = config, samples
+        self.accelerator = make_accelerator(config.precision)
+        self.device = self.accelerator.device
+        self.model = load_or_shape(config.model, self.device.type)
+        self.network, self.tokenizer = self.model.network.to(self.device).eval(), self.model.tokenizer
+
+    def batch_of(self, samples: list[Sample]) -> Batch:
+        return to_device(Collate(self.tokenizer, self.model.image_processor)(samples), self.device)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The first four samples, as the library takes them."""
+        return self.batch_of(self.samples[:4])
+
+    @cached_property
+    def plain(self) -> list[tuple[dict[str, torch.Tensor], int]]:
+        """The same as transformers takes them, one by one: inputs with the right answer, and the prompt's length."""
+        return [self._plain_inputs(sample) for sample in self.samples[:4]]
+
+    def _plain_inputs(self, sample: Sample) -> tuple[dict[str, torch.Tensor], int]:
+        """The chat as one string, its image token repeated, and the image processor's own call."""
+        processor = self.model.image_processor
+        images = processor(images=[sample.image], return_tensors="pt")
+        visual = int(images["image_grid_thw"].prod()) // processor.merge_size**2
+        prompt = chat_text(self.tokenizer, sample.category).replace(IMAGE_TOKEN, IMAGE_TOKEN * visual)
+        prompt_ids, ids = (
+            self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            for text in (prompt, prompt + answer(sample.count) + self.tokenizer.eos_token)
+        )
+        on_image = ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        inputs = {"input_ids": ids, "mm_token_type_ids": on_image.int(), **images}
+        return {key: value.to(self.device) for key, value in inputs.items()}, prompt_ids.shape[1]
+
+    def plain_logits(self) -> torch.Tensor:
+        """[answer tokens of all four, V] float32, as transformers computes them."""
+        keep = [inputs["input_ids"].shape[1] - start + 1 for inputs, start in self.plain]
+        passes = zip(self.plain, keep, strict=True)
+        logits = [self.network(**inputs, logits_to_keep=number).logits[0, :-1] for (inputs, _), number in passes]
+        return torch.cat(logits).float()
+
+    def our_logits(self) -> torch.Tensor:
+        """The same as the library computes them."""
+        logits, _ = answer_logits(self.network, self.batch)
+        return logits[self.batch["answer_labels"] >= 0].float()
+
+    def greedy_rows(self, batch: Batch, longest: int) -> list[list[int]]:
+        """The answers to a batch's prompts, each up to its end."""
+        end = self.tokenizer.eos_token_id
+        logits, trace = answer_logits(self.network, batch, keep_keys=True)
+        agreed = agreement(batch, logits, end)
+        rows = greedy_tokens(self.network, batch, logits, trace.keys_values, agreed, longest, end).tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+@contextmanager
+def full_float32():
+    """Products of float32 numbers with their whole precision, of which a GPU's TF32 keeps 11 bits of 24."""
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
+
+
+# --- Checks
+
+
+def special_tokens(subject: Subject):
+    tokenizer, config = subject.tokenizer, subject.network.config
+    ends = np.atleast_1d(subject.network.generation_config.eos_token_id).tolist()
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    found = {token: tokenizer.encode(token, add_special_tokens=False) for token in (IMAGE_TOKEN, "<|vision_start|>")}
+    wanted = {IMAGE_TOKEN: [config.image_token_id], "<|vision_start|>": [config.vision_start_token_id]}
+    rows = subject.network.get_input_embeddings().num_embeddings
+    passed = found == wanted and end in ends and pad not in (None, config.image_token_id) and len(tokenizer) <= rows
+    return passed, (
+        f"tokenizer: image {found[IMAGE_TOKEN]}, end {end} {tokenizer.eos_token}, pad {pad} {tokenizer.pad_token}, "
+        f"{len(tokenizer)} tokens; model: image [{config.image_token_id}], ends {ends}, {rows} rows"
+    )
+
+
+def rendered_prompt(subject: Subject):
+    text = chat_text(subject.tokenizer, subject.samples[0].category)
+    ours = [
+        ids[mask > 0] for ids, mask in zip(subject.batch["input_ids"], subject.batch["attention_mask"], strict=True)
+    ]
+    same = [torch.equal(ids, inputs["input_ids"][0]) for ids, (inputs, _) in zip(ours, subject.plain, strict=True)]
+    return all(same), f"{text!r}: ids are those of the text encoded in one piece on {sum(same)} of {len(same)} pictures"
+
+
+def answer_tokens(subject: Subject):
+    passed = True
+    for count in (1234567890, 37):
+        ids = subject.tokenizer.encode(answer(count), add_special_tokens=False)
+        tokens, digits = [subject.tokenizer.decode([token]) for token in ids], list(str(count))
+        passed &= tokens[-len(digits) :] == digits and "".join(tokens) == answer(count)
+    return passed, f"{answer(count)!r} is {tokens}"
+
+
+@full_float32()
+@torch.no_grad()
+def logits_in_float32(subject: Subject, allowed: float = 1e-3):
+    ours, plain = subject.our_logits(), subject.plain_logits()
+    error = float((ours - plain).abs().max() / plain.std())
+    sizes = ", ".join("{}x{}".format(*sample.size) for sample in subject.samples[:4])
+    return error <= allowed, (
+        f"largest difference to transformers {error:.1e} of the logits' spread on pictures of {sizes}; "
+        f"{allowed:.0e} is allowed: the same sums in another order"
+    )
+
+
+@torch.no_grad()
+def logits_in_training_precision(subject: Subject, allowed: float = 2):
+    if subject.accelerator.mixed_precision == "no":
+        return None
+    with full_float32():
+        exact = subject.plain_logits()
+    with subject.accelerator.autocast():
+        errors = [float((x - exact).square().mean().sqrt()) for x in (subject.our_logits(), subject.plain_logits())]
+    ours, plain = errors
+    return ours <= allowed * plain, (
+        f"{subject.accelerator.mixed_precision}: RMS error against float32 {ours:.4f}, transformers' {plain:.4f} under "
+        f"autocast; {allowed} times that is allowed: the sum that runs through all layers is as narrow here as their "
+        "products, autocast leaves it wide"
+    )
+
+
+def eager_rows(network, layers: tuple[int, ...], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Attention probabilities [L, H, T, T] of one picture, from transformers' eager attention."""
+    rows, before = {}, network.config._attn_implementation
+    hooks = [
+        network.model.language_model.layers[i].self_attn.register_forward_hook(
+            lambda module, inputs, outputs, i=i: rows.update({i: outputs[1][0]})
+        )
+        for i in layers
+    ]
+    network.set_attn_implementation("eager")
+    try:
+        network(**inputs, logits_to_keep=1)
+    finally:
+        network.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([rows[i] for i in layers])
+
+
+@full_float32()
+@torch.no_grad()
+def attention_heatmap(subject: Subject, allowed: float = 1e-3):
+    heatmap, merge = Heatmap(subject.network), subject.model.image_processor.merge_size
+    _, maps, trace = heatmap.with_logits(subject.batch)
+    of_rows, of_maps = [], []
+    for k, (inputs, start) in enumerate(subject.plain):
+        ids = inputs["input_ids"][0]
+        eager = eager_rows(subject.network, heatmap.layers, inputs)[:, :, start - 1 : -1]  # [L, H, A, T]
+        ours = torch.stack([trace.rows[i][k, :, : len(ids) - start, : len(ids)] for i in heatmap.layers])
+        of_rows.append(float((ours - eager).abs().max() / eager.max()))
+        digits = [subject.tokenizer.decode([token]).isdigit() for token in ids[start:]]
+        mass = eager[:, :, digits].mean(dim=(0, 1, 2))[inputs["mm_token_type_ids"][0] == 1].cpu().numpy()
+        height, width = (inputs["image_grid_thw"][0, 1:] // merge).tolist()
+        expected = resample_map(mass.reshape(height, width), (GRID, GRID)) / mass.sum()
+        of_maps.append(np.abs(maps[k].cpu().numpy() - expected).max() / expected.max())
+    return bool(np.max([of_rows, of_maps]) <= allowed), (
+        f"largest difference to eager attention {np.max(of_rows):.1e} of the largest probability, "
+        f"{np.max(of_maps):.1e} of the map's largest cell, layers {heatmap.layers}; {allowed:.0e} is allowed"
+    )
+
+
+@full_float32()
+@torch.no_grad()
+def greedy_answers(subject: Subject, longest: int = 12):
+    how = GenerationConfig(
+        max_new_tokens=longest, do_sample=False, repetition_penalty=1.0,
+        eos_token_id=subject.tokenizer.eos_token_id, pad_token_id=subject.tokenizer.pad_token_id,
+    )  # fmt: skip
+    ours, different = subject.greedy_rows(subject.batch, longest), []
+    for row, (inputs, start) in zip(ours, subject.plain, strict=True):
+        prompts = {key: x[:, :start] if key in ("input_ids", "mm_token_type_ids") else x for key, x in inputs.items()}
+        generated = subject.network.generate(**prompts, generation_config=how)[0, start:].tolist()
+        if row != generated:
+            different.append(f"{subject.tokenizer.decode(row)!r} is {subject.tokenizer.decode(generated)!r} there")
+    return not different, "; ".join(different) or f"{len(ours)} answers as `generate` has them, token by token"
+
+
+@torch.no_grad()
+def raw_answers(subject: Subject, longest: int = 64):
+    with subject.accelerator.autocast():
+        rows = subject.greedy_rows(subject.batch_of(subject.samples), longest)
+    texts = subject.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    end = subject.tokenizer.eos_token_id
+    leniently = [parse_count_leniently(text, complete=end in row) for row, text in zip(rows, texts, strict=True)]
+    rates = [sum(number is not None for number in read) for read in (map(parse_count, texts), leniently)]
+    lines = [f"{rates[0]} of {len(rows)} parse, {rates[1]} leniently, in at most {longest} tokens"]
+    for sample, text, number in zip(subject.samples, texts, leniently, strict=True):
+        lines.append(f"{sample.count} {sample.category}: {text!r:.160}, read leniently as {number}")
+    return any(row[0] != end for row in rows), "\n        ".join(lines)
+
+
+def training_step(subject: Subject):
+    network, config = subject.network, subject.config
+    freeze_vision(network, config.model != RANDOM)
+    if config.lora:
+        add_lora(network, config.lora, narrow=subject.accelerator.mixed_precision == "bf16")
+    if config.gradient_checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    loss = DualLoss(network, heatmap=Heatmap(network, compiled=subject.device.type == "cuda"))
+    step = TrainingStep(loss, make_optimizer(network, 1e-5), subject.accelerator)
+    trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    before = {name: _some(weight) for name, weight in trained.items()}
+    losses, seconds = [], []
+    network.train()
+
+    def run() -> None:
+        seconds.append(seconds_of(lambda: losses.append(step([subject.batch], loss.weight)[0]), subject.device.type))
+
+    run()  # compiles
+    peak = peak_memory(run, subject.device.type)
+    step.check()  # raises where a loss is not finite
+    network.eval()
+    still = [name for name, weight in trained.items() if torch.equal(before[name], _some(weight))]
+    memory = "unknown" if peak is None else f"{peak / 1024:.1f} GiB"
+    return not still, (
+        f"count loss {float(losses[0].count):.3f}, attention loss {float(losses[0].attention):.3f}, both finite; "
+        f"{len(trained) - len(still)} of {len(trained)} tensors moved at learning rate 1e-5; peak memory {memory}; "
+        f"{seconds[-1]:.2f} s for {len(subject.batch['names'])} pictures, {seconds[0]:.1f} s the first time"
+    )
+
+
+def _some(weight: torch.Tensor) -> torch.Tensor:
+    """A few hundred numbers of a tensor."""
+    return weight.detach().flatten()[:: max(1, weight.numel() // 256)].clone()
+
+
+def saved_model(subject: Subject):
+    expected = merged_weights(subject.network) or subject.network.state_dict()
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
+        subject.model.save(folder)
+        plain, report = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=subject.network.dtype, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    found, head, first = plain.state_dict(), plain.get_output_embeddings(), plain.get_input_embeddings()
+    wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
+    wrong |= {name for name in expected.keys() & found.keys() if not torch.equal(expected[name].cpu(), found[name])}
+    if tokenizer.get_vocab() != subject.tokenizer.get_vocab():
+        wrong.add("the tokenizer")
+    if plain.config.tie_word_embeddings != (head.weight is first.weight):
+        wrong.add("lm_head.weight, tied or not")
+    return not wrong, (
+        f"of {len(expected)} tensors and the tokenizer, plain transformers reads {len(wrong) or 'none'} otherwise than "
+        f"they were written {', '.join(sorted(wrong)[:5])}".rstrip()
+    )

@@ -1,0 +1,96 @@
+"""Pictures of predictions: photograph, map and how probable each number is; calibration; which numbers are said.
+
+Left out: everything that is computed (`model.prediction`, `evaluation.intervals`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..model import Prediction
+from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, show_map
+
+
+def prediction_figure(prediction: Prediction, true: int | None = None) -> Figure:
+    """The picture, the map of the model's own answer, and the distribution over counts with its 90 % interval.
+
+    Args:
+        true: the true count, where it is known.
+    """
+    image = prediction.sample.image
+    aspect = min(max(image.width / image.height, 0.6), 2.5)
+    figure, axes = plt.subplots(
+        1, 3, figsize=(3.2 * (2 * aspect + 1.3), 3.4), layout="constrained", width_ratios=(aspect, aspect, 1.3)
+    )
+    axes[0].imshow(image)
+    axes[0].axis("off")
+    axes[0].set_title(f"{prediction.sample.category}: {prediction.answer!r:.60}", fontsize=9, parse_math=False)
+    show_map(axes[1], image, prediction.heatmap, prediction.map_title)
+    _show_distribution(axes[2], prediction, true)
+    return figure
+
+
+def save_prediction(prediction: Prediction, path: Path) -> None:
+    """Draw one to a file, whose ending says the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = prediction_figure(prediction)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _show_distribution(axes, prediction: Prediction, true: int | None) -> None:
+    low, high = prediction.interval(0.9)
+    first, last = prediction.interval(0.999)
+    marked = [number for number in (prediction.count, true) if number is not None]
+    start, stop = max(0, min(first, *marked, low) - 1), max(last, *marked, high) + 2
+    shown = np.zeros(stop - start)
+    known = prediction.distribution[start:stop]
+    shown[: len(known)] = known
+    axes.axvspan(low - 0.5, high + 0.5, color=COUNT_COLOUR, alpha=0.12, label=f"90 %: {low} to {high}")
+    axes.stairs(shown, np.arange(start, stop + 1) - 0.5, fill=True, color=COUNT_COLOUR)
+    if prediction.count is not None:
+        axes.axvline(prediction.count, color=ATTENTION_COLOUR, linewidth=1.2, label=f"own answer {prediction.count}")
+    if true is not None:
+        axes.axvline(true, color="black", linestyle=":", linewidth=1.2, label=f"true count {true}")
+    axes.set(xlabel="number", ylabel="probability", xlim=(start - 0.5, stop - 0.5), ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(f"mode {prediction.mode}, mean {prediction.mean:.1f}", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def calibration_figure(rows: Sequence[dict]) -> Figure:
+    """How often the truth lies in an interval, against the probability that the interval claims.
+
+    Args:
+        rows: of `calibration`; whiskers are 95 % intervals.
+    """
+    figure, axes = plt.subplots(figsize=(4, 3.6), layout="constrained")
+    claimed, inside = (100 * np.array([row[key] for row in rows]) for key in ("claimed", "inside"))
+    spread = np.abs(100 * np.array([[row["low"], row["high"]] for row in rows]).T - inside)
+    axes.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="as often as claimed")
+    axes.errorbar(claimed, inside, spread, fmt="o-", color=COUNT_COLOUR, capsize=3, label="measured")
+    axes.set(xlabel="probability that the interval claims, %", ylabel="truth lies in it, %", ylim=(0, 102))
+    axes.set_xlim(min(40, *claimed) - 3, 102)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
+    """How often each number is right, upwards, and how often it is said, downwards: answers that cluster stand out.
+
+    Args:
+        histogram: of `metrics.answer_histogram`.
+    """
+    numbers, (true, said) = list(histogram), np.array(list(histogram.values())).T
+    figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
+    axes.bar(numbers, true, color=GREY, label=f"true: {sum(true > 0)} numbers")
+    spoken = f"said: {sum(said > 0)}, never said: {sum(said[true > 0] == 0)}"
+    axes.bar(numbers, -said, color=COUNT_COLOUR, label=spoken)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    axes.set(xlabel="number", ylabel="images")
+    axes.legend(frameon=False, fontsize=8)
+    return figure

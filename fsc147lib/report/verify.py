@@ -1,0 +1,125 @@
+"""Does this model work on this machine?  A list of lines that passed, and of lines that failed with their cure.
+
+Left out: what a check does (`checks`), faults of the data (`check`), how well the model counts (`evaluate`), and speed
+(`overhead`, `throughput`).
+"""
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data import Sample, make_dataset, open_split
+from ..options import Precision, need
+from . import checks
+from .timing import machine, write_report
+
+TRIED = {"torch": ("2.11", "2.13"), "transformers": ("5.23",)}
+"""Versions that the tests, or this command on a GPU, were run with."""
+
+_VERSIONS = "install the versions of requirements.lock: transformers may compute something else by now"
+CHECKS = (  # a check, and what to do where it fails
+    (checks.special_tokens, "take all files of one model's folder: tokenizer and weights are of different models"),
+    (checks.rendered_prompt, "take the tokenizer and the chat template that lie beside a Qwen3-VL's weights"),
+    (checks.answer_tokens, "take the tokenizer of a Qwen3-VL: each digit must be a token of its own"),
+    (checks.logits_in_float32, _VERSIONS),
+    (checks.logits_in_training_precision, f"train with --precision fp32, or {_VERSIONS}"),
+    (checks.attention_heatmap, f"train with --attention-weight 0, or {_VERSIONS}"),
+    (checks.greedy_answers, _VERSIONS),
+    (checks.raw_answers, "look at the prompt above: the model, perhaps no Instruct model, says nothing at all"),
+    (
+        checks.training_step,
+        "out of memory: --lora 16, --gradient-checkpointing; no compiler: train with --no-compile; a loss that is "
+        "not finite, or weights that stand still: --precision fp32",
+    ),
+    (
+        checks.saved_model,
+        "lm_head: set tie_word_embeddings in config.json to whether it is the embedding's own matrix; no room: let "
+        f"TMPDIR name a disk that holds the model once more; else {_VERSIONS}",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """See whether a model works here: its tokens, forward pass, maps, answers, a training step, a checkpoint."""
+
+    model: str = "tiny"
+    """"tiny", a folder, a hub id, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes."""
+    data: Path | None = None
+    """A data root, of which eight training images are used; None: eight drawn ones."""
+    precision: Precision = "auto"
+    """Of training; auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    lora: int | None = None
+    """Make the training step with adapters of this rank, as `train --lora` does."""
+    gradient_checkpointing: bool = False
+    """Make the training step in less memory, as `train --gradient-checkpointing` does."""
+    json: Path | None = None
+    """Write the lines here, and to the same name with .csv."""
+
+    def __post_init__(self):
+        need(self, "lora", self.lora is None or self.lora >= 1, "at least 1")
+        if self.json is not None:
+            need(self, "json", self.json.suffix != ".csv", "another name: the lines also go to the .csv beside it")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What came of a check."""
+
+    name: str
+    passed: bool
+    sentence: str
+    cure: str  # "" where it passed
+    seconds: float
+
+    def __str__(self) -> str:
+        cure = "" if self.passed else f"\n        cure: {self.cure}"
+        return f"{'passed' if self.passed else 'FAILED'}  {self.name}: {self.sentence}{cure}"
+
+
+def verify_model(config: VerifyConfig) -> list[Line]:
+    """Run all checks on a model, and print and return a line for each; `fsc147lib verify` calls this.
+
+    Raises:
+        ConfigError, DataError, ModelError: there is nothing to check.
+    """
+    about = machine()
+    tried = {name: any(about[name].startswith(f"{version}.") for version in known) for name, known in TRIED.items()}
+    for name, known in TRIED.items():
+        print(f"{name} {about[name]}: {'tried' if tried[name] else 'NOT tried; tried were ' + ', '.join(known)}")
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        samples = eight_samples(config.data or make_dataset(Path(folder) / "root", 8, 1, 1))
+        subject = checks.Subject(config, samples)
+        for check, cure in CHECKS:
+            started = time.perf_counter()
+            try:
+                outcome = check(subject)
+            except Exception as error:  # is what this line has to say; the other lines are wanted all the same
+                outcome = False, f"{type(error).__name__}: {error}"
+            if outcome is not None:
+                passed, sentence = outcome
+                seconds, name = time.perf_counter() - started, check.__name__.replace("_", " ")
+                lines.append(Line(name, passed, sentence, "" if passed else cure, seconds))
+                print(lines[-1], flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    failed = sum(not line.passed for line in lines)
+    print(f"{failed} of {len(lines)} failed: begin with the first" if failed else f"all {len(lines)} passed")
+    if config.json is not None:
+        write_report(config.json, {"tried": tried, "rows": [asdict(line) for line in lines]}, config)
+    return lines
+
+
+def eight_samples(root: Path) -> list[Sample]:
+    """Eight training images (or all, of a root with fewer), the first four of sizes as different as there are."""
+    samples = open_split(root, "train", 64)
+    first_of_size = {sample.size: sample for sample in reversed(samples)}
+    by_shape = [first_of_size[size] for size in sorted(first_of_size, key=lambda size: size[0] / size[1])]
+    places = np.linspace(0, len(by_shape) - 1, 4).round().astype(int)
+    chosen = [by_shape[place] for place in sorted(set(places.tolist()))]
+    return [*chosen, *(sample for sample in samples if sample not in chosen)][:8]

@@ -1,0 +1,89 @@
+"""`verify` passes on a sound model, and a planted fault fails the line that it belongs to."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import AddedToken
+from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+from fsc147lib.__main__ import main
+from fsc147lib.model import forward
+from fsc147lib.report import checks
+from fsc147lib.report.verify import VerifyConfig, verify_model
+
+
+def failed(model, monkeypatch, root, **options):
+    """The names of the lines that fail for a model; all others pass."""
+    monkeypatch.setattr(checks, "load_or_shape", lambda name, device: model)
+    return [line.name for line in verify_model(VerifyConfig(data=root, **options)) if not line.passed]
+
+
+def test_all_lines_pass_on_tiny(tmp_path, capsys):
+    """On drawn pictures; the lines are printed and recorded."""
+    assert main(["verify", "--json", str(tmp_path / "verify.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "all 9 passed" in printed and "FAILED" not in printed and f"torch {torch.__version__}: tried" in printed
+    for shown in ("['COUNT', ':', ' ', '3', '7']", "<|vision_start|><|image_pad|><|vision_end|>How many", "GiB"):
+        assert shown in printed
+    recorded = json.loads((tmp_path / "verify.json").read_text())
+    assert [row["passed"] for row in recorded["rows"]] == [True] * 9 and recorded["tried"]["torch"]
+
+
+@pytest.mark.slow
+def test_all_lines_pass_over_qwen_s_vocabulary(qwen_folder, root, capsys):
+    assert main(["verify", "--model", str(qwen_folder), "--data", str(root)]) == 0
+    assert "end 151645 <|im_end|>, pad 151643 <|endoftext|>, 151669 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_in_bfloat16_with_adapters(tiny, monkeypatch, root, capsys):
+    """Its logits are a line more; the narrow weights, adapters added in, are read as they were written."""
+    assert not failed(tiny, monkeypatch, root, precision="bf16", lora=4, gradient_checkpointing=True)
+    assert "bf16: RMS error against float32" in capsys.readouterr().out
+
+
+def test_a_wrong_image_token(tiny, monkeypatch, root, capsys):
+    tiny.network.config.image_token_id += 1
+    monkeypatch.setattr(checks, "load_or_shape", lambda name, device: tiny)
+    assert main(["verify", "--data", str(root)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.split("FAILED")[1].startswith("  special tokens: tokenizer: image [5]")
+    assert "model: image [6]" in printed and "cure: take all files" in printed
+
+
+@pytest.mark.slow
+def test_digits_that_are_no_single_tokens(tiny, monkeypatch, root, capsys):
+    tiny.tokenizer.add_tokens([AddedToken("37", special=False)])
+    tiny.network.resize_token_embeddings(len(tiny.tokenizer))
+    assert failed(tiny, monkeypatch, root) == ["answer tokens"]
+    assert "is ['COUNT', ':', ' ', '37']" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_eager_mask_that_is_off_by_one(tiny, monkeypatch, root):
+    """Each query sees its next token too."""
+    plain = modeling_qwen3_vl.eager_attention_forward
+
+    def shifted(module, query, key, value, attention_mask, **kwargs):
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask[..., 1:, :], torch.zeros_like(attention_mask[..., :1, :])], 2)
+        return plain(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setattr(modeling_qwen3_vl, "eager_attention_forward", shifted)
+    assert failed(tiny, monkeypatch, root) == ["attention heatmap"]
+
+
+@pytest.mark.slow
+def test_a_head_that_is_not_tied(tiny, monkeypatch, root, capsys):
+    """Though the model's config says that it is."""
+    tiny.network.lm_head.weight = torch.nn.Parameter(tiny.network.lm_head.weight.detach() * 1.5)
+    assert failed(tiny, monkeypatch, root) == ["saved model"]
+    assert "they were written lm_head.weight" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_pass_that_is_not_transformers_own(tiny, monkeypatch, root):
+    embed = forward._embed_tokens
+    monkeypatch.setattr(forward, "_embed_tokens", lambda network, tokens: embed(network, tokens) * 1.01)
+    assert failed(tiny, monkeypatch, root)[0] == "logits in float32"
