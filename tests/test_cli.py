@@ -45,6 +45,7 @@ def test_check_of_a_missing_root_says_what_to_download(command, tmp_path):
     assert "LearningToCountEverything" in out and "images_384_VarV2" in out
 
 
+@pytest.mark.slow
 def test_synth_train_evaluate(command, tmp_path):
     status, _, err = command("synth", tmp_path / "data", "--train", 6, "--val", 3, "--test", 1, "--seed", 4)
     assert status == 0, err

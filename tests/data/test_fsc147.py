@@ -446,6 +446,7 @@ def test_report_shows_few_of_many(root):
 # The real annotations
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real annotations at {REAL}")
 def test_real_annotations():
     train, val = (FSC147(REAL, split, require_images=False, allow_missing=True) for split in ("train", "val"))

@@ -64,6 +64,7 @@ def test_held_out_pairs_are_new_and_their_words_are_not():
     assert stock.categories("train") == stock.categories("val_seen") == stock.categories("test_seen")
 
 
+@pytest.mark.slow
 def test_no_picture_of_training_shows_a_held_out_pair(scenes):
     held_out = {" ".join(pair) for pairs in HELD_OUT.values() for pair in pairs}
     assert not held_out & {kind for _, s in scenes["train"] for kind in (s["category"], *s["distractors"])}
@@ -72,6 +73,7 @@ def test_no_picture_of_training_shows_a_held_out_pair(scenes):
     assert {s["category"] for _, s in scenes["val"]} <= held_out - test
 
 
+@pytest.mark.slow
 def test_counts_range_from_none_to_sixty_and_distractors_tell_nothing(monkeypatch):
     monkeypatch.setattr("fsc147lib.data.scenes._background", lambda rng, size: Image.new("RGB", size[::-1]))
     monkeypatch.setattr("fsc147lib.data.scenes._paste", lambda *args: [1, 2, 3, 4])  # nothing drawn: it is quick

@@ -37,6 +37,7 @@ def taught(model, samples, steps=25):
     return model
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_the_answers_is_seen_to(tiny, root):
     samples = list(FSC147(root, "val"))[:3]
     result = evaluate_samples(taught(tiny, samples, 60), samples, batch_size=2)
@@ -45,11 +46,13 @@ def test_a_model_that_knows_the_answers_is_seen_to(tiny, root):
     assert [image.name for image in result.images] == [sample.name for sample in samples]
 
 
+@pytest.mark.slow
 def test_batched_answers_are_greedy_ones(tiny, mixed_samples):
     """Token by token, image by image, without a cache: the arg max of a full forward pass."""
     check_greedy(taught(tiny, mixed_samples, 12), mixed_samples)  # half taught: answers differ between images
 
 
+@pytest.mark.slow
 def test_what_the_forced_pass_has_shown_is_not_decoded_again(tiny, mixed_samples, monkeypatch):
     """A taught model says "COUNT: " as it was told to: only what follows is decoded token by token."""
     taught(tiny, mixed_samples, 40)

@@ -96,6 +96,7 @@ def test_answers_cluster_where_a_histogram_shows_it():
     assert counted == {0: (1, 0), 11: (1, 0), 12: (2, 3), 13: (1, 0), 30: (0, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistic", [np.mean, np.median])
 def test_the_interval_covers_the_true_value(statistic):
     """Of a normal sample of 40, drawn 200 times, the 95 % interval holds it about 95 % of the time."""

@@ -36,6 +36,7 @@ def test_constants_are_those_of_training():
     assert errors["mean"] == pytest.approx(5 - 4) and errors["median"] == pytest.approx(4)
 
 
+@pytest.mark.slow
 def test_it_fails_on_drawn_scenes():
     errors = ridge_baseline([scene(i, "train") for i in range(100)], [scene(1000 + i, "val") for i in range(40)])
     assert errors["ridge"] > 0.6 * min(errors["mean"], errors["median"])

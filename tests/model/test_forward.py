@@ -84,6 +84,7 @@ def test_a_model_is_pickled_whole(tiny, batch):
     assert again.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_right_answer_is_hidden_from_free_answers(tiny, mixed_samples):
     """The keys of the forced answer stand behind each prompt: another forced answer must change nothing."""
@@ -116,6 +117,7 @@ def test_the_trace_holds_what_enters_a_layer(tiny, batch):
         assert torch.equal(logits, answer_logits(tiny.network, batch)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_do_the_same_with_few_graphs(tiny, mixed_samples):
     """Two batches of other shapes: the same losses and gradients, and no graph for each layer or each width."""

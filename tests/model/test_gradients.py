@@ -49,6 +49,7 @@ def on_grid(tokens, batch):
     return torch.stack(maps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_layer", [0, 1, 3])
 def test_token_gradient_is_the_hidden_states_finite_difference(exact, state_layer, monkeypatch):
     """A dozen channels of random tokens, hidden and deepstack, by differences; the map is their |g * e| summed."""
@@ -101,6 +102,7 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, state_laye
     torch.testing.assert_close(got, on_grid(tokens, batch), atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_input_gradient_is_the_pixels_finite_difference(exact):
     """Each pixel of two visual tokens of one image; the rest of that image follows from a ratio of the map."""
     network, batch = exact
@@ -123,6 +125,7 @@ def test_input_gradient_is_the_pixels_finite_difference(exact):
     torch.testing.assert_close(heatmap(batch), on_grid(tokens, batch), atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["vision trains", "vision frozen"])
 @pytest.mark.parametrize(("method", "state_layer"), TRAINABLE[1:])
 def test_gradient_of_the_attention_loss_is_its_finite_difference(exact, method, state_layer, frozen):
@@ -186,6 +189,7 @@ def test_every_method_is_a_distribution_and_leaves_no_trace(tiny, batch, method)
     torch.testing.assert_close(logits, answer_logits(tiny.network, batch)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
 def test_one_pass_serves_both_losses(tiny, batch, method, state_layer):
     """The count loss beside a heatmap has the gradient that it has alone."""
@@ -199,6 +203,7 @@ def test_one_pass_serves_both_losses(tiny, batch, method, state_layer):
             torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
 def test_thirty_steps_bring_the_loss_down(tiny, batch, method, state_layer):
     loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, state_layer=state_layer))
@@ -211,6 +216,7 @@ def test_thirty_steps_bring_the_loss_down(tiny, batch, method, state_layer):
     assert loss(batch).attention.item() < 0.6 * first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
 def test_checkpointing_gives_the_same_gradients(tiny, batch, method, state_layer):
     heatmap, gradients = Heatmap(tiny.network, method, state_layer=state_layer), []
@@ -225,6 +231,7 @@ def test_checkpointing_gives_the_same_gradients(tiny, batch, method, state_layer
         torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
 def test_bf16_autocast_trains(tiny, batch, method, state_layer):
     loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, state_layer=state_layer))
@@ -236,6 +243,7 @@ def test_bf16_autocast_trains(tiny, batch, method, state_layer):
     assert all(p.grad.isfinite().all() for p in tiny.network.parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "state_layer", "number"),
     [("attention", 0, 0), ("token_gradient", 0, 3), ("token_gradient", 3, 0), ("input_gradient", 0, 3 + 3)],
@@ -266,6 +274,7 @@ def test_unknown_methods_and_layers_are_named(tiny):
         Heatmap(tiny.network, "token_gradient", state_layer=4)
 
 
+@pytest.mark.slow
 def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
     """K steps, one of them with weight K w: their mean gradient is that of every step with weight w."""
     weights = [lazy_weight(0.1, 4, step) for step in range(8)]
@@ -280,6 +289,7 @@ def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
         torch.testing.assert_close(lazy, every, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_lazy_run_logs_what_it_looked_at(root, tmp_path):
     config = TrainConfig(data=root, model="tiny-random", out=tmp_path / "run", batch_size=4, epochs=1,
                          heatmap="token_gradient",
@@ -293,6 +303,7 @@ def test_a_lazy_run_logs_what_it_looked_at(root, tmp_path):
     assert result.steps[1]["total"] == pytest.approx(result.steps[1]["count_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["token_gradient", "input_gradient"])
 def test_accumulation_is_one_large_batch(root, tmp_path, method):
     """Eight images at once, and as a window of 2 x 4."""

@@ -156,6 +156,7 @@ def test_the_readme_s_example_is_a_method(tiny, batch, monkeypatch):
     assert (got - attention)[~single].abs().amax(dim=(1, 2)).min() > 1e-6
 
 
+@pytest.mark.slow
 def test_a_user_s_own_file_trains_and_evaluates_with_its_method(root, tmp_path):
     """In processes of its own, through the same command line."""
     (tmp_path / "my_method.py").write_text(readme_example())

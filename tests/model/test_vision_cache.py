@@ -93,6 +93,7 @@ def a_torn_file(model, samples, folder):
     return samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [another_encoder, another_image, another_size, a_torn_file])
 def test_a_stale_or_torn_file_is_never_used(frozen, mixed_samples, tmp_path, change, monkeypatch):
     folder = tmp_path / "cache"
@@ -134,6 +135,7 @@ def config(tiny, root, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_it(config):
     runs = [training.train(config(place, vision_cache=place)) for place in ("off", "auto", "disk")]
     for run in runs[1:]:
@@ -143,6 +145,7 @@ def test_a_run_is_the_same_with_it(config):
         assert run.epochs[-1]["val"]["kl"] == pytest.approx(runs[0].epochs[-1]["val"]["kl"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_it_is_dropped_when_the_encoder_unfreezes(config, tmp_path, monkeypatch):
     """Epoch 1 from kept features, epoch 2 from pixels: there the encoder moves, and validation sees it."""
     seen, real = [], training.Run.validate
@@ -169,6 +172,7 @@ def test_what_cannot_be_kept_is_refused(config):
         config("x", vision_cache="host", unfreeze_vision_at=0)
 
 
+@pytest.mark.slow
 def test_adapters_alone_train_and_are_merged(config, tmp_path):
     """The saved weights differ from the start by matrices of the adapters' rank; resuming is refused."""
     settings = config("lora", lora=4, learning_rate=1e-2)

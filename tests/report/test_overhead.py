@@ -35,6 +35,7 @@ def test_overhead_is_the_median_of_ratios_within_a_turn(tiny, root, monkeypatch)
     assert rows[2]["overhead_low"] <= 0.1 + 1e-9 <= rows[2]["overhead_high"] + 2e-9
 
 
+@pytest.mark.slow
 def test_rows_and_files(tiny, root, tmp_path):
     rows = time_losses(tiny, list(FSC147(root, "train"))[:4], batch_size=2, rounds=2)
     assert [(row["method"], row["trained"]) for row in rows] == [
@@ -50,6 +51,7 @@ def test_rows_and_files(tiny, root, tmp_path):
     assert "input_gradient, trained" in table(rows)
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_row(tiny, root, monkeypatch):
     real = Heatmap.with_logits
 
@@ -71,6 +73,7 @@ def test_shapes_have_the_published_sizes(name, billions):
     assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     config = OverheadConfig(methods=("attention",), batch_size=2, batches=1, rounds=1, image_size=(64, 96),
                              json=tmp_path / "rows.json")  # fmt: skip

@@ -45,6 +45,7 @@ def config(tiny, root, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_report_holds_every_variant(config, tmp_path, capsys):
     report = measure_throughput(config)
     names = [row["name"] for row in report["rows"]]
@@ -63,6 +64,7 @@ def test_a_report_holds_every_variant(config, tmp_path, capsys):
     assert all(name in printed for name in names) and "validation, vision cache" in printed
 
 
+@pytest.mark.slow
 def test_what_was_measured_survives_a_failure(config, tmp_path, monkeypatch):
     """Each part of the report is written as soon as it is known."""
 
@@ -75,6 +77,7 @@ def test_what_was_measured_survives_a_failure(config, tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 4
 
 
+@pytest.mark.slow
 def test_fp32_parameters_are_weighed_against_narrower_ones(config, tmp_path):
     """Against float64 here, for bfloat16 has no speed on most CPUs: weights, gradients and moments all change type."""
     setup = make_setup(config, tmp_path)

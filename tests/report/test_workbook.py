@@ -107,6 +107,7 @@ def notebook(path, *sources):
     return path
 
 
+@pytest.mark.slow
 def test_a_notebook_is_executed_and_written(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)")
     with tqdm(disable=True) as progress:

@@ -48,6 +48,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_logged_losses_are_those_of_the_batch(config):
     """The first script of this project logged 0.0000; here the log is computed again, from outside."""
     settings = config(epochs=1, learning_rate=1e-3)
@@ -66,6 +67,7 @@ def test_logged_losses_are_those_of_the_batch(config):
     assert first["attention_loss"] > 0.1 and first["count_loss"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -89,6 +91,7 @@ def test_empty_scenes_train_and_are_answered(half_empty_root, config, changes):
     assert all(math.isfinite(value) for line in epochs for value in line["val"].values())
 
 
+@pytest.mark.slow
 def test_logged_validation_is_that_of_the_checkpoint(config):
     settings = config(epochs=1)
     train(settings)
@@ -100,6 +103,7 @@ def test_logged_validation_is_that_of_the_checkpoint(config):
     assert logged["kl"] == pytest.approx(parts.attention.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_decodes_each_image_once(config, monkeypatch):
     read, decode = [], pixels.resized
     monkeypatch.setattr(
@@ -111,6 +115,7 @@ def test_a_run_decodes_each_image_once(config, monkeypatch):
     assert sorted(read) == sorted(names)
 
 
+@pytest.mark.slow
 def test_both_losses_fall(config):
     result = train(config(epochs=6, flip=False))
     assert result.steps[-1]["count_loss"] < result.steps[0]["count_loss"] / 3
@@ -118,6 +123,7 @@ def test_both_losses_fall(config):
     assert result.epochs[0]["epoch"] == 0 and len(result.epochs) == 7
 
 
+@pytest.mark.slow
 def test_counts_alone_can_be_trained(config):
     """With weight 0 no heatmap is looked at; the log says so instead of 0."""
     result = train(config(epochs=1, attention_weight=0.0))
@@ -125,6 +131,7 @@ def test_counts_alone_can_be_trained(config):
     assert result.epochs[-1]["val"]["kl"] > 0  # validation still measures where it looks
 
 
+@pytest.mark.slow
 def test_the_run_folder(config):
     settings = config(epochs=2)
     result = train(settings)
@@ -140,6 +147,7 @@ def test_the_run_folder(config):
     assert load_model(settings.out / "best").network is not None
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(config, tmp_path):
     first, second = (train(config(out=tmp_path / name, epochs=1)) for name in "ab")
     assert [line["total"] for line in first.steps] == [line["total"] for line in second.steps]
@@ -147,6 +155,7 @@ def test_same_seed_same_run(config, tmp_path):
     assert [line["total"] for line in first.steps] != [line["total"] for line in other.steps]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config, tmp_path):
     whole = train(config(out=tmp_path / "whole", epochs=3))
 
@@ -168,6 +177,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_resume_needs_the_same_run(config):
     with pytest.raises(ConfigError, match="nothing to resume"):
         train(config(resume=True))
@@ -178,6 +188,7 @@ def test_resume_needs_the_same_run(config):
         train(config(epochs=1, attention_weight=0.2, resume=True))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_training_state_cannot_be_resumed(config):
     settings = config(epochs=1)
     train(settings)
@@ -186,6 +197,7 @@ def test_a_checkpoint_without_training_state_cannot_be_resumed(config):
         train(config(epochs=1, resume=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["training_state.json", "training_state.safetensors"])
 def test_a_damaged_training_state_is_named(config, name):
     settings = config(epochs=1)
@@ -196,6 +208,7 @@ def test_a_damaged_training_state_is_named(config, name):
         train(config(epochs=1, resume=True))
 
 
+@pytest.mark.slow
 def test_resume_on_other_images_is_refused(config, tmp_path):
     other = make_dataset(tmp_path / "other", 9, 3, 1, seed=9)
     train(config(epochs=1))
@@ -203,6 +216,7 @@ def test_resume_on_other_images_is_refused(config, tmp_path):
         train(config(epochs=1, data=other, resume=True))
 
 
+@pytest.mark.slow
 def test_a_crash_between_the_renames_is_mended(config, tmp_path):
     """Killed when last/ was set aside and the new one not yet in its place; and when best/ was still to come."""
     train(config(epochs=1))
@@ -213,12 +227,14 @@ def test_a_crash_between_the_renames_is_mended(config, tmp_path):
     assert (out / "best" / "model.safetensors").is_file() and not (out / "last.old").exists()
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew(config):
     train(config(epochs=1))
     train(config(epochs=1, overwrite=True))
     assert [line["step"] for line in lines(config().out)] == [0, 1, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_accumulation_is_one_large_batch(config, tmp_path):
     """24 images of different answer lengths: as 1 x 24, and as a window of 3 x 8."""
     large = train(config(out=tmp_path / "large", batch_size=24, epochs=1))
@@ -228,6 +244,7 @@ def test_accumulation_is_one_large_batch(config, tmp_path):
         assert window.steps[0][key] == pytest.approx(large.steps[0][key], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tiny_learning_rate_moves_fp32_weights_under_bf16(config):
     """bf16 *weights* would swallow updates of 1e-6; fp32 master weights keep them."""
     train(config(epochs=1, learning_rate=1e-6, warmup=0, precision="bf16", weight_decay=0))
@@ -241,6 +258,7 @@ def test_a_tiny_learning_rate_moves_fp32_weights_under_bf16(config):
     assert in_bf16.float().mean() < 0.2  # the same updates, added to bf16 weights, are mostly lost
 
 
+@pytest.mark.slow
 def test_vision_stays_frozen_until_its_epoch(config):
     settings = config(epochs=2, unfreeze_vision_at=1)
     seen = {}
@@ -257,6 +275,7 @@ def test_vision_stays_frozen_until_its_epoch(config):
     assert not torch.equal(weights(settings.out / "last")[visual], start[visual])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_trains_the_same(config, tmp_path):
     plain = train(config(out=tmp_path / "plain", epochs=1))
     saving = train(config(out=tmp_path / "saving", epochs=1, gradient_checkpointing=True))
@@ -276,6 +295,7 @@ def test_clipping_bounds_the_gradient(config, monkeypatch):
     assert moved.item() == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_best_is_the_epoch_with_the_lowest_error(config, monkeypatch):
     errors = iter([9.0, 3.0, 1.0, 2.0])
 
@@ -293,6 +313,7 @@ def test_best_is_the_epoch_with_the_lowest_error(config, monkeypatch):
     assert not all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(config, monkeypatch):
     def poison(line):
         if line["step"] == 4:
@@ -321,6 +342,7 @@ def test_a_missing_root_costs_nothing(config, tmp_path):
     assert lines(config().out)[-1]["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_an_overwritten_run_comes_back_if_the_new_one_fails_at_once(config):
     train(config(epochs=1))
     before = weights(config().out / "best")
@@ -336,6 +358,7 @@ def test_an_overwritten_run_comes_back_if_the_new_one_fails_at_once(config):
     assert not config().out.with_name("run.old").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_in_its_first_epoch_may_start_again(config):
     def fail(line):
         if line["step"] == 2:
@@ -468,6 +491,7 @@ def test_windows_lose_nothing():
     assert list(windows(iter(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
+@pytest.mark.slow
 def test_offline_tracking_writes_here_and_asks_nobody(config, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

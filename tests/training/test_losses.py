@@ -110,6 +110,7 @@ def test_a_part_of_a_batch_is_a_batch(tiny, mixed_samples):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["attention", "token_gradient"])
 def test_a_loss_on_some_images_is_on_average_that_of_all(tiny, batch, monkeypatch, method):
     """Every choice of 2 of 4 images once: the mean of losses and gradients is that of the whole batch."""
@@ -223,6 +224,7 @@ def test_attention_gradient_is_the_finite_difference(float64, mixed_samples, kin
         assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(slope, rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_thirty_steps_halve_the_attention_loss(tiny, batch):
     loss = DualLoss(tiny.network)
     optimizer = torch.optim.AdamW(tiny.network.parameters(), lr=3e-3)

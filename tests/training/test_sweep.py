@@ -58,6 +58,7 @@ def test_a_grid_that_cannot_be_costs_no_run(config, axis, monkeypatch, capsys):
         config("seed")
 
 
+@pytest.mark.slow
 def test_runs_are_processes_that_are_run_once_and_fail_alone(config, tmp_path, monkeypatch):
     """One of two fails; a second call leaves the finished one alone, and tries the other again."""
     settings = config("attention_layers=1,9", parallel=2)
