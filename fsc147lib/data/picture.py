@@ -60,6 +60,8 @@ def shrunk(image: Image.Image, short_side: int = SHORT_SIDE) -> Image.Image:
 class Picture(Sample):
     """A sample of no root: an image in memory, and nothing known of it but what to count."""
 
+    _image: Image.Image
+
     def __init__(self, picture: str | Path | Image.Image, category: str, name: str | None = None):
         """Open it upright, shrunk to FSC147's size; raises DataError where it cannot be used."""
         if not is_category(category):

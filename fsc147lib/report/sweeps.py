@@ -62,10 +62,10 @@ def epoch_curves(runs: dict[str, Sequence[dict]], baseline: float | None = None)
     for place, key, label in ((axes[0], "mae", "validation MAE, objects"), (axes[1], "kl", "KL(P || A), nats")):
         for name, epochs in runs.items():
             place.plot([line["epoch"] for line in epochs], [line["val"][key] for line in epochs], "o-", label=name)
+        if key == "mae" and baseline is not None:
+            place.axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
         place.set(xlabel="epoch", title=label, ylim=(0, None))
         place.xaxis.get_major_locator().set_params(integer=True)
-    if baseline is not None:
-        axes[0].axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
     axes[0].legend(frameon=False, fontsize=9)
     return figure
 
