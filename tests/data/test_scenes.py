@@ -3,10 +3,10 @@ import json
 
 import numpy as np
 import pytest
-from fsc147lib.faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
 from PIL import Image
 
 from fsc147lib.data.drawing import COLOURS, HELD_OUT, LOOKS, SHAPES, TRAINED, Shapes
+from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
 from fsc147lib.data.scenes import COUNTS, DRAWN, HEIGHT, MAX_DISTRACTORS, draw_scene, make_dataset
 
 
