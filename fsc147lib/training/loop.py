@@ -273,11 +273,11 @@ class Run:
     def validate(self) -> None:
         """Evaluate the validation split and log it."""
         batch_size = answering_batch_size(self.config.batch_size, self.heatmap)
-        evaluation = evaluate_samples(
+        self.validation = evaluate_samples(
             self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
             self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
         )  # fmt: skip
-        self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
+        self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
 
     def train_epoch(self, progress: tqdm) -> None:
         """Train on each image once, with a line of the log every few steps."""
@@ -316,7 +316,8 @@ class Run:
     def save(self) -> None:
         """Write last/, and best/ if the validation MAE is the lowest so far."""
         if self.folder.writes:
-            self.folder.save(self.model, self.training_step.optimizer, self.result, fingerprint(self.samples))
+            images = fingerprint(self.samples)
+            self.folder.save(self.model, self.training_step.optimizer, self.result, images, self.validation)
 
 
 def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:
