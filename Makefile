@@ -8,7 +8,7 @@ BIN := .venv/bin
 run: setup
 	$(BIN)/python -m fsc147lib.report.workbook
 
-# The inner loop: under a minute on 2 cores.
+# The inner loop: lint, types and the tests that are not marked slow.
 check: lint
 	$(BIN)/python -m pytest -m "not slow" tests
 

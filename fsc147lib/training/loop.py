@@ -154,7 +154,7 @@ class TrainConfig:
         """The same with what is left to the model's recipe filled in."""
         first = self.unfreeze_vision_at
         if first is None:
-            first = 0 if recipe.train_vision else self.epochs
+            first = 0 if recipe.train_vision and not self.lora else self.epochs  # adapters train alone
         return replace(self, learning_rate=self.learning_rate or recipe.learning_rate, unfreeze_vision_at=first)
 
     @property

@@ -246,12 +246,12 @@ def test_bf16_autocast_trains(tiny, batch, method, state_layer):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "state_layer", "number"),
-    [("attention", 0, 0), ("token_gradient", 0, 3), ("token_gradient", 3, 0), ("input_gradient", 0, 3 + 3)],
+    [("attention", 0, 0), ("token_gradient", 0, 3), ("token_gradient", 3, 0), ("input_gradient", 0, 3 + 4)],
 )
 def test_only_what_is_differentiated_twice_leaves_the_fast_backend(
     tiny, batch, monkeypatch, method, state_layer, number
 ):
-    """The language model has 4 layers, the vision encoder 3; the last layer's few rows are plain products."""
+    """The language model has 4 layers, so has the vision encoder; the last layer's few rows are plain products."""
     slow, real = [], layers.sdpa_kernel
     monkeypatch.setattr(layers, "sdpa_kernel", lambda backend: slow.append(backend) or real(backend))
     heatmap = Heatmap(tiny.network, method, state_layer=state_layer)

@@ -14,6 +14,7 @@ from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.load import load_model
+from fsc147lib.model.network import Recipe
 from fsc147lib.model.vision_cache import VisionCache
 from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
@@ -126,6 +127,7 @@ def test_the_place_goes_by_size(monkeypatch):
 
 @pytest.fixture
 def config(tiny, root, tmp_path):
+    tiny.recipe = Recipe()  # a frozen encoder, as a large trained model has
     tiny.save(tmp_path / "model")
 
     def make(out, **changes):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
+from fsc147lib.model.network import Recipe
 from fsc147lib.report import throughput
 from fsc147lib.report.throughput import (
     ThroughputConfig,
@@ -39,6 +40,7 @@ def test_operations_are_those_that_torch_counts(tiny, mixed_samples):
 
 @pytest.fixture
 def config(tiny, root, tmp_path):
+    tiny.recipe = Recipe()  # a frozen encoder, as a large trained model has
     tiny.save(tmp_path / "model")  # a trained model: its encoder is frozen
     return ThroughputConfig(
         data=root, model=str(tmp_path / "model"), batch_size=4, rounds=1, steps=1, limit=8, json=tmp_path / "t.json"
