@@ -62,6 +62,7 @@ class EvaluateConfig:
     category: str | None = None
     """What all images show; the root then needs no class file."""
     precision: Precision = "auto"
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     heatmap: str = "attention"
     """What is held against the target: attention, token_gradient, input_gradient, attention_x_gradient, or your own."""
     heatmap_layer: int = 0

@@ -3,6 +3,7 @@
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
 
@@ -11,15 +12,19 @@ def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> Non
     network.model.visual.requires_grad_(not frozen)
 
 
-def add_lora(network: Qwen3VLForConditionalGeneration, rank: int, narrow: bool) -> None:
+def add_lora(network: Qwen3VLForConditionalGeneration, rank: int, precision: str = "no") -> None:
     """Put low-rank adapters (Hu et al., "LoRA", 2021) beside the language model's linear layers; all else is frozen.
 
     Args:
         rank: of the adapters; they start as no change.
-        narrow: keep the frozen weights in bfloat16.
+        precision: of training, "bf16", "fp16" or "no"; the frozen weights are kept in it.
     """
-    if narrow:
+    if precision == "bf16":
         network.to(torch.bfloat16)
+    elif precision == "fp16":  # matrices alone: the sum that runs through all layers would overflow
+        for module in [*network.model.language_model.layers.modules(), *network.model.visual.blocks.modules()]:
+            if isinstance(module, nn.Linear):
+                module.half()
     names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=rf".*language_model\.layers\..*\.({names})")
     inject_adapter_in_model(config, network)

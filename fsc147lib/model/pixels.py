@@ -11,7 +11,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -21,6 +20,8 @@ from ..data.fsc147 import Sample
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux keeps memory that processes share; a container may have little of it."""
+
+from .device import free_memory
 
 
 def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
@@ -36,11 +37,15 @@ def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
     except ValueError as error:
         raise DataError(f"the image processor refuses {sample.image_path}: {error}") from error
 
+from .device import free_memory
+
 
 def resized(sample: Sample, image_processor) -> np.ndarray:
     """The decoded image at that size, [H, W, 3] uint8."""
     height, width = resized_size(sample, image_processor)
     return np.asarray(sample.image.resize((width, height), Image.Resampling(image_processor.resample)))
+
+from .device import free_memory
 
 
 def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
@@ -49,16 +54,13 @@ def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
     blocks = image.view(height // (merge * patch), merge, patch, width // (merge * patch), merge, patch, 3)
     return blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
 
+from .device import free_memory
+
 
 def mirrored(patches: torch.Tensor, width: int, patch: int, merge: int) -> torch.Tensor:
     """The patches [P, 3 * patch * patch] of the mirror image; width in pixels."""
     blocks = patches.view(-1, width // (merge * patch), merge, merge, 3, patch, patch)
     return blocks.flip(1, 3, 6).view_as(patches)
-
-
-def free_memory() -> int:
-    """Bytes of this machine's memory that are free for use."""
-    return psutil.virtual_memory().available
 
 
 class PixelStore:

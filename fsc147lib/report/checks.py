@@ -20,12 +20,12 @@ from ..data.targets import resample_map
 from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
 from ..model.adapt import add_lora, freeze_vision, merged_weights
 from ..model.answers import agreement, greedy_tokens
+from ..model.device import peak_memory, seconds_of
 from ..model.load import RANDOM
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..training import DualLoss
 from ..training.step import TrainingStep, make_optimizer
 from .overhead import load_or_shape
-from .timing import peak_memory, seconds_of
 
 
 class Subject:
@@ -243,7 +243,7 @@ def training_step(subject: Subject):
     network, config = subject.network, subject.config
     freeze_vision(network, config.model != RANDOM)
     if config.lora:
-        add_lora(network, config.lora, narrow=subject.accelerator.mixed_precision == "bf16")
+        add_lora(network, config.lora, subject.accelerator.mixed_precision)
     if config.gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
     loss = DualLoss(network, heatmap=Heatmap(network, compiled=subject.device.type == "cuda"))
@@ -285,7 +285,11 @@ def saved_model(subject: Subject):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     found, head, first = plain.state_dict(), plain.get_output_embeddings(), plain.get_input_embeddings()
     wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
-    wrong |= {name for name in expected.keys() & found.keys() if not torch.equal(expected[name].cpu(), found[name])}
+    wrong |= {
+        name
+        for name in expected.keys() & found.keys()
+        if not torch.equal(expected[name].cpu(), found[name].to(expected[name].dtype))
+    }
     if tokenizer.get_vocab() != subject.tokenizer.get_vocab():
         wrong.add("the tokenizer")
     if plain.config.tie_word_embeddings != (head.weight is first.weight):

@@ -21,14 +21,14 @@ from ..evaluation.metrics import bootstrap_interval
 from ..model.adapt import freeze_vision
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
-from ..model.device import make_accelerator
+from ..model.device import make_accelerator, peak_memory, seconds_of
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.network import CountingModel, random_network
 from ..options import Precision, need
 from ..training.losses import DualLoss, LossParts
 from ..training.step import TrainingStep, make_optimizer
-from .timing import peak_memory, seconds_of, table, take_turns, write_report
+from .timing import table, take_turns, write_report
 
 WEIGHT = 0.1  # of the attention loss, where it is trained; its size costs nothing
 
@@ -52,7 +52,7 @@ class OverheadConfig:
     rounds: int = 20
     """Timed steps of each variant."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     compile: bool = False
     """Compile the layers; a gradient heatmap that is trained leaves those plain that it differentiates twice."""
     json: Path | None = None

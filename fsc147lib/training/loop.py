@@ -6,7 +6,6 @@ the last whole epoch to the very same end.
 Left out: what a loss is (`losses`), what a step does with it (`step`), and what the folder holds (`run`).
 """
 
-import hashlib
 import json
 import math
 import time
@@ -19,7 +18,7 @@ import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from ..data.fsc147 import Sample, open_split
+from ..data.fsc147 import open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
 from ..model.adapt import add_lora, freeze_vision
@@ -29,10 +28,10 @@ from ..model.load import load_model
 from ..model.network import Recipe
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
-from ..options import Precision, need
+from ..options import ConfigError, Precision, need
 from .batches import training_loader, windows
 from .losses import DualLoss
-from .run import RunFolder, TrainResult
+from .run import RunFolder, TrainResult, fingerprint
 from .schedule import lazy_weight, learning_rate_factor
 from .step import TrainingStep, make_optimizer
 from .tracker import start_tracker
@@ -94,7 +93,7 @@ class TrainConfig:
     flip: bool = True
     """Show images mirrored half of the time."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere.  Weights and optimizer are fp32 in both."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere.  What trains is fp32 in all."""
     gradient_checkpointing: bool = False
     """Less memory for more time: 1.23 times a step of the tiny model on two CPU cores."""
     seed: int = 0
@@ -126,18 +125,15 @@ class TrainConfig:
         need(self, "heatmap", self.heatmap in method_names(True), f"one of {', '.join(method_names(True))}")
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
             need(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("heatmap_every", "heatmap_images"):
+        for name in ("heatmap_every", "heatmap_images", "limit", "lora"):
             need(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        need(
-            self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "above 0 and finite"
-        )
+        for name in ("workers", "unfreeze_vision_at"):
+            need(self, name, getattr(self, name) is None or getattr(self, name) >= 0, "at least 0")
+        for name in ("learning_rate", "clip"):
+            need(self, name, getattr(self, name) is None or 0 < getattr(self, name) < math.inf, "above 0 and finite")
+        for name in ("weight_decay", "attention_weight"):
+            need(self, name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
-        need(self, "clip", 0 < self.clip < math.inf, "above 0 and finite")
-        need(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
-        need(self, "attention_weight", 0 <= self.attention_weight < math.inf, "at least 0 and finite")
-        need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
-        need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
-        need(self, "lora", self.lora is None or self.lora >= 1, "at least 1")
         need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
         need(
             self, "vision_cache", self.vision_cache in ("auto", "off") or self.heatmap != "input_gradient",
@@ -147,7 +143,6 @@ class TrainConfig:
             self, "vision_cache", self.vision_cache in ("auto", "off") or self.unfreeze_vision_at != 0,
             "off when the vision encoder trains from the start",
         )  # fmt: skip
-        need(self, "unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
 
     def resolved(self, recipe: Recipe) -> "TrainConfig":
@@ -181,12 +176,6 @@ class TrainConfig:
         return json.dumps(asdict(self), indent=1, default=str)
 
 
-def fingerprint(samples: dict[str, list[Sample]]) -> str:
-    """Of the names and counts of each split."""
-    listed = {split: [(s.name, s.count) for s in part] for split, part in samples.items()}
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
 class Run:
     """One training run, put together: images, model, step and folder.  `train` drives it."""
 
@@ -203,7 +192,16 @@ class Run:
         self.config = config = config.resolved(self.model.recipe)
         network = self.model.network
         if config.lora:
-            add_lora(network, config.lora, narrow=self.accelerator.mixed_precision == "bf16")
+            add_lora(network, config.lora, self.accelerator.mixed_precision)
+        if (
+            self.accelerator.mixed_precision == "fp16"
+            and config.heatmap.endswith("_gradient")
+            and config.attention_weight
+        ):
+            raise ConfigError(
+                f"heatmap (--heatmap) is {config.heatmap}, whose gradients are too small for fp16: give attention, or "
+                "--precision fp32"
+            )
         if config.gradient_checkpointing:
             network.activation_checkpointing_enable({"use_reentrant": False})
         self.heatmap = Heatmap(
@@ -302,11 +300,12 @@ class Run:
             if self.step % config.log_every == 0 or self.step == 1 or losses.attention is not None and every > 1:
                 step.check()
                 line = {name: None if value is None else float(value) for name, value in asdict(losses).items()}
+                skipped = {} if step.scaler is None else {"skipped_steps": step.skipped}
                 self.log({
                     "step": self.step, "epoch": self.epoch + 1, "count_loss": line["count"],
                     "attention_loss": line["attention"], "total": line["total"],
-                    "learning_rate": rate, "gradient_norm": float(norm),
-                    "images_per_second": images / (time.perf_counter() - started),
+                    "learning_rate": rate, "gradient_norm": float(norm) if norm.isfinite() else None,
+                    "images_per_second": images / (time.perf_counter() - started), **skipped,
                 })  # fmt: skip
                 images, started = 0, time.perf_counter()
                 progress.set_postfix({name: f"{value:.3f}" for name, value in line.items() if value is not None})

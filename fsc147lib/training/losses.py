@@ -124,22 +124,29 @@ class DualLoss(nn.Module):
         return sorted(random.Random(" ".join(names)).sample(rows, min(self.heatmap_images, len(rows))))
 
 
-def check_finite(steps: list[tuple[list[str], dict[str, torch.Tensor]]]) -> None:
+def check_finite(steps: list[tuple[list[str], dict[str, torch.Tensor]]], may_overflow: str = "") -> list[bool]:
     """Fetch the numbers of some steps at once, and stop at the first that is NaN or infinite.
 
     Args:
         steps: of each the names of its images, and its numbers by name.
+        may_overflow: name of a number that may be so.
+
+    Returns:
+        Of each step whether that number was.
 
     Raises:
         NonFiniteLoss: naming the number and the images of that step.
     """
     if not steps:
-        return
+        return []
+    overflowed = []
     values = torch.stack([torch.stack(list(numbers.values())) for _, numbers in steps]).tolist()
     for (images, numbers), row in zip(steps, values, strict=True):
         for name, value in zip(numbers, row, strict=True):
-            if not math.isfinite(value):
+            if not math.isfinite(value) and name != may_overflow:
                 raise NonFiniteLoss(
                     f"the {name} is {value} on {', '.join(images)}: "
                     "lower the learning rate, or look at these images with `check`"
                 )
+        overflowed.append(not math.isfinite(dict(zip(numbers, row, strict=True)).get(may_overflow, 0.0)))
+    return overflowed
