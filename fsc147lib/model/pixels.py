@@ -18,11 +18,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from ..data.faults import DataError
 from ..data.fsc147 import Sample
 from ..data.picture import InMemory
+from .device import free_memory
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux keeps memory that processes share; a container may have little of it."""
-
-from .device import free_memory
 
 
 def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
@@ -38,15 +37,11 @@ def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
     except ValueError as error:
         raise DataError(f"the image processor refuses {sample.image_path}: {error}") from error
 
-from .device import free_memory
-
 
 def resized(sample: Sample, image_processor) -> np.ndarray:
     """The decoded image at that size, [H, W, 3] uint8."""
     height, width = resized_size(sample, image_processor)
     return np.asarray(sample.image.resize((width, height), Image.Resampling(image_processor.resample)))
-
-from .device import free_memory
 
 
 def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
@@ -54,8 +49,6 @@ def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
     height, width, _ = image.shape
     blocks = image.view(height // (merge * patch), merge, patch, width // (merge * patch), merge, patch, 3)
     return blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
-
-from .device import free_memory
 
 
 def mirrored(patches: torch.Tensor, width: int, patch: int, merge: int) -> torch.Tensor:

@@ -195,14 +195,9 @@ class Run:
         network = self.model.network
         if config.lora:
             add_lora(network, config.lora, self.accelerator.mixed_precision)
-        if (
-            self.accelerator.mixed_precision == "fp16"
-            and config.heatmap.endswith("_gradient")
-            and config.attention_weight
-        ):
+        if self.accelerator.scaler and config.attention_weight and config.heatmap.endswith("_gradient"):
             raise ConfigError(
-                f"heatmap (--heatmap) is {config.heatmap}, whose gradients are too small for fp16: give attention, or "
-                "--precision fp32"
+                f"{config.heatmap} (--heatmap) is too small for fp16: give attention, or --precision fp32"
             )
         if config.gradient_checkpointing:
             network.activation_checkpointing_enable({"use_reentrant": False})

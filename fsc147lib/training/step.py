@@ -107,7 +107,7 @@ class TrainingStep:
         """Look at the losses and gradient norms of the steps since the last time: one wait for many steps.
 
         Raises:
-            NonFiniteLoss: one of them is NaN or infinite; in fp16 the norm may be, but not of MOST_SKIPPED steps on end.
+            NonFiniteLoss: one is NaN or infinite; in fp16 the norm may be, but not in MOST_SKIPPED steps on end.
         """
         steps, self.unchecked = self.unchecked, []
         for skipped in check_finite(steps, "gradient's norm" if self.scaler is not None else ""):

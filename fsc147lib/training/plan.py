@@ -1,0 +1,178 @@
+"""`train --dry-run`: what a run needs on this machine, from one measured step of its longest images.
+
+Left out: the run itself (`loop`), and what each card has room for (docs/cards.md).
+"""
+
+import gc
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..model.adapt import freeze_vision
+from ..model.collate import Collate, to_device
+from ..model.device import free_memory, gpu_memory, memory_in_use, peak_memory, seconds_of
+from ..model.vision_cache import VisionCache, choose_place
+from .loop import Run, TrainConfig
+from .schedule import lazy_weight
+
+
+@dataclass(frozen=True)
+class TrainCommand(TrainConfig):
+    """Fine-tune with both losses; --preset seed, quick or full gives the options below other defaults."""
+
+    dry_run: bool = False
+    """Train nothing: measure a step of the longest images, and say what memory and time the run needs."""
+
+
+@dataclass
+class Plan:
+    """What a run needs; bytes and seconds."""
+
+    config: TrainConfig
+    room: int  # of the GPU, or of the machine's memory
+    memory: dict[str, int]  # what takes it up; of the states alone where these leave no room for a step
+    cache: tuple[str, int]  # where image features lie, "off" for nowhere, and how large they are
+    fits: bool = False
+    step: float = math.nan
+    first_step: float = math.nan  # which compiles
+    epoch: float = math.nan  # without its validation
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    def line(self) -> str:
+        """The options that matter, memory and speed in one line."""
+        config = self.config
+        words = f"--batch-size {config.batch_size} --accumulation {config.accumulation}"
+        words += f" --lora {config.lora}" * bool(config.lora)
+        words += " --gradient-checkpointing" * config.gradient_checkpointing
+        return f"{words}: {_gib(self.total)}, a step {self.step:.2f} s, an epoch {_time(self.epoch)}"
+
+    def __str__(self) -> str:
+        place, size = self.cache
+        rows = [f"{name:22}{_gib(size):>10}" for name, size in {**self.memory, "together": self.total}.items()]
+        rows[-1] += f" of {_gib(self.room)} that are free"
+        if place in ("host", "disk"):
+            rows.append(f"{'vision cache':22}{_gib(size):>10} on the {place}")
+        if self.fits:
+            rows.append(f"a step of the longest images {self.step:.2f} s, the first {self.first_step:.1f} s")
+            rows.append(f"an epoch about {_time(self.epoch)}, without its validation")
+        return "\n".join(rows)
+
+
+def plan_training(config: TrainConfig) -> list[Plan]:
+    """Measure a run as it is asked for; where it does not fit, others too.  Nothing is written.
+
+    Returns:
+        The plan of the run itself; where it has no room, those of the others that have: a smaller batch (and a step
+        in as many more parts), gradient checkpointing, adapters.
+
+    Raises:
+        ConfigError, DataError, ModelError: as `train` does.
+    """
+    plans = [_largest_that_fits(config, smallest=config.batch_size)]
+    if not plans[0].fits:
+        checkpointed = replace(config, gradient_checkpointing=True)
+        adapters = replace(checkpointed, lora=config.lora or 16, unfreeze_vision_at=None)
+        others = [_largest_that_fits(other) for other in dict.fromkeys((config, checkpointed, adapters))]
+        plans += [plan for plan in others if plan.fits]
+    return plans
+
+
+def describe(plans: list[Plan]) -> str:
+    """Plans as a person reads them."""
+    first, *others = plans
+    if first.fits:
+        return f"{first}\nit fits"
+    return "\n".join([str(first), "it does not fit; what does:", *(f"  {plan.line()}" for plan in others)]) if others else (
+        f"{first}\nit does not fit, nor does a single image with --lora 16 --gradient-checkpointing: "
+        "take a smaller model, or make room"
+    )  # fmt: skip
+
+
+def _largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
+    """The plan of the batch that is wanted or, where it has no room, of its half, its quarter ..."""
+    gc.collect()  # a model before this one
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    room = gpu_memory()[1] if on_gpu else free_memory()
+    run = Run(config)
+    network, vision = run.model.network, run.config.vision_trains(run.config.epochs - 1)
+    freeze_vision(network, not vision)
+    trained = sum(weight.nbytes for weight in network.parameters() if weight.requires_grad)
+    states = {"weights": sum(weight.nbytes for weight in network.parameters()), "gradients": trained}
+    states["AdamW's two moments"] = 2 * trained
+    plan = Plan(run.config, room, states, ("off", 0))
+    if plan.total > room:
+        return plan
+    size = config.batch_size
+    if not on_gpu:  # where memory ends there, the process does: one image says how many have room
+        each = _measured(run, plan, 1, vision).memory["activations"]
+        while size > smallest and plan.total + size * each > room:
+            size //= 2
+        if plan.total + size * each > room:
+            return replace(plan, memory=states | {"activations": size * each})
+    while size >= smallest:
+        try:
+            plan = _measured(run, plan, size, vision)
+        except torch.OutOfMemoryError:
+            run.training_step.unchecked.clear()
+        if plan.fits:
+            break
+        run.training_step.optimizer.zero_grad()
+        size //= 2
+    return plan
+
+
+def _measured(run: Run, plan: Plan, size: int, vision: bool) -> Plan:
+    """The same plan with a batch of so many images, from a step on the longest; `vision`: whether the encoder trains."""
+    config, step, train, device = run.config, run.training_step, run.samples["train"], run.accelerator.device
+    parts = run.batches.per_step * math.ceil(config.batch_size / size)
+    lengths = run.batches.lengths
+    longest = sorted(range(len(train)), key=lambda i: lengths[i][2])[-size:]
+    samples = [train[i] for i in longest]
+    cached, cache = config.caches_vision and not vision, ("off", 0)
+    if cached:
+        step.cache = VisionCache(run.model, samples, run.accelerator, "host", compiled=run.heatmap.compiled)
+        each = step.cache.features.nbytes // step.cache.shape[0]
+        collate = Collate(run.model.tokenizer, run.model.image_processor)
+        sizes = [collate.lengths(sample) for sample in run.samples["val"]] + lengths * (1 + config.flip)
+        bytes_ = each * sum(rows * columns // 4 for rows, columns, _ in sizes)
+        cache = choose_place(bytes_) if config.vision_cache == "auto" else config.vision_cache, bytes_
+    batch = Collate(run.model.tokenizer, run.model.image_processor, pixels=not cached)(samples)
+    window = [to_device(batch, device)] * min(2, parts)
+
+    def one(weight: float) -> None:
+        step(window, weight)
+        step.check()
+
+    step.loss.train()
+    every = config.resolved_heatmap_every
+    looking = lazy_weight(config.attention_weight, every, 0)
+    first = seconds_of(lambda: one(looking), device.type)
+    seconds = [seconds_of(lambda: one(0.0), device.type)] * (every - 1)
+    before = memory_in_use(device.type)
+    peak = peak_memory(lambda: seconds.append(seconds_of(lambda: one(looking), device.type)), device.type)
+    used = 0 if peak is None else max(0, int(peak * 2**20) - before - plan.memory["gradients"])
+    memory = {name: plan.memory[name] for name in ("weights", "gradients", "AdamW's two moments")}
+    memory["activations"] = used
+    if cache[0] == "gpu":
+        memory["vision cache"] = cache[1]
+    mean = sum(seconds) / len(seconds) / len(window)  # of a batch
+    tokens = sum(max(lengths[i][2] for i, _ in part) * len(part) for part in run.batches.batches)
+    return replace(
+        plan, config=replace(config, batch_size=size, accumulation=parts), memory=memory, cache=cache,
+        fits=sum(memory.values()) <= plan.room, step=mean * parts, first_step=first,
+        epoch=mean * tokens / (len(samples) * lengths[longest[-1]][2]),
+    )  # fmt: skip
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
