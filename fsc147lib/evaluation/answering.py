@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..data.faults import MAX_PIXELS
 from ..data.fsc147 import Sample, open_split, split_counts
 from ..files import write_text
 from ..model import (
@@ -55,6 +56,8 @@ class EvaluateConfig:
     """Split of the split file to answer."""
     category: str | None = None
     """What all images show; the root then needs no class file."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels of an image at the most; Pillow's own limit, 179 million, stays."""
     batch_size: int = 16
     """Images answered at once."""
     json: Path | None = None
@@ -288,7 +291,7 @@ def generate_answers(
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Load a model, evaluate a split, write the files named; `python -m fsc147lib evaluate` calls this."""
-    samples = open_split(config.data, config.split, config.limit, config.category)
+    samples = open_split(config.data, config.split, config.limit, config.category, None, config.max_pixels)
     model = load_model(config.model)
     accelerator = make_accelerator(config.precision)
     compiled = torch.cuda.is_available() if config.compile is None else config.compile

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from ..data.faults import MAX_PIXELS
 from ..data.fsc147 import Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
@@ -53,6 +54,10 @@ class TrainConfig:
     """Folder in FSC147's official layout."""
     category: str | None = None
     """What all images show; the root then needs no class file."""
+    exclude: Path | None = None
+    """List of training images to leave out, a name a line, as `check --exclude` writes it."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels of an image at the most; Pillow's own limit, 179 million, stays."""
     out: Path = Path("runs/train")
     """Folder of the run: metrics.jsonl, config.json, best/ and last/."""
     model: str = "tiny"
@@ -197,7 +202,8 @@ class Run:
         self.accelerator = make_accelerator(config.precision)
         self.folder.writes = self.accelerator.is_main_process
         self.samples = {
-            split: open_split(config.data, split, config.limit, config.category) for split in ("train", "val")
+            split: open_split(config.data, split, config.limit, config.category, exclude, config.max_pixels)
+            for split, exclude in (("train", config.exclude), ("val", None))
         }
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe)

@@ -86,13 +86,17 @@ def splits(change):
     return lambda root: edit(root, SPLITS, change)
 
 
+def shared_with_val_coco(root):
+    edit(root, SPLITS, lambda splits: splits.update(val_coco=["1.jpg"]))
+
+
 def same_bytes(root):
     shutil.copy(root / ONE, root / IMAGES / "4.jpg")
 
 
 CHECK, TRAIN = ("check", "{root}"), ("train", "--data", "{root}", "--out", "{root}/../run")
 EVALUATE = ("evaluate", "--data", "{root}", "--model", "tiny-random")
-WIDE = f"is 5000 x 1 pixels, more than 200 times as long as"
+WIDE = "5000 x 1 pixels, one side more than 200 times the other"
 BIG = "144,000,000 pixels are more than 100,000,000"
 TABLE = {
     # nothing is waited for, and nothing ends it
@@ -116,15 +120,15 @@ TABLE = {
     # what `train` refuses
     "1 x 5000": (put(picture((5000, 1)), ONE), CHECK, WIDE),
     "1 x 5000, trained on": (put(picture((5000, 1)), ONE), TRAIN, WIDE),
-    "5000 x 20": (put(picture((20, 5000)), ONE), CHECK, "is 20 x 5000 pixels, more than 200 times"),
+    "5000 x 20": (put(picture((20, 5000)), ONE), CHECK, "20 x 5000 pixels, one side more than 200 times"),
     "1 x 5000, asked about": (put(picture((5000, 1)), "x.png"), ("predict", "{root}/x.png", "--category", "a"), WIDE),
     "144 megapixels": (put(picture((12000, 12000), "L"), ONE), CHECK, BIG),
     "144 megapixels, trained on": (put(picture((12000, 12000), "L"), ONE), TRAIN, BIG),
     "144 megapixels, evaluated": (put(picture((12000, 12000), "L"), IMAGES, "4.jpg"), EVALUATE, BIG),
-    "a training image in val_coco": (splits(lambda s: s.update(val_coco=["1.jpg"])), CHECK, "in 'train' and in 'val_coco'"),
-    "it, trained on": (splits(lambda s: s.update(val_coco=["1.jpg"])), TRAIN, "in 'train' and in 'val_coco'"),
+    "a training image in val_coco": (shared_with_val_coco, CHECK, "in 'train' and in 'val_coco'"),
+    "it, trained on": (shared_with_val_coco, TRAIN, "in 'train' and in 'val_coco'"),
     "the same bytes in train and val": (same_bytes, CHECK, "the same bytes as '4.jpg' of 'val'"),
-    "two class lines": (category("sea shells\n1.jpg\tapples"), CHECK, "two lines"),
+    "two class lines": (category("sea shells\n1.jpg\tapples"), CHECK, "two lines give its"),
     "two class lines, trained on": (category("sea shells\n1.jpg\tapples"), TRAIN, "two lines"),
     "no train split": (splits(lambda s: s.pop("train")), CHECK, "no image to train on"),
     "an empty val split": (splits(lambda s: s.update(val=[], val_coco=[])), CHECK, "no image to validate on"),
