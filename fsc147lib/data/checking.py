@@ -31,7 +31,7 @@ class CheckConfig:
     exclude: Path | None = None
     """Write a list here, for `train --exclude`, of the training images whose very bytes val or test holds too."""
     max_pixels: int = MAX_PIXELS
-    """Pixels of an image at the most; Pillow's own limit, 179 million, stays."""
+    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
 
     def __post_init__(self):
         for name in ("json", "exclude"):
@@ -97,7 +97,8 @@ def check(root: str | Path, category: str | None = None, max_pixels: int = MAX_P
 
 def _repeated_images(samples: dict[str, list[Sample]], usable: Collection[str]) -> Iterable[Fault]:
     """A fault for each image of train or val whose very bytes are an image of another of train, val and test, too."""
-    faults, found = Faults(), {}
+    faults = Faults()
+    found: dict[bytes, tuple[str, str]] = {}  # name and part
     for split in reversed(PARTS):
         for sample in samples.get(split, ()):
             if sample.name in usable:

@@ -20,8 +20,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.faults import MAX_PIXELS
-from ..data.fsc147 import Sample, open_split, split_counts
+from ..data.fsc147 import MAX_PIXELS, Sample, open_split, split_counts
 from ..files import write_text
 from ..model import (
     Batch,
@@ -57,7 +56,7 @@ class EvaluateConfig:
     category: str | None = None
     """What all images show; the root then needs no class file."""
     max_pixels: int = MAX_PIXELS
-    """Pixels of an image at the most; Pillow's own limit, 179 million, stays."""
+    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     batch_size: int = 16
     """Images answered at once."""
     json: Path | None = None

@@ -19,8 +19,7 @@ import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from ..data.faults import MAX_PIXELS
-from ..data.fsc147 import Sample, open_split
+from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
 from ..model.adapt import add_lora, freeze_vision
@@ -57,7 +56,7 @@ class TrainConfig:
     exclude: Path | None = None
     """List of training images to leave out, a name a line, as `check --exclude` writes it."""
     max_pixels: int = MAX_PIXELS
-    """Pixels of an image at the most; Pillow's own limit, 179 million, stays."""
+    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     out: Path = Path("runs/train")
     """Folder of the run: metrics.jsonl, config.json, best/ and last/."""
     model: str = "tiny"
@@ -131,7 +130,7 @@ class TrainConfig:
         need(self, "heatmap", self.heatmap in method_names(True), f"one of {', '.join(method_names(True))}")
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
             need(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("heatmap_every", "heatmap_images"):
+        for name in ("heatmap_every", "heatmap_images", "limit", "lora"):
             need(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         need(
             self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "above 0 and finite"
@@ -140,9 +139,7 @@ class TrainConfig:
         need(self, "clip", 0 < self.clip < math.inf, "above 0 and finite")
         need(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
         need(self, "attention_weight", 0 <= self.attention_weight < math.inf, "at least 0 and finite")
-        need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
         need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
-        need(self, "lora", self.lora is None or self.lora >= 1, "at least 1")
         need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
         need(
             self, "vision_cache", self.vision_cache in ("auto", "off") or self.heatmap != "input_gradient",
