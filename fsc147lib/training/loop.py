@@ -51,12 +51,6 @@ class TrainConfig:
 
     data: Path
     """Folder in FSC147's official layout."""
-    category: str | None = None
-    """What all images show; the root then needs no class file."""
-    exclude: Path | None = None
-    """List of training images to leave out, a name a line, as `check --exclude` writes it."""
-    max_pixels: int = MAX_PIXELS
-    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     out: Path = Path("runs/train")
     """Folder of the run: metrics.jsonl, config.json, best/ and last/."""
     model: str = "tiny"
@@ -87,6 +81,8 @@ class TrainConfig:
     """What is held against the target: attention, token_gradient, input_gradient, or a method of your own."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter; higher is cheaper."""
+    gradient_method: Literal["exact", "difference"] = "exact"
+    """How token_gradient is trained: its exact derivative, or a faster difference of two gradients, on one GPU."""
     heatmap_every: int | None = None
     """Apply the attention loss on each K-th step, K times as strong; None for the method's own K."""
     heatmap_images: int | None = None
@@ -107,6 +103,12 @@ class TrainConfig:
     """Of random weights, order and mirroring: the same seed gives the same run on the same machine."""
     limit: int | None = None
     """Only so many images of each split."""
+    category: str | None = None
+    """What all images show; the root then needs no class file."""
+    exclude: Path | None = None
+    """List of training images to leave out, a name a line, as `check --exclude` writes it."""
+    max_pixels: int = MAX_PIXELS
+    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     batch_by_size: bool = True
     """Put images of like size into one batch: little padding, in an order that still varies."""
     compile: bool | None = None
@@ -128,29 +130,29 @@ class TrainConfig:
 
     def __post_init__(self):
         need(self, "heatmap", self.heatmap in method_names(True), f"one of {', '.join(method_names(True))}")
-        for name in ("epochs", "batch_size", "accumulation", "log_every"):
-            need(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("heatmap_every", "heatmap_images", "limit", "lora"):
+        counts = "epochs", "batch_size", "accumulation", "log_every", "heatmap_every", "heatmap_images", "limit", "lora"
+        for name in (*counts, "max_pixels"):
             need(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        need(
-            self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "above 0 and finite"
-        )
         need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
-        need(self, "clip", 0 < self.clip < math.inf, "above 0 and finite")
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            need(self, name, value is None or 0 < value < math.inf, "above 0 and finite")
         need(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
         need(self, "attention_weight", 0 <= self.attention_weight < math.inf, "at least 0 and finite")
         need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
         need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
+        uncached = self.vision_cache in ("auto", "off")
+        need(self, "vision_cache", uncached or self.heatmap != "input_gradient", "off with input_gradient")
         need(
-            self, "vision_cache", self.vision_cache in ("auto", "off") or self.heatmap != "input_gradient",
-            "off with input_gradient, which needs the encoder in each step",
-        )  # fmt: skip
-        need(
-            self, "vision_cache", self.vision_cache in ("auto", "off") or self.unfreeze_vision_at != 0,
-            "off when the vision encoder trains from the start",
-        )  # fmt: skip
+            self, "vision_cache", uncached or self.unfreeze_vision_at != 0, "off when the encoder trains from the start"
+        )
         need(self, "unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
+
+    def open_split(self, split: str) -> list[Sample]:
+        """A split's images as this run uses them."""
+        exclude = self.exclude if split == "train" else None
+        return open_split(self.data, split, self.limit, self.category, exclude, self.max_pixels)
 
     def resolved(self, recipe: Recipe) -> "TrainConfig":
         """The same with what is left to the model's recipe filled in."""
@@ -198,10 +200,8 @@ class Run:
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
         self.folder.writes = self.accelerator.is_main_process
-        self.samples = {
-            split: open_split(config.data, split, config.limit, config.category, exclude, config.max_pixels)
-            for split, exclude in (("train", config.exclude), ("val", None))
-        }
+        self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
+        self.images = fingerprint(self.samples)
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe)
         network = self.model.network
@@ -212,6 +212,7 @@ class Run:
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
             compiled=torch.cuda.is_available() if config.compile is None else config.compile,
+            gradient_method=config.gradient_method,
         )  # fmt: skip
         loss = DualLoss(
             network, config.attention_weight, config.attention_loss, self.heatmap, config.resolved_heatmap_images,
@@ -243,8 +244,8 @@ class Run:
         config = self.config
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if config.resume:
-            optimizer, images = self.training_step.optimizer, fingerprint(self.samples)
-            self.step, self.epoch = self.folder.restore(self.result, optimizer, images)
+            optimizer = self.training_step.optimizer
+            self.step, self.epoch = self.folder.restore(self.result, optimizer, self.images)
         self.folder.start()
         if self.folder.writes:
             self.tracker = start_tracker(config.out, config.tracking, json.loads(config.to_json()))
@@ -276,11 +277,11 @@ class Run:
     def validate(self) -> None:
         """Evaluate the validation split and log it."""
         batch_size = answering_batch_size(self.config.batch_size, self.heatmap)
-        evaluation = evaluate_samples(
+        self.validation = evaluate_samples(
             self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
             self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
         )  # fmt: skip
-        self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
+        self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
 
     def train_epoch(self, progress: tqdm) -> None:
         """Train on each image once, with a line of the log every few steps."""
@@ -319,7 +320,7 @@ class Run:
     def save(self) -> None:
         """Write last/, and best/ if the validation MAE is the lowest so far."""
         if self.folder.writes:
-            self.folder.save(self.model, self.training_step.optimizer, self.result, fingerprint(self.samples))
+            self.folder.save(self.model, self.training_step.optimizer, self.result, self.images, self.validation)
 
 
 def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:

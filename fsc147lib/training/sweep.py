@@ -135,8 +135,7 @@ def run_sweep(config: SweepConfig) -> list[dict]:
 def answer_splits(config: TrainConfig, splits: Sequence[str]) -> dict[str, dict]:
     """What a run's last weights answer: per split the `metrics`, and of each image its `error` and `kl`."""
     model, accelerator = load_model(config.out / "last"), make_accelerator(config.precision)
-    training = open_split(config.data, "train", config.limit, config.category, config.exclude, config.max_pixels)
-    training_mean = float(np.mean([sample.count for sample in training]))
+    training_mean = float(np.mean([sample.count for sample in config.open_split("train")]))
     answered = {}
     for split in splits:
         samples = open_split(config.data, split, None, config.category, None, config.max_pixels)
