@@ -142,10 +142,8 @@ class TrainConfig:
         need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
         need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
         uncached = self.vision_cache in ("auto", "off")
-        need(self, "vision_cache", uncached or self.heatmap != "input_gradient", "off with input_gradient")
-        need(
-            self, "vision_cache", uncached or self.unfreeze_vision_at != 0, "off when the encoder trains from the start"
-        )
+        need(self, "vision_cache", uncached or self.heatmap != "input_gradient", "off: input_gradient needs pixels")
+        need(self, "vision_cache", uncached or self.unfreeze_vision_at != 0, "off: the encoder trains from the start")
         need(self, "unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
 
