@@ -23,7 +23,7 @@ from ..options import ConfigError
 from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
 
 MAY_CHANGE = {
-    "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite",
+    "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite", "dry_run",
 }  # fmt: skip
 """Options that a resumed run may give anew; with any other it would not be the same run."""
 
