@@ -1,5 +1,6 @@
 """Device, precision, memory and clock of the machine at hand."""
 
+import gc
 import os
 import time
 import warnings
@@ -50,6 +51,13 @@ def default_workers() -> int:
 def free_memory() -> int:
     """Bytes of this machine's memory that are free for use."""
     return psutil.virtual_memory().available
+
+
+def free_models() -> None:
+    """Give the memory of models that nobody refers to any more back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def gpu_memory() -> tuple[int, int]:

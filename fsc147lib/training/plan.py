@@ -3,15 +3,15 @@
 Left out: the run itself (`loop`), and what each card has room for (docs/cards.md).
 """
 
-import gc
 import math
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..model.adapt import freeze_vision
 from ..model.collate import Collate, to_device
-from ..model.device import free_memory, gpu_memory, memory_in_use, peak_memory, seconds_of
+from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, seconds_of
 from ..model.vision_cache import VisionCache, choose_place
 from .loop import Run, TrainConfig
 from .schedule import lazy_weight
@@ -37,6 +37,10 @@ class Plan:
     step: float = math.nan
     first_step: float = math.nan  # which compiles
     epoch: float = math.nan  # without its validation
+
+    @property
+    def states(self) -> dict[str, int]:
+        return {name: size for name, size in self.memory.items() if name not in ("activations", "vision cache")}
 
     @property
     def total(self) -> int:
@@ -72,11 +76,11 @@ def plan_training(config: TrainConfig) -> list[Plan]:
     Raises:
         ConfigError, DataError, ModelError: as `train` does.
     """
-    plans = [_largest_that_fits(config, smallest=config.batch_size)]
+    plans = [largest_that_fits(config, smallest=config.batch_size)]
     if not plans[0].fits:
         checkpointed = replace(config, gradient_checkpointing=True)
         adapters = replace(checkpointed, lora=config.lora or 16, unfreeze_vision_at=None)
-        others = [_largest_that_fits(other) for other in dict.fromkeys((config, checkpointed, adapters))]
+        others = [largest_that_fits(other) for other in dict.fromkeys((config, checkpointed, adapters))]
         plans += [plan for plan in others if plan.fits]
     return plans
 
@@ -86,87 +90,84 @@ def describe(plans: list[Plan]) -> str:
     first, *others = plans
     if first.fits:
         return f"{first}\nit fits"
-    return "\n".join([str(first), "it does not fit; what does:", *(f"  {plan.line()}" for plan in others)]) if others else (
-        f"{first}\nit does not fit, nor does a single image with --lora 16 --gradient-checkpointing: "
-        "take a smaller model, or make room"
-    )  # fmt: skip
+    cures = [f"  {plan.line()}" for plan in others] or ["  nothing that was tried: take a smaller model, or make room"]
+    return "\n".join([str(first), "it does not fit; what does:", *cures])
 
 
-def _largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
+def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
     """The plan of the batch that is wanted or, where it has no room, of its half, its quarter ..."""
-    gc.collect()  # a model before this one
+    free_models()
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.empty_cache()
     room = gpu_memory()[1] if on_gpu else free_memory()
     run = Run(config)
-    network, vision = run.model.network, run.config.vision_trains(run.config.epochs - 1)
-    freeze_vision(network, not vision)
+    network = run.model.network
+    freeze_vision(network, not run.config.vision_trains(run.config.epochs - 1))
     trained = sum(weight.nbytes for weight in network.parameters() if weight.requires_grad)
     states = {"weights": sum(weight.nbytes for weight in network.parameters()), "gradients": trained}
     states["AdamW's two moments"] = 2 * trained
-    plan = Plan(run.config, room, states, ("off", 0))
+    plan, size = Plan(run.config, room, states, ("off", 0)), config.batch_size
     if plan.total > room:
         return plan
-    size = config.batch_size
     if not on_gpu:  # where memory ends there, the process does: one image says how many have room
-        each = _measured(run, plan, 1, vision).memory["activations"]
-        while size > smallest and plan.total + size * each > room:
+        one = _measured(run, plan, 1).memory["activations"]
+        while size > smallest and plan.total + size * one > room:
             size //= 2
-        if plan.total + size * each > room:
-            return replace(plan, memory=states | {"activations": size * each})
-    while size >= smallest:
+        if plan.total + size * one > room:
+            return replace(plan, memory=states | {"activations": size * one})
+    while size >= smallest and not plan.fits:
         try:
-            plan = _measured(run, plan, size, vision)
+            plan = _measured(run, plan, size)
         except torch.OutOfMemoryError:
             run.training_step.unchecked.clear()
-        if plan.fits:
-            break
-        run.training_step.optimizer.zero_grad()
+            run.training_step.optimizer.zero_grad()
+            free_models()
         size //= 2
     return plan
 
 
-def _measured(run: Run, plan: Plan, size: int, vision: bool) -> Plan:
-    """The same plan with a batch of so many images, from a step on the longest; `vision`: whether the encoder trains."""
-    config, step, train, device = run.config, run.training_step, run.samples["train"], run.accelerator.device
+def _measured(run: Run, plan: Plan, size: int) -> Plan:
+    """The plan with a batch of so many images, from a step and a validation of the longest ones."""
+    config, step, network = run.config, run.training_step, run.model.network
+    device, lengths = run.accelerator.device, run.batches.lengths
     parts = run.batches.per_step * math.ceil(config.batch_size / size)
-    lengths = run.batches.lengths
-    longest = sorted(range(len(train)), key=lambda i: lengths[i][2])[-size:]
-    samples = [train[i] for i in longest]
-    cached, cache = config.caches_vision and not vision, ("off", 0)
-    if cached:
+    longest = sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-size:]
+    samples = [run.samples["train"][i] for i in longest]
+    pixels, cache = not config.caches_vision or network.model.visual.pos_embed.weight.requires_grad, ("off", 0)
+    collate = Collate(run.model.tokenizer, run.model.image_processor, pixels=pixels)
+    if not pixels:
         step.cache = VisionCache(run.model, samples, run.accelerator, "host", compiled=run.heatmap.compiled)
-        each = step.cache.features.nbytes // step.cache.shape[0]
-        collate = Collate(run.model.tokenizer, run.model.image_processor)
-        sizes = [collate.lengths(sample) for sample in run.samples["val"]] + lengths * (1 + config.flip)
-        bytes_ = each * sum(rows * columns // 4 for rows, columns, _ in sizes)
-        cache = choose_place(bytes_) if config.vision_cache == "auto" else config.vision_cache, bytes_
-    batch = Collate(run.model.tokenizer, run.model.image_processor, pixels=not cached)(samples)
-    window = [to_device(batch, device)] * min(2, parts)
+        others = [collate.lengths(sample) for sample in run.samples["val"]]
+        tokens = sum(rows * columns // 4 for rows, columns, _ in [*lengths * (1 + config.flip), *others])
+        needed = step.cache.features.nbytes // step.cache.shape[0] * tokens
+        cache = choose_place(needed) if config.vision_cache == "auto" else config.vision_cache, needed
+    window = [to_device(collate(samples), device)] * min(2, parts)
+    seconds, every = [], config.resolved_heatmap_every
 
-    def one(weight: float) -> None:
-        step(window, weight)
+    def train(weight: float) -> None:
+        step.loss.train()
+        seconds.append(seconds_of(lambda: step(window, weight), device.type))
         step.check()
 
-    step.loss.train()
-    every = config.resolved_heatmap_every
+    def validate() -> None:
+        many = answering_batch_size(size, run.heatmap)
+        evaluate_samples(run.model, samples * (many // size), many, run.heatmap, run.accelerator)
+
     looking = lazy_weight(config.attention_weight, every, 0)
-    first = seconds_of(lambda: one(looking), device.type)
-    seconds = [seconds_of(lambda: one(0.0), device.type)] * (every - 1)
+    train(looking)  # allocates what stays, and compiles
     before = memory_in_use(device.type)
-    peak = peak_memory(lambda: seconds.append(seconds_of(lambda: one(looking), device.type)), device.type)
-    used = 0 if peak is None else max(0, int(peak * 2**20) - before - plan.memory["gradients"])
-    memory = {name: plan.memory[name] for name in ("weights", "gradients", "AdamW's two moments")}
-    memory["activations"] = used
+    peaks = [peak_memory(lambda: train(looking), device.type), peak_memory(validate, device.type)]
+    activations = max(0, *(int((peak or 0) * 2**20) - before for peak in peaks))
+    memory = plan.states | {"activations": max(0, activations - plan.states["gradients"])}
     if cache[0] == "gpu":
         memory["vision cache"] = cache[1]
-    mean = sum(seconds) / len(seconds) / len(window)  # of a batch
-    tokens = sum(max(lengths[i][2] for i, _ in part) * len(part) for part in run.batches.batches)
+    if every > 1:
+        train(0.0)
+    mean = (seconds[1] + (every - 1) * seconds[-1]) / every / len(window)  # of a batch
+    padded = sum(max(lengths[i][2] for i, _ in part) * len(part) for part in run.batches.batches)
     return replace(
         plan, config=replace(config, batch_size=size, accumulation=parts), memory=memory, cache=cache,
-        fits=sum(memory.values()) <= plan.room, step=mean * parts, first_step=first,
-        epoch=mean * tokens / (len(samples) * lengths[longest[-1]][2]),
+        fits=sum(memory.values()) <= plan.room, step=mean * parts, first_step=seconds[0],
+        epoch=mean * padded / (len(samples) * lengths[longest[-1]][2]),
     )  # fmt: skip
 
 
