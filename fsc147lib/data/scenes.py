@@ -27,11 +27,11 @@ HEIGHT = 384
 WIDTHS = (384, 432, 480, 512, 576, 640)
 COUNTS = (1, 60)  # objects of the counted category in a picture that has any: drawn log-uniformly between
 EMPTY = 0.04  # part of the pictures that show distractors alone: the answer is 0
-MAX_DISTRACTORS = 20  # drawn log-uniformly from none, whatever the count is, so that the total tells little
+MAX_DISTRACTORS = 10  # drawn log-uniformly from none, whatever the count is, so that the total tells little
 DRAWN = ("train", "val", "test", "val_seen", "test_seen")
 """The splits; the last two hold new pictures of training's categories, as many as `val` and `test`."""
-RADII = (15, 44)  # smallest and largest of an object, in pixels
-OVERLAP = 0.75  # least distance of two objects, in sums of their radii
+RADII = (16, 44)  # smallest and largest of an object, in pixels
+OVERLAP = 0.85  # least distance of two objects, in sums of their radii
 _SHADOW = [round(0.42 * value) for value in range(256)]  # of a mask's values
 
 

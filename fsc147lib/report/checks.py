@@ -247,10 +247,10 @@ def _some(weight: torch.Tensor) -> torch.Tensor:
 def saved_model(subject: Subject):
     expected = merged_weights(subject.network) or subject.network.state_dict()
     with tempfile.TemporaryDirectory() as parent:
-        folder, dtype = f"{parent}/model", subject.network.dtype
+        folder, how = f"{parent}/model", {"dtype": subject.network.dtype, "trust_remote_code": False}
         subject.model.save(folder)
-        plain, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        plain, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **how)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found, head, first = plain.state_dict(), plain.get_output_embeddings(), plain.get_input_embeddings()
     wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
     wrong |= {name for name in expected.keys() & found.keys() if not torch.equal(expected[name].cpu(), found[name])}
