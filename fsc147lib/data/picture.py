@@ -8,29 +8,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .faults import DataError, is_category
-from .fsc147 import Sample
+from .faults import DataError, is_category, size_problem
+from .fsc147 import Sample, open_image, to_rgb
 
-MAX_PIXELS = 100_000_000  # a larger picture is not decoded: these are 300 MB already
 SHORT_SIDE = 384  # height of FSC147's images, which are wider than high
 
 
 def open_picture(picture: str | Path | Image.Image) -> Image.Image:
-    """A file that Pillow reads, or an image in memory, in RGB as a viewer shows it: upright, transparent parts white.
+    """A file of `fsc147.FORMATS` or an image in memory, in RGB as a viewer shows it: upright, transparent parts white.
 
     Raises:
         DataError: it cannot be read, or is too large; the message names the file.
     """
     path = None if isinstance(picture, Image.Image) else Path(picture)
     try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: make it smaller")
+        image = picture if isinstance(picture, Image.Image) else open_image(picture)
+        if problem := size_problem(*image.size):
+            raise ValueError(problem)
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return to_rgb(image)
     except Exception as error:  # Pillow raises many types on damaged files
         empty = path and path.is_file() and path.stat().st_size == 0
         reason = "the file is empty" if empty else f"{type(error).__name__}: {error}"

@@ -8,22 +8,26 @@ matrix product, and its 14x14 heatmap never needs the pixels at all.  Left out: 
 
 import numpy as np
 import torch
+from scipy.spatial import KDTree
 
 GRID = 14  # rows and columns of the target heatmap, as in the first script of this project
 TINY_MASS = 1e-8  # floor under a heatmap's cells inside the logarithm of the KL divergence
 LONE_WINDOW = 0.25  # of the image's shorter side, where a lone dot has no neighbour
 MIN_WINDOW = 2.0  # pixels: at least one pixel centre lies in it, even where dots coincide
+CHUNK = 4096  # dots whose Gaussians are in memory at once; more than FSC147's largest count
 
 
 def nearest_neighbour_distance(points: np.ndarray) -> float:
     """Mean distance in pixels from each dot, [N, 2] x, y, to its nearest other; NaN with fewer than two dots."""
     if len(points) < 2:
         return float("nan")
-    x, y = np.asarray(points, dtype=np.float32).T
-    squared = (x[:, None] - x[None, :]) ** 2  # [N, N]
-    squared += (y[:, None] - y[None, :]) ** 2
-    np.fill_diagonal(squared, np.inf)
-    return float(np.sqrt(squared.min(axis=1)).mean())
+    places, place, times = np.unique(
+        np.asarray(points, dtype=np.float32), axis=0, return_inverse=True, return_counts=True
+    )
+    _, nearest = KDTree(places).query(places, k=[2])  # itself is the nearest; len(places) where there is no other
+    distances = np.sqrt(((places - places[nearest[:, 0] % len(places)]) ** 2).sum(axis=1))
+    distances[times > 1] = 0
+    return float(distances[place].mean())
 
 
 def gaussian_window(points: np.ndarray, size: tuple[int, int]) -> float:
@@ -50,15 +54,20 @@ def density_map(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
         [height, width] float32, objects per pixel, summing to N; dots outside count on the border.
     """
-    rows, columns = _separable(points, size)
-    return (rows.T @ columns).astype(np.float32)
+    return _summed(points, size).astype(np.float32)
 
 
-def _separable(points: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The profiles of all dots along rows [N, height] and columns [N, width]."""
+def _summed(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] | None = None) -> np.ndarray:
+    """The sum of all dots' Gaussians over the pixels, or over a grid of (rows, columns) instead; float64."""
     points = np.asarray(points).reshape(-1, 2)
-    window = gaussian_window(points, size)
-    return _profiles(points[:, 1], size[0], window), _profiles(points[:, 0], size[1], window)
+    window, total = gaussian_window(points, size), np.zeros(grid or size)
+    for start in range(0, len(points), CHUNK):
+        x, y = points[start : start + CHUNK].T
+        rows, columns = _profiles(y, size[0], window), _profiles(x, size[1], window)
+        if grid:
+            rows, columns = rows @ area_weights(size[0], grid[0]).T, columns @ area_weights(size[1], grid[1]).T
+        total += rows.T @ columns
+    return total
 
 
 def target_heatmap(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] = (GRID, GRID)) -> np.ndarray:
@@ -68,9 +77,7 @@ def target_heatmap(points: np.ndarray, size: tuple[int, int], grid: tuple[int, i
         [rows, columns] of the grid, float32, non-negative, summing to 1; zeros without a dot, for then there is no
         distribution to aim at: losses and metrics leave such an image out.
     """
-    rows, columns = _separable(points, size)
-    rows, columns = rows @ area_weights(size[0], grid[0]).T, columns @ area_weights(size[1], grid[1]).T
-    return (rows.T @ columns / max(1, len(rows))).astype(np.float32)
+    return (_summed(points, size, grid) / max(1, len(points))).astype(np.float32)
 
 
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
