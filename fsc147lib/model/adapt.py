@@ -13,11 +13,9 @@ def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> Non
 
 
 def add_lora(network: Qwen3VLForConditionalGeneration, rank: int, precision: str = "no") -> None:
-    """Put low-rank adapters (Hu et al., "LoRA", 2021) beside the language model's linear layers; all else is frozen.
+    """Put low-rank adapters (Hu et al., "LoRA", 2021), which start as no change, beside the language model's layers.
 
-    Args:
-        rank: of the adapters; they start as no change.
-        precision: of training, "bf16", "fp16" or "no"; the frozen weights are kept in it.
+    All else is frozen, and kept in training's `precision` if that is "bf16" or "fp16".
     """
     if precision == "bf16":
         network.to(torch.bfloat16)
