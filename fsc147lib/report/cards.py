@@ -76,7 +76,10 @@ def measure_cards(path: Path, model: str = "qwen3-vl-2b", compiled: bool = False
                 "precision": precision, "compiled": compiled, "fits": found.fits, "batch_size": size,
                 "gib": found.total / 2**30, "images_per_second": size * found.config.accumulation / found.step,
             })  # fmt: skip
-            print(f"{card} {precision}", found.line() if found.fits else f"{found.line()}: DOES NOT FIT", flush=True)
+            words = " ".join([f"--lora {lora}"] * bool(lora) + ["--gradient-checkpointing"] * checkpointing) or "none"
+            cells = [size, f"{found.total / 2**30:.1f} GiB", f"{rows[-1]['images_per_second']:.1f}"]
+            cells = cells if found.fits else ["does not fit", f"states {found.total / 2**30:.1f} GiB", ""]
+            print("| " + " | ".join(map(str, [card, words, precision, *cells])) + " |", flush=True)
             write_report(path, {"model": model, "rows": rows})
     return rows
 

@@ -33,6 +33,7 @@ class Plan:
     room: int  # of the GPU, or of the machine's memory
     memory: dict[str, int]  # what takes it up; of the states alone where these leave no room for a step
     cache: tuple[str, int]  # where image features lie, "off" for nowhere, and how large they are
+    base: int  # in use before the first step
     fits: bool = False
     step: float = math.nan
     first_step: float = math.nan  # which compiles
@@ -105,7 +106,8 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
     trained = sum(weight.nbytes for weight in network.parameters() if weight.requires_grad)
     states = {"weights": sum(weight.nbytes for weight in network.parameters()), "gradients": trained}
     states["AdamW's two moments"] = 2 * trained
-    plan, size = Plan(run.config, room, states, ("off", 0)), config.batch_size
+    base = memory_in_use(run.accelerator.device.type)
+    plan, size = Plan(run.config, room, states, ("off", 0), base), config.batch_size
     if plan.total > room:
         return plan
     if not on_gpu:  # where memory ends there, the process does: one image says how many have room
@@ -154,10 +156,11 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
 
     looking = lazy_weight(config.attention_weight, every, 0)
     train(looking)  # allocates what stays, and compiles
-    before = memory_in_use(device.type)
-    peaks = [peak_memory(lambda: train(looking), device.type), peak_memory(validate, device.type)]
-    activations = max(0, *(int((peak or 0) * 2**20) - before for peak in peaks))
-    memory = plan.states | {"activations": max(0, activations - plan.states["gradients"])}
+    peaks = peak_memory(lambda: train(looking), device.type), peak_memory(validate, device.type)  # None: not on a Mac
+    *_, gradients, moments = plan.states.values()
+    stays = plan.base + moments + gradients, plan.base + moments  # beside activations, in a step and in a validation
+    used = [int((peak or 0) * 2**20) - beside for peak, beside in zip(peaks, stays, strict=True)]
+    memory = plan.states | {"activations": max(0, *used)}
     if cache[0] == "gpu":
         memory["vision cache"] = cache[1]
     if every > 1:
