@@ -49,6 +49,8 @@ def answer_logits(
     rows_in_output: bool = False,
     gradient_from: int | None = None,
     create_graph: bool = False,
+    keeps_graph: bool = True,
+    shift: list[torch.Tensor] | None = None,
     keep_keys: bool = False,
     compiled: bool = False,
 ) -> tuple[torch.Tensor, Trace]:
@@ -61,8 +63,11 @@ def answer_logits(
         rows_in_output: let the pass go on from these rows, so that its logits have gradients with respect to
             them.  The numbers stay the same.
         gradient_from: first layer (VISION: the vision encoder) that the caller differentiates before the backward
-            pass; from there on nothing is compiled.
+            pass.
+        keeps_graph: whether that derivative leaves the graph for the backward pass; compiled layers cannot.
         create_graph: let these layers have a second derivative; those below stay on the fast attention.
+        shift: moves what enters the layers from `gradient_from` on; a tensor for each of the trace's `inputs`, which
+            stay as they were before.
         keep_keys: trace all layers' keys and values.
         compiled: compile the layers, at the first pass of each kind.
 
@@ -83,10 +88,12 @@ def answer_logits(
         if i == gradient_from:
             hidden = _differentiable(hidden)
             trace.inputs = [hidden, *deepstack[i:]]
+            if shift is not None:
+                hidden, *deepstack[i:] = (x + by for x, by in zip(trace.inputs, shift, strict=True))
         differentiated = gradient_from is not None and i >= gradient_from
         last = i + 1 == len(model.layers) and i >= len(deepstack)
         hidden, rows, keys_values = run_layer(
-            text_layer, layer, hidden, cos, sin, compiled=compiled and not differentiated,
+            text_layer, layer, hidden, cos, sin, compiled=compiled and not (differentiated and keeps_graph),
             only_at=answer if last else None, rows_at=answer if i in rows_of and not last else None,
             rows_in_output=rows_in_output, create_graph=create_graph and differentiated, keep_keys=keep_keys,
         )  # fmt: skip

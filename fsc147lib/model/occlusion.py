@@ -22,7 +22,8 @@ from .collate import Batch, select_rows
 from .counts import count_log_probabilities, number_tokens
 from .device import make_accelerator
 from .forward import answer_logits
-from .heatmaps import Heatmap, answer_log_probability, register
+from .gradient_difference import digits_score
+from .heatmaps import Heatmap, register
 from .looking import Whose, answer_texts, answered_batches
 from .network import CountingModel
 from .pixels import from_patches, to_patches
@@ -99,7 +100,7 @@ def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fi
 def hidden_log_probabilities(
     network, batch: Batch, cells: list[torch.Tensor], fill: Fill = "grey", compiled: bool = False
 ) -> list[torch.Tensor]:
-    """Log-probability of each image's answer (`answer_log_probability`) when cells of the image are hidden.
+    """Log-probability of each image's answer (`digits_score`) when cells of the image are hidden.
 
     Args:
         cells: of each image [N, rows, columns] bool.
@@ -110,7 +111,7 @@ def hidden_log_probabilities(
     found = []
     for row, choices in enumerate(cells):
         hidden = [hide_in_batch(network, batch, row, chunk, fill) for chunk in choices.split(AT_ONCE)]
-        scores = [answer_log_probability(answer_logits(network, one, compiled=compiled)[0], one) for one in hidden]
+        scores = [digits_score(answer_logits(network, one, compiled=compiled)[0], one) for one in hidden]
         found.append(torch.cat(scores))
     return found
 
@@ -124,7 +125,7 @@ def occlusion(heatmap: Heatmap, batch: Batch, create_graph: bool, fill: Fill = "
     logits, trace = answer_logits(heatmap.network, batch, **kwargs)
     hidden = windows(window)
     without = hidden_log_probabilities(heatmap.network, batch, [hidden] * len(logits), fill, heatmap.compiled)
-    falls = answer_log_probability(logits, batch)[:, None] - torch.stack(without)  # [B, W]
+    falls = digits_score(logits, batch)[:, None] - torch.stack(without)  # [B, W]
     covered = hidden.flatten(1).to(falls)
     mass = falls.clamp_min(0) @ covered / covered.sum(dim=0)
     return logits, mass.unflatten(1, (GRID, GRID)) + torch.finfo(mass.dtype).tiny, trace
@@ -189,7 +190,7 @@ def occlude(
 def _log_probability_and_count(model: CountingModel, batch: Batch) -> torch.Tensor:
     """Log-probability of each answer, and the expected count: [B, 2] float64 on the CPU."""
     logits, trace = answer_logits(model.network, batch, keep_keys=True)
-    score = answer_log_probability(logits, batch).double().cpu()
+    score = digits_score(logits, batch).double().cpu()
     prefix, _ = number_tokens(model.tokenizer)
     if batch["answer_labels"][0, : len(prefix)].tolist() != prefix:
         return torch.stack([score, torch.full_like(score, torch.nan)], dim=1)

@@ -280,9 +280,9 @@ def saved_model(subject: Subject):
         folder = Path(parent) / "model"
         subject.model.save(folder)
         plain, report = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=subject.network.dtype, output_loading_info=True
+            folder, dtype=subject.network.dtype, output_loading_info=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found, head, first = plain.state_dict(), plain.get_output_embeddings(), plain.get_input_embeddings()
     wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
     wrong |= {name for name in expected.keys() & found.keys() if not torch.equal(expected[name].cpu(), found[name])}

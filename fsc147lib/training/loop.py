@@ -81,6 +81,8 @@ class TrainConfig:
     """What is held against the target: attention, token_gradient, input_gradient, or a method of your own."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter; higher is cheaper."""
+    gradient_method: Literal["exact", "difference"] = "exact"
+    """How token_gradient is trained: its exact derivative, or a faster difference of two gradients, on one GPU."""
     heatmap_every: int | None = None
     """Apply the attention loss on each K-th step, K times as strong; None for the method's own K."""
     heatmap_images: int | None = None
@@ -208,7 +210,7 @@ class Run:
             network.activation_checkpointing_enable({"use_reentrant": False})
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
-            compiled=torch.cuda.is_available() if config.compile is None else config.compile,
+            torch.cuda.is_available() if config.compile is None else config.compile, config.gradient_method,
         )  # fmt: skip
         loss = DualLoss(
             network, config.attention_weight, config.attention_loss, self.heatmap, config.resolved_heatmap_images,

@@ -101,12 +101,13 @@ class DualLoss(nn.Module):
         with_objects = [row for row, count in enumerate(batch["count"]) if count]
         weight = (self.weight if weight is None else weight) if with_objects else 0.0
         looked_at, share = batch, 1.0
-        if weight and (self.heatmap_images is None or self.heatmap_images >= len(batch["names"])):
+        all_images = self.heatmap_images is None or self.heatmap_images >= len(batch["names"])
+        if weight and all_images and not self.heatmap.by_difference:  # one pass for both
             logits, heatmap, _ = self.heatmap.with_logits(batch, create_graph=True)
         else:
             logits, _ = answer_logits(self.network, batch, compiled=self.heatmap.compiled)
             if weight:
-                rows = self.chosen(batch["names"], with_objects)
+                rows = with_objects if all_images else self.chosen(batch["names"], with_objects)
                 looked_at, share = select_rows(batch, rows), len(rows) / len(with_objects)
                 heatmap = self.heatmap(looked_at, create_graph=True)
         labels = batch["answer_labels"]
