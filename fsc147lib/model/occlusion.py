@@ -116,11 +116,13 @@ def hidden_log_probabilities(
     return found
 
 
-def occlusion(heatmap: Heatmap, batch: Batch, create_graph: bool, fill: Fill = "grey", window: int = WINDOW, **kwargs):
+def occlusion_mass(
+    heatmap: Heatmap, batch: Batch, create_graph: bool, fill: Fill = "grey", window: int = WINDOW, **kwargs
+):
     """How far the log-probability of the digits falls when a window of cells is hidden, 0 where it rises.
 
     A cell has the mean of the windows that cover it (Zeiler and Fergus, "Visualizing and Understanding
-    Convolutional Networks", ECCV 2014).  To hide otherwise, register `partial(occlusion, fill="blur", window=4)`.
+    Convolutional Networks", ECCV 2014).  To hide otherwise, register `partial(occlusion_mass, fill="blur", window=4)`.
     """
     logits, trace = answer_logits(heatmap.network, batch, **kwargs)
     hidden = windows(window)
@@ -131,7 +133,7 @@ def occlusion(heatmap: Heatmap, batch: Batch, create_graph: bool, fill: Fill = "
     return logits, mass.unflatten(1, (GRID, GRID)) + torch.finfo(mass.dtype).tiny, trace
 
 
-register("occlusion", occlusion, trainable=False)
+register("occlusion", occlusion_mass, trainable=False)
 
 
 @dataclass

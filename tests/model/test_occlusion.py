@@ -10,7 +10,7 @@ from PIL import Image
 from fsc147lib.data import DataError, Picture, hide
 from fsc147lib.model import Collate, count_without, heatmaps, load_model, look, occlude, predict, predict_samples
 from fsc147lib.model.forward import normalised_pixels
-from fsc147lib.model.occlusion import hide_in_batch, occlusion, windows
+from fsc147lib.model.occlusion import hide_in_batch, occlusion_mass, windows
 from fsc147lib.options import ConfigError
 
 CELLS = np.zeros((14, 14), bool)
@@ -100,7 +100,7 @@ def log_probability_by_hand(model, image, text):
 @pytest.mark.parametrize("fill", ["grey", "blur"])
 def test_occlusion_is_the_fall_in_pictures_edited_by_hand(dual, whole, fill):
     """A user's own window and filling, registered; image by image and window by window."""
-    heatmaps.METHODS["mine"] = heatmaps.Method(partial(occlusion, fill=fill, window=7), False, 1, None)
+    heatmaps.METHODS["mine"] = heatmaps.Method(partial(occlusion_mass, fill=fill, window=7), False, 1, None)
     try:
         seen = look(dual, whole, answer="true", method="mine").maps
     finally:
