@@ -44,6 +44,12 @@ def resized_patches(sample: Sample, image_processor) -> torch.Tensor:
     return blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
 
 
+def from_patches(patches: torch.Tensor, rows: int, columns: int, patch: int, merge: int) -> torch.Tensor:
+    """The image that `to_patches` cut into so many rows and columns of patches."""
+    blocks = patches.view(rows // merge, columns // merge, merge, merge, 3, patch, patch)
+    return blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
+
+
 def mirrored(patches: torch.Tensor, width: int, patch: int, merge: int) -> torch.Tensor:
     """The patches [P, 3 * patch * patch] of the mirror image; width in pixels."""
     blocks = patches.view(-1, width // (merge * patch), merge, merge, 3, patch, patch)
