@@ -32,6 +32,16 @@ def add_lora(network: Qwen3VLForConditionalGeneration, rank: int, precision: str
             parameter.data = parameter.data.float()
 
 
+def save_memory(
+    network: Qwen3VLForConditionalGeneration, lora: int | None, checkpointing: bool, precision: str
+) -> None:
+    """Train adapters of a rank alone, if one is given, and compute activations a second time, if wanted."""
+    if lora:
+        add_lora(network, lora, precision)
+    if checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def merged_weights(network: Qwen3VLForConditionalGeneration) -> dict[str, torch.Tensor] | None:
     """The weights with adapters added in, under their plain names; None if there are no adapters."""
     adapted = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 from ..data import GRID, Sample
 from ..data.targets import resample_map
 from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
-from ..model.adapt import add_lora, freeze_vision, merged_weights
+from ..model.adapt import freeze_vision, merged_weights, save_memory
 from ..model.answers import own_answers
 from ..model.device import peak_memory, seconds_of
 from ..model.load import RANDOM
@@ -212,10 +212,7 @@ def raw_answers(subject: Subject, longest: int = 64):
 def training_step(subject: Subject):
     network, config = subject.network, subject.config
     freeze_vision(network, config.model != RANDOM)
-    if config.lora:
-        add_lora(network, config.lora, subject.accelerator.mixed_precision)
-    if config.gradient_checkpointing:
-        network.activation_checkpointing_enable({"use_reentrant": False})
+    save_memory(network, config.lora, config.gradient_checkpointing, subject.accelerator.mixed_precision)
     loss = DualLoss(network, heatmap=Heatmap(network, compiled=subject.device.type == "cuda"))
     step = TrainingStep(loss, make_optimizer(network, 1e-5), subject.accelerator)
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..data.fsc147 import Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
-from ..model.adapt import add_lora, freeze_vision
+from ..model.adapt import freeze_vision, save_memory
 from ..model.collate import Batch, to_device
 from ..model.device import default_workers, make_accelerator, peak_memory, seconds_of
 from ..model.heatmaps import Heatmap
@@ -296,10 +296,7 @@ def make_setup(config: ThroughputConfig, folder: Path) -> Setup:
     samples = {split: open_split(config.data, split, config.limit) for split in ("train", "val")}
     model = load_or_shape(config.model, accelerator.device.type)
     network, workers = model.network, default_workers() if config.workers is None else config.workers
-    if config.lora:
-        add_lora(network, config.lora, accelerator.mixed_precision)
-    if config.gradient_checkpointing:
-        network.activation_checkpointing_enable({"use_reentrant": False})
+    save_memory(network, config.lora, config.gradient_checkpointing, accelerator.mixed_precision)
     frozen, train = not model.recipe.train_vision, samples["train"]
     freeze_vision(network.to(accelerator.device).train(), frozen)
     store = PixelStore([*train, *samples["val"]], model.image_processor, shared=workers > 0)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
-from ..model.adapt import add_lora, freeze_vision
+from ..model.adapt import freeze_vision, save_memory
 from ..model.device import default_workers, make_accelerator
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
@@ -196,14 +196,11 @@ class Run:
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe)
         network = self.model.network
-        if config.lora:
-            add_lora(network, config.lora, self.accelerator.mixed_precision)
         if self.accelerator.scaler and config.attention_weight and config.heatmap.endswith("_gradient"):
             raise ConfigError(
                 f"{config.heatmap} (--heatmap) is too small for fp16: give attention, or --precision fp32"
             )
-        if config.gradient_checkpointing:
-            network.activation_checkpointing_enable({"use_reentrant": False})
+        save_memory(network, config.lora, config.gradient_checkpointing, self.accelerator.mixed_precision)
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
             torch.cuda.is_available() if config.compile is None else config.compile, config.gradient_method,
