@@ -94,7 +94,7 @@ def test_results_are_in_one_place_for_the_runner_and_for_a_kernel(tmp_path, monk
 ])  # fmt: skip
 def test_a_card_s_memory_picks_the_options(tmp_path, monkeypatch, capsys, gib, parameters, expected):
     monkeypatch.setattr(workbook.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(workbook, "gpu_memory", lambda: (int(gib * 2**30), int(0.9 * gib * 2**30)))
+    monkeypatch.setattr(workbook, "gpu_memory", lambda: (int(gib * 2**30), int(gib * 2**30)))
     monkeypatch.setattr(workbook, "count_parameters", lambda name: parameters)
     assert workbook.Settings(tmp_path, "model", tmp_path).fit() == {"limit": 240, **expected}
     assert " GiB of the GPU are free.\n" in capsys.readouterr().out
