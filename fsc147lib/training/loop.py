@@ -151,8 +151,10 @@ class TrainConfig:
         exclude = self.exclude if split == "train" else None
         return open_split(self.data, split, self.limit, self.category, exclude, self.max_pixels)
 
-    def resolved(self, recipe: Recipe) -> "TrainConfig":
-        """The same with what is left to the model's recipe filled in."""
+    def resolved(self, recipe: Recipe, precision: str) -> "TrainConfig":
+        """The same, with what is left to the model's recipe filled in; a heatmap that fp16 cannot hold is refused."""
+        if precision == "fp16" and self.attention_weight and self.heatmap.endswith("_gradient"):
+            raise ConfigError(f"{self.heatmap} (--heatmap) is too small for fp16: give attention, or --precision fp32")
         first = self.unfreeze_vision_at
         if first is None:
             first = 0 if recipe.train_vision and not self.lora else self.epochs  # adapters train alone
@@ -194,12 +196,8 @@ class Run:
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         self.images = fingerprint(self.samples)
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
-        self.config = config = config.resolved(self.model.recipe)
+        self.config = config = config.resolved(self.model.recipe, self.accelerator.mixed_precision)
         network = self.model.network
-        if self.accelerator.scaler and config.attention_weight and config.heatmap.endswith("_gradient"):
-            raise ConfigError(
-                f"{config.heatmap} (--heatmap) is too small for fp16: give attention, or --precision fp32"
-            )
         save_memory(network, config.lora, config.gradient_checkpointing, self.accelerator.mixed_precision)
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
