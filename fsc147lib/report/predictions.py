@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..model import Prediction
-from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, show_map
+from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, show_map, show_scale
 
 
 def prediction_figure(prediction: Prediction, true: int | None = None) -> Figure:
@@ -28,7 +28,7 @@ def prediction_figure(prediction: Prediction, true: int | None = None) -> Figure
     axes[0].imshow(image)
     axes[0].axis("off")
     axes[0].set_title(f"{prediction.sample.category}: {prediction.answer!r:.60}", fontsize=9, parse_math=False)
-    show_map(axes[1], image, prediction.heatmap, prediction.map_title)
+    show_scale(show_map(axes[1], image, prediction.heatmap, prediction.map_title), axes[1])
     _show_distribution(axes[2], prediction, true)
     return figure
 
@@ -58,7 +58,7 @@ def _show_distribution(axes, prediction: Prediction, true: int | None) -> None:
     axes.set(xlabel="number", ylabel="probability", xlim=(start - 0.5, stop - 0.5), ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(f"mode {prediction.mode}, mean {prediction.mean:.1f}", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
 
 
 def calibration_figure(rows: Sequence[dict]) -> Figure:
@@ -74,7 +74,7 @@ def calibration_figure(rows: Sequence[dict]) -> Figure:
     axes.errorbar(claimed, inside, spread, fmt="o-", color=COUNT_COLOUR, capsize=3, label="measured")
     axes.set(xlabel="probability that the interval claims, %", ylabel="truth lies in it, %", ylim=(0, 102))
     axes.set_xlim(min(40, *claimed) - 3, 102)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -92,5 +92,5 @@ def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.set(xlabel="number", ylabel="images")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     return figure
