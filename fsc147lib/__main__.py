@@ -89,6 +89,13 @@ def run_sweep(config) -> int:
     return 0 if all(row["finished"] for row in rows) else 1
 
 
+def run_compare(config) -> int:
+    from .report.comparison import compare_runs
+
+    print(compare_runs(config))
+    return 0
+
+
 def run_overhead(config) -> int:
     from .report.overhead import measure_overhead
 
@@ -122,6 +129,7 @@ COMMANDS = {  # name: (the dataclass of its options and the module it lies in, w
         run_predict,
         "count in your pictures, and show where it looks",
     ),
+    "compare": ("report.comparison:CompareConfig", run_compare, "lay training runs side by side, with intervals"),
     "overhead": ("report.overhead:OverheadConfig", run_overhead, "measure what the attention loss costs"),
     "throughput": ("report.throughput:ThroughputConfig", run_throughput, "measure training, variant by variant"),
 }

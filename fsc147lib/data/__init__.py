@@ -7,11 +7,12 @@ Left out: anything that knows a model.
 from .checking import check
 from .faults import DataError
 from .fsc147 import FSC147, Sample, open_split
+from .hiding import Fill, hide
 from .picture import Picture
 from .scenes import draw_scene, make_dataset
 from .targets import GRID, area_weights, density_map, kl_divergence, resample_map, target_heatmap
 
 __all__ = [
-    "FSC147", "GRID", "DataError", "Picture", "Sample", "area_weights", "check", "density_map", "draw_scene",
-    "kl_divergence", "make_dataset", "open_split", "resample_map", "target_heatmap",
+    "FSC147", "GRID", "DataError", "Fill", "Picture", "Sample", "area_weights", "check", "density_map", "draw_scene",
+    "hide", "kl_divergence", "make_dataset", "open_split", "resample_map", "target_heatmap",
 ]  # fmt: skip

@@ -57,18 +57,14 @@ def shrunk(image: Image.Image, short_side: int = SHORT_SIDE) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-class Picture(Sample):
-    """A sample of no root: an image in memory, and nothing known of it but what to count."""
+class InMemory(Sample):
+    """A sample whose image lies in memory, in no file."""
 
     _image: Image.Image
 
-    def __init__(self, picture: str | Path | Image.Image, category: str, name: str | None = None):
-        """Open it upright, shrunk to FSC147's size; raises DataError where it cannot be used."""
-        if not is_category(category):
-            raise DataError(f"the category is {category!r:.60}: name what to count, for example 'apples'")
-        image = shrunk(open_picture(picture))
-        name = name or (str(picture) if isinstance(picture, (str, Path)) else "picture")
-        super().__init__(name, category, np.zeros((0, 2), np.float32), np.zeros((0, 4), np.float32), Path(name))
+    def __init__(self, image: Image.Image, name: str, category: str, points=(), boxes=()):
+        points, boxes = np.float32(points).reshape(-1, 2), np.float32(boxes).reshape(-1, 4)
+        super().__init__(name, category, points, boxes, Path(name))
         object.__setattr__(self, "_image", image)
 
     @property
@@ -78,3 +74,19 @@ class Picture(Sample):
     @property
     def size(self) -> tuple[int, int]:
         return self._image.height, self._image.width
+
+
+class Picture(InMemory):
+    """A sample of no root: an image, and nothing known of it but what to count."""
+
+    def __init__(self, picture: str | Path | Image.Image, category: str, name: str | None = None):
+        """Open it upright, shrunk to FSC147's size; raises DataError where it cannot be used."""
+        need_category(category)
+        name = name or (str(picture) if isinstance(picture, (str, Path)) else "picture")
+        super().__init__(shrunk(open_picture(picture)), name, category)
+
+
+def need_category(category: str) -> None:
+    """Raise DataError where nobody could count such objects."""
+    if not is_category(category):
+        raise DataError(f"the category is {category!r:.60}: name what to count, for example 'apples'")

@@ -53,14 +53,14 @@ class EvaluateConfig:
     """"tiny", a folder such as runs/train/best, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
     split: str = "val"
     """Split of the split file to answer."""
-    category: str | None = None
-    """What all images show; the root then needs no class file."""
     batch_size: int = 16
     """Images answered at once."""
     json: Path | None = None
     """Write metrics here, and each image to the same name with .csv."""
     limit: int | None = None
     """Only so many images."""
+    category: str | None = None
+    """What all images show; the root then needs no class file."""
     precision: Precision = "auto"
     heatmap: str = "attention"
     """What is held against the target: attention, token_gradient, input_gradient, attention_x_gradient, or your own."""

@@ -1,25 +1,34 @@
-"""`look`: where a model's attention goes on some samples, layer by layer and head by head, and on whose answer.
+"""`look`: where a model looks on some samples, by any method, and during which word of whose answer.
 
-A map is that of an answer: of the true one, as in training, or of what the model says of its own.
+A map is that of an answer: of the true one, as in training, or of what the model says of its own; and of all
+its digits, or of one word of it.
 
 Left out: how a map is made (`heatmaps`), and whether it is right (`evaluation`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..data import Sample
+from ..options import ConfigError
 from .answers import own_answers
 from .collate import Batch, Collate, to_device
 from .device import make_accelerator
 from .forward import answer_logits
-from .heatmaps import choose_layers, layer_head_maps
+from .heatmaps import Heatmap, layer_head_maps
 from .network import CountingModel
 from .pixels import PixelStore
 from .prompt import parse_count
+
+Whose = Literal["own", "true"]
+Word = Literal["all", "first", "last", "before"]
+"""Of an answer: all its digits, the first, the last, or the token before the first."""
 
 
 @dataclass
@@ -27,14 +36,14 @@ class Look:
     """Maps of some samples, and the answers during which they were seen.
 
     Attributes:
-        maps: [N, L, H, 14, 14] attention mass of every layer and head, or a mean [N, 14, 14].
+        maps: [N, L, H, 14, 14] attention mass of every layer and head, or [N, 14, 14]: their mean, or another method's.
         answers: what was said of each, for example "COUNT: 12".
         whose: the model's "own" answers, or the "true" ones.
     """
 
     maps: torch.Tensor
     answers: list[str]
-    whose: Literal["own", "true"]
+    whose: Whose
 
     @property
     def titles(self) -> list[str]:
@@ -60,41 +69,84 @@ def look(
     samples: list[Sample],
     layers: tuple[int, ...] | None = None,
     batch_size: int = 16,
-    answer: Literal["own", "true"] = "own",
+    answer: Whose = "own",
+    method: str = "attention",
+    heads: tuple[int, ...] | None = None,
+    word: Word = "all",
 ) -> Look:
-    """Where a model's attention goes on some samples while it answers.
+    """Where a model looks on some samples while it answers.
 
     Args:
         model: is moved to this machine's accelerator, if it has one, and put in eval mode.
         samples: with images.
-        layers: None for `default_layers`.
+        layers, heads: whose attention; None for `default_layers` and all heads.  The gradient methods and
+            `occlusion` have none to choose.
         answer: "own": the digits are those that the model says (all tokens of an answer that has none); "true":
             those of the true count, as in training and in `evaluate`.
+        method: any name in METHODS, registered ones included.
+        word: during which of the answer's digits.
 
     Returns:
-        Maps float32 on the CPU, with the answers.
+        Maps float32 on the CPU, with the answers: of `attention` layer by layer and head by head, of another method
+        one for each sample, summing to 1.
+
+    Raises:
+        ConfigError: no such method, layer, head or word.
     """
     accelerator = make_accelerator("auto")
-    network = model.network.to(accelerator.device).eval()
-    layers = choose_layers(network, layers)
-    collate = Collate(model.tokenizer, model.image_processor, PixelStore(samples, model.image_processor))
+    heatmap = Heatmap(model.network, method, layers, heads)
     maps, answers = [], []
-    for start in tqdm(range(0, len(samples), batch_size), desc="look", leave=False):
-        chunk = samples[start : start + batch_size]
-        batch = to_device(collate(chunk), accelerator.device)
+    batches = answered_batches(model, samples, accelerator, batch_size, answer, word)
+    for batch in tqdm(batches, desc="look", leave=False, total=-(-len(samples) // batch_size)):
         with accelerator.autocast():
-            if answer == "own":
-                batch = answered_by_itself(model, chunk, batch, collate)
-            _, trace = answer_logits(network, batch, rows_of=layers)
-        maps.append(layer_head_maps(trace, batch, layers).float().cpu())
+            if method == "attention":
+                _, trace = answer_logits(model.network, batch, rows_of=heatmap.layers)
+                found = layer_head_maps(trace, batch, heatmap.layers)
+                found = found if heads is None else found[:, :, list(heads)]
+            else:
+                found = heatmap(batch)
+        maps.append(found.float().cpu())
         answers += answer_texts(model, batch)
     return Look(torch.cat(maps), answers, answer)
 
 
-def answered_by_itself(model: CountingModel, samples: list[Sample], batch: Batch, collate: Collate) -> Batch:
-    """The batch of these samples with the model's own answers in place of the true ones."""
-    answers, _, _ = own_answers(model, batch)
-    return to_device(collate(samples, answers), batch["input_ids"].device)
+@torch.no_grad()
+def answered_batches(
+    model: CountingModel,
+    samples: list[Sample],
+    accelerator: Accelerator,
+    batch_size: int = 16,
+    answer: Whose = "own",
+    word: Word = "all",
+) -> Iterator[Batch]:
+    """Batches of the samples in their order, with the answers and the word that is looked at; see `look`."""
+    model.network.to(accelerator.device).eval()
+    collate = Collate(model.tokenizer, model.image_processor, PixelStore(samples, model.image_processor))
+    for start in range(0, len(samples), batch_size):
+        chunk = samples[start : start + batch_size]
+        batch = to_device(collate(chunk), accelerator.device)
+        if answer == "own":
+            with accelerator.autocast():
+                answers, _, _ = own_answers(model, batch)
+            batch = to_device(collate(chunk, answers), accelerator.device)
+        yield with_word(batch, word)
+
+
+def with_word(batch: Batch, word: Word) -> Batch:
+    """The batch with one word of its answers in place of all digits; of an answer without digits, of all tokens.
+
+    Raises:
+        ConfigError: no such word.
+    """
+    if word not in get_args(Word):
+        raise ConfigError(f"word is {word!r}, but must be one of {', '.join(get_args(Word))}")
+    if word == "all":
+        return batch
+    digit = (batch["digit_weights"] > 0).int()  # [B, A]
+    first, last = digit.argmax(dim=1), digit.shape[1] - 1 - digit.flip(1).argmax(dim=1)  # [B] each
+    place = {"first": first, "last": last, "before": (first - 1).clamp_min(0)}[word]
+    weights = F.one_hot(place, digit.shape[1]).to(batch["digit_weights"])
+    return cast(Batch, {**batch, "digit_weights": weights})
 
 
 def answer_texts(model: CountingModel, batch: Batch) -> list[str]:
@@ -104,11 +156,13 @@ def answer_texts(model: CountingModel, batch: Batch) -> list[str]:
 
 
 def mean_map(look: Look, layers: list[int] | None = None) -> Look:
-    """The `attention` heatmaps [N, 14, 14], each summing to 1, of what was looked at.
+    """The heatmaps [N, 14, 14] of what was looked at, each summing to 1: of `attention`, the mean of layers and heads.
 
     Args:
         layers: places of some layers among those looked at; None for all.
     """
+    if look.maps.ndim == 3:
+        return look
     maps = look.maps if layers is None else look.maps[:, layers]
     mean = maps.mean(dim=(1, 2))
     return replace(look, maps=mean / mean.sum(dim=(1, 2), keepdim=True))

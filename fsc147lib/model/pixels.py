@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from ..data.faults import DataError
 from ..data.fsc147 import Sample
+from ..data.picture import InMemory
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux keeps memory that processes share; a container may have little of it."""
@@ -74,7 +75,8 @@ class PixelStore:
 
     def __init__(self, samples: list[Sample], image_processor, shared: bool = False):
         self.image_processor = image_processor
-        sizes = {sample.image_path: resized_size(sample, image_processor) for sample in samples}
+        kept = [sample for sample in samples if not isinstance(sample, InMemory)]  # whose names need not differ
+        sizes = {sample.image_path: resized_size(sample, image_processor) for sample in kept}
         starts = [0, *accumulate(3 * height * width for height, width in sizes.values())]
         free = free_memory()
         if shared and SHARED_MEMORY.is_dir():
@@ -95,7 +97,7 @@ class PixelStore:
         if sample.mirror_of is not None:
             _, width = resized_size(sample.mirror_of, processor)
             return mirrored(self.patches(sample.mirror_of), width, patch, merge)
-        if sample.image_path not in self.places:
+        if isinstance(sample, InMemory) or sample.image_path not in self.places:
             return to_patches(torch.from_numpy(resized(sample, processor).copy()), patch, merge)
         number, start, end = self.places[sample.image_path]
         kept = self.bytes[start:end].view(-1, 3 * patch * patch)

@@ -6,18 +6,26 @@ Left out: when to use it (`train`).
 import hashlib
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import PIL
 import torch
+import transformers
 from accelerate import Accelerator
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..data import fsc147
 from ..data.fsc147 import Sample
+from ..options import ConfigError
+from . import forward, layers, pixels
 from .collate import Batch, Collate, to_device
 from .forward import encode_images
 from .network import CountingModel
@@ -36,10 +44,14 @@ class VisionCache:
         accelerator: gives device and precision.
         place: "gpu", "host" (memory, pinned if there is a GPU), "disk" (a memory-mapped safetensors
             file), or "auto": the first of these with room.
-        folder: where files are kept; the file's name is a key made of the encoder's weights, the images'
-            bytes and the preprocessing, so that another encoder or another image never finds it.
+        folder: where files are kept; the file's name is `cache_key`, so that another encoder or another image
+            never finds it, and a checksum in it is compared before it is used.  Of several runs at once one encodes
+            and the others wait for its file.
         workers: processes that read images.
         compiled: compile the encoder's blocks.
+
+    Raises:
+        ConfigError: the disk has no room for the file.
     """
 
     def __init__(
@@ -66,33 +78,28 @@ class VisionCache:
         self.dtype = torch.bfloat16 if narrow else network.model.visual.dtype
         self.shape = (total, 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size)
         self.place = _choose_place(math.prod(self.shape) * self.dtype.itemsize) if place == "auto" else place
-        path = None
-        if self.place == "disk":
-            path = Path(folder) / f"{cache_key(model, samples, self.dtype)}.safetensors"
-            if _is_whole(path, self.shape):
-                self.features, _ = _map_file(path, self.shape, self.dtype)
-                return
-        draft = path and path.with_name(path.name + ".writing")
-        self.features, mapped = self._allocate(draft)
         order = sorted(range(len(samples)), key=lambda i: sizes[i])
         chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
         loader = DataLoader(chunks, batch_size=None, collate_fn=collate, num_workers=workers)
-        self._fill(network, accelerator, loader, compiled)
-        if path:
-            mapped.flush()
-            draft.rename(path)
-
-    def _allocate(self, draft: Path | None) -> tuple[torch.Tensor, np.memmap | None]:
-        if self.place == "gpu":
-            return torch.empty(self.shape, dtype=self.dtype, device=self.device), None
-        if self.place == "host":
-            return torch.empty(self.shape, dtype=self.dtype, pin_memory=self.device.type == "cuda"), None
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        header = _header(self.shape, self.dtype)
-        with draft.open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + math.prod(self.shape) * self.dtype.itemsize)
-        return _map_file(draft, self.shape, self.dtype, mode="r+")
+        if self.place != "disk":
+            on_gpu = self.device.type == "cuda"
+            where = {"device": self.device} if self.place == "gpu" else {"pin_memory": on_gpu}
+            self.features = torch.empty(self.shape, dtype=self.dtype, **where)
+            self._fill(network, accelerator, loader, compiled)
+            return
+        path = Path(folder) / f"{cache_key(model, samples, self.dtype)}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not _is_whole(path, self.shape):
+                draft = path.with_name(path.name + ".writing")
+                header = _header(self.shape, self.dtype, model)
+                _reserve(draft, header, math.prod(self.shape) * self.dtype.itemsize)
+                self.features, mapped = _map_file(draft, len(header), self.shape, self.dtype, "r+")
+                self._fill(network, accelerator, loader, compiled)
+                mapped.flush()
+                _seal(draft, header)
+                draft.rename(path)
+            self.features, _ = _map_file(path, _data_start(path), self.shape, self.dtype)
 
     @torch.no_grad()
     def _fill(self, network, accelerator: Accelerator, loader: DataLoader, compiled: bool) -> None:
@@ -137,8 +144,9 @@ def _choose_place(size: int) -> str:
 
 
 def cache_key(model: CountingModel, samples: list[Sample], dtype: torch.dtype) -> str:
-    """SHA-256 of all that image features depend on: encoder weights, preprocessing, precision, images and order."""
-    key = hashlib.sha256(json.dumps([str(dtype), model.image_processor.to_dict()], default=str).encode())
+    """SHA-256 of all that image features depend on: encoder, preprocessing, precision, code, images and order."""
+    about = [str(dtype), model.image_processor.to_dict(), _encoder(model), code_version()]
+    key = hashlib.sha256(json.dumps(about, default=str).encode())
     for name, weight in sorted(model.network.model.visual.state_dict().items()):
         key.update(name.encode())
         key.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -151,27 +159,79 @@ def cache_key(model: CountingModel, samples: list[Sample], dtype: torch.dtype) -
     return key.hexdigest()[:32]
 
 
+def _encoder(model: CountingModel) -> str:
+    return json.dumps(model.network.config.vision_config.to_dict(), default=str, sort_keys=True)
+
+
+def code_version() -> str:
+    """Of all code between an image's file and its features: a hash of this library's modules, others' versions."""
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (fsc147, pixels, forward, layers))
+    others = [f"{library.__name__} {library.__version__}" for library in (torch, transformers, PIL)]
+    return ", ".join([hashlib.sha256(sources).hexdigest()[:16], *others])
+
+
 # --- The file: one tensor "features" in safetensors' own format, written through a memory map
 
 
-def _header(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
-    names = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+UNSEALED = "0" * 64
+"""Stands in the header for the data's SHA-256 until all of them are written."""
+
+
+def _header(shape: tuple[int, ...], dtype: torch.dtype, model: CountingModel) -> bytes:
+    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
     entry = {"dtype": names[dtype], "shape": shape, "data_offsets": [0, math.prod(shape) * dtype.itemsize]}
-    text = json.dumps({"features": entry}).encode()
+    about = {"encoder": _encoder(model), "code": code_version(), "sha256": UNSEALED}
+    text = json.dumps({"__metadata__": about, "features": entry}).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
+def _reserve(path: Path, header: bytes, size: int) -> None:
+    """Make the file and take its room on disk: a map of a file without it dies of SIGBUS when the disk is full."""
+    try:
+        with path.open("wb") as file:
+            file.write(header)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), len(header), size)
+            file.truncate(len(header) + size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise ConfigError(
+            f"the vision cache needs {size / 2**20:.0f} MiB in {path.parent}, where {free / 2**20:.0f} MiB are free "
+            f"({error.strerror}): make room, or train with --vision-cache host or off"
+        ) from error
+
+
+def _data_start(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def _sha256(path: Path) -> str:
+    """Of the data behind the header."""
+    with path.open("rb") as file:
+        file.seek(_data_start(path))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(path: Path, header: bytes) -> None:
+    """Put the data's checksum into the header."""
+    with path.open("r+b") as file:
+        file.write(header.replace(UNSEALED.encode(), _sha256(path).encode()))
+
+
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file is there that safetensors finds complete, of the shape wanted."""
+    """Whether a file is there of the shape wanted, whose data are those that were written."""
     try:
         with safe_open(path, framework="pt") as file:
-            return tuple(file.get_slice("features").get_shape()) == shape
+            found = file.get_slice("features").get_shape(), (file.metadata() or {}).get("sha256")
+        return found == (list(shape), _sha256(path))
     except (OSError, SafetensorError):
         return False
 
 
-def _map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype, mode: Literal["c", "r+"] = "c"):
+def _map_file(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype, mode: Literal["c", "r+"] = "c"):
     integers = np.dtype(f"i{dtype.itemsize}")  # numpy has no bfloat16
-    mapped = np.memmap(path, integers, mode, offset=len(_header(shape, dtype)), shape=shape)
+    mapped = np.memmap(path, integers, mode, offset=start, shape=shape)
     return torch.from_numpy(mapped).view(dtype), mapped

@@ -4,6 +4,7 @@ Nothing imports it but commands and notebooks.
 """
 
 __all__ = [
+    "comparison",
     "figures",
     "overhead",
     "predictions",

@@ -57,7 +57,8 @@ def _show_distribution(axes, prediction: Prediction, true: int | None) -> None:
         axes.axvline(true, color="black", linestyle=":", linewidth=1.2, label=f"true count {true}")
     axes.set(xlabel="number", ylabel="probability", xlim=(start - 0.5, stop - 0.5), ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title(f"mode {prediction.mode}, mean {prediction.mean:.1f}", fontsize=9)
+    silent = "" if prediction.covered > 0.99 else f"; a number is said with {prediction.covered:.0%}"
+    axes.set_title(f"mode {prediction.mode}, mean {prediction.mean:.1f}{silent}", fontsize=9)
     axes.legend(frameon=False, fontsize=9)
 
 

@@ -51,8 +51,6 @@ class TrainConfig:
 
     data: Path
     """Folder in FSC147's official layout."""
-    category: str | None = None
-    """What all images show; the root then needs no class file."""
     out: Path = Path("runs/train")
     """Folder of the run: metrics.jsonl, config.json, best/ and last/."""
     model: str = "tiny"
@@ -103,6 +101,8 @@ class TrainConfig:
     """Of random weights, order and mirroring: the same seed gives the same run on the same machine."""
     limit: int | None = None
     """Only so many images of each split."""
+    category: str | None = None
+    """What all images show; the root then needs no class file."""
     batch_by_size: bool = True
     """Put images of like size into one batch: little padding, in an order that still varies."""
     compile: bool | None = None
@@ -196,9 +196,9 @@ class Run:
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
         self.folder.writes = self.accelerator.is_main_process
-        self.samples = {
-            split: open_split(config.data, split, config.limit, config.category) for split in ("train", "val")
-        }
+        wanted = config.limit, config.category
+        self.samples = {split: open_split(config.data, split, *wanted) for split in ("train", "val")}
+        self.images = fingerprint(self.samples)
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe)
         network = self.model.network
@@ -240,8 +240,8 @@ class Run:
         config = self.config
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if config.resume:
-            optimizer, images = self.training_step.optimizer, fingerprint(self.samples)
-            self.step, self.epoch = self.folder.restore(self.result, optimizer, images)
+            optimizer = self.training_step.optimizer
+            self.step, self.epoch = self.folder.restore(self.result, optimizer, self.images)
         self.folder.start()
         if self.folder.writes:
             self.tracker = start_tracker(config.out, config.tracking, json.loads(config.to_json()))
@@ -273,11 +273,11 @@ class Run:
     def validate(self) -> None:
         """Evaluate the validation split and log it."""
         batch_size = answering_batch_size(self.config.batch_size, self.heatmap)
-        evaluation = evaluate_samples(
+        self.validation = evaluate_samples(
             self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
             self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
         )  # fmt: skip
-        self.log({"step": self.step, "epoch": self.epoch, "val": evaluation.metrics})
+        self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
 
     def train_epoch(self, progress: tqdm) -> None:
         """Train on each image once, with a line of the log every few steps."""
@@ -316,7 +316,7 @@ class Run:
     def save(self) -> None:
         """Write last/, and best/ if the validation MAE is the lowest so far."""
         if self.folder.writes:
-            self.folder.save(self.model, self.training_step.optimizer, self.result, fingerprint(self.samples))
+            self.folder.save(self.model, self.training_step.optimizer, self.result, self.images, self.validation)
 
 
 def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:

@@ -1,7 +1,7 @@
 """The folder of a run: who may use it, what it holds, and how a run comes back from it.
 
 `config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `summary.json` (validation
-before, best and last), `best/` and `last/` (checkpoints), `wandb/`.
+before, best and last), `best.csv` (the best one, image by image), `best/` and `last/` (checkpoints), `wandb/`.
 
 Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`).
 """
@@ -9,11 +9,12 @@ Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`)
 import json
 import math
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
+from ..evaluation.answering import Evaluation, to_csv
 from ..files import recover_folder, set_aside, write_text
 from ..model.network import CountingModel
 from ..options import ConfigError
@@ -140,13 +141,21 @@ class RunFolder:
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def save(self, model: CountingModel, optimizer: torch.optim.Optimizer, result: TrainResult, images: str) -> None:
-        """Write last/ and summary.json after an epoch's validation, and best/ if its MAE is the lowest so far."""
+    def save(
+        self,
+        model: CountingModel,
+        optimizer: torch.optim.Optimizer,
+        result: TrainResult,
+        images: str,
+        validation: Evaluation,
+    ) -> None:
+        """Write last/ and summary.json after an epoch's validation; best/ and best.csv if its MAE is the lowest."""
         state = {"step": result.epochs[-1]["step"], "epoch": result.epochs[-1]["epoch"], "data": images,
                  "steps": result.steps, "epochs": result.epochs}  # fmt: skip
         save_checkpoint(self.out / "last", model, optimizer, state)
         if result.last_is_best():
             link_checkpoint(self.out / "last", self.out / "best")
+            write_text(self.out / "best.csv", to_csv([asdict(image) for image in validation.images]))
         shutil.rmtree(self.out.with_name(self.out.name + ".old"), ignore_errors=True)
         write_text(self.out / "summary.json", json.dumps(result.summary(), indent=1))
 

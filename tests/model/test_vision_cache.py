@@ -1,6 +1,9 @@
 """Kept image features give the same losses, and are never those of another encoder or image."""
 
+import errno
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -64,7 +67,7 @@ def no_encoder(monkeypatch):
 
 def test_a_file_is_used_again(frozen, mixed_samples, tmp_path, no_encoder):
     first = make(frozen, mixed_samples, tmp_path)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.safetensors")
     with safe_open(path, framework="pt") as file:
         assert torch.equal(file.get_tensor("features"), first.features)
     no_encoder()
@@ -88,18 +91,46 @@ def another_size(model, samples, folder):
     return samples
 
 
+def other_heads(model, samples, folder):
+    """Over the same weights."""
+    saved = folder.parent / "model"
+    model.save(saved)
+    config = json.loads((saved / "config.json").read_text())
+    config["vision_config"]["num_heads"] = 2
+    (saved / "config.json").write_text(json.dumps(config))
+    model.network = load_model(saved).network
+    return samples
+
+
+def other_code(model, samples, folder, monkeypatch):
+    monkeypatch.setattr(vision_cache, "code_version", lambda: "of tomorrow")
+    return samples
+
+
 def a_torn_file(model, samples, folder):
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
     return samples
 
 
+def a_flipped_byte(model, samples, folder):
+    (path,) = folder.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 0x40
+    path.write_bytes(content)
+    return samples
+
+
+CHANGES = [another_encoder, another_image, another_size, other_heads, other_code, a_torn_file, a_flipped_byte]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [another_encoder, another_image, another_size, a_torn_file])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_stale_or_torn_file_is_never_used(frozen, mixed_samples, tmp_path, change, monkeypatch):
     folder = tmp_path / "cache"
     make(frozen, mixed_samples, folder)
-    samples = change(frozen, mixed_samples, folder)
+    patch = (monkeypatch,) if change is other_code else ()
+    samples = change(frozen, mixed_samples, folder, *patch)
     calls, real = [], vision_cache.encode_images
     monkeypatch.setattr(vision_cache, "encode_images", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     cache = make(frozen, samples, folder)
@@ -116,7 +147,29 @@ def test_half_a_file_is_no_file(frozen, mixed_samples, tmp_path, no_encoder, mon
     assert not list(tmp_path.glob("*.safetensors"))
     monkeypatch.undo()
     make(frozen, mixed_samples, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*.safetensors*"))) == 1
+
+
+def test_a_full_disk_is_a_sentence_before_the_first_image(frozen, mixed_samples, tmp_path, no_encoder, monkeypatch):
+    """And not a SIGBUS on the way: the room is taken before the file is mapped."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    no_encoder()
+    with pytest.raises(ConfigError, match="vision cache needs .* MiB .*--vision-cache host or off"):
+        make(frozen, mixed_samples, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors*"))
+
+
+def test_of_two_runs_at_once_one_encodes(frozen, mixed_samples, tmp_path, monkeypatch):
+    calls, real = [], vision_cache.encode_images
+    monkeypatch.setattr(vision_cache, "encode_images", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.map(lambda _: make(frozen, mixed_samples, tmp_path), range(2))
+    assert len(calls) == 2  # batches of three and of one
+    assert torch.equal(first.features, second.features) and first.features.any()
 
 
 def test_the_place_goes_by_size(monkeypatch):

@@ -41,6 +41,13 @@ def test_a_prediction_shows_picture_map_and_distribution(prediction, tmp_path):
     assert Image.open(tmp_path / "new" / "map.png").width > 800
 
 
+def test_a_model_that_says_no_number_is_seen_to(prediction):
+    assert predictions.prediction_figure(prediction).axes[2].get_title() == "mode 11, mean 12.7"
+    prediction.covered = 0.123
+    title = predictions.prediction_figure(prediction).axes[2].get_title()
+    assert title == "mode 11, mean 12.7; a number is said with 12%"
+
+
 def test_an_answer_beyond_the_last_number_is_drawn(prediction):
     prediction.count = 12_345
     assert predictions.prediction_figure(prediction).axes[2].get_xlim()[1] > 12_345

@@ -1,0 +1,68 @@
+"""`compare` on runs whose numbers are known."""
+
+import csv
+import json
+
+import pytest
+
+from fsc147lib.options import ConfigError
+from fsc147lib.report.comparison import CompareConfig, SavedRun, compare_runs
+
+
+def write_run(folder, errors, kl, **options):
+    """A run's folder as `train` leaves it: two epochs, the second the best."""
+    folder.mkdir(parents=True)
+    mae = sum(errors) / len(errors)
+    best = {"epoch": 2, "mae": mae, "kl": kl}
+    config = {"data": "root", "out": str(folder), "seed": 0, "attention_weight": 0.1} | options
+    baselines = {"mean": {"constant": 20.0, "mae": 12.5}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps({"best": best, "baselines": baselines}))
+    lines = [{"step": 0, "epoch": 0, "val": {"mae": 20.0, "kl": 1.0}}, {"step": 5, "epoch": 1, "count_loss": 1.0},
+             {"step": 9, "epoch": 2, "val": best}]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (folder / "best.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["name", "error", "kl"])
+        table.writeheader()
+        table.writerows({"name": f"{i}.jpg", "error": e, "kl": "" if i == 0 else kl} for i, e in enumerate(errors))
+    return folder
+
+
+def test_runs_side_by_side(tmp_path):
+    a = write_run(tmp_path / "a", [2.0, 4.0, 6.0, 8.0], 0.9)
+    b = write_run(tmp_path / "b", [1.0, 3.0, 5.0, 7.0], 0.4, attention_weight=3.0, seed=1)
+    c = write_run(tmp_path / "c", [3.0, 3.0, 7.0, 7.0], 0.9)
+    text = compare_runs(CompareConfig((a, b, c), tmp_path / "new" / "curves.png"))
+    lines = {line[:24].strip(): line[24:].split() for line in text.splitlines()}
+    assert lines["options that differ"] == ["a", "b", "c"] and lines["attention_weight"] == ["0.1", "3.0", "0.1"]
+    assert "out" not in lines and "data" not in lines  # folders are no difference, and the data are the same
+    assert text[text.index("MAE, mean error (objects)") + 25 :].split()[:5] == ["low", "5.00", "4.00", "5.00", "12.50"]
+    assert "b - a: MAE -1.000 (-1.000 to -1.000), better" in text
+    assert "b - a: KL -0.500 (-0.500 to -0.500), better" in text
+    assert "c - a: MAE +0.000 (-1.000 to +1.000), no clear difference" in text
+    assert (tmp_path / "new" / "curves.png").stat().st_size > 5000
+
+
+def test_images_of_another_epoch_are_not_compared(tmp_path):
+    """A crash between the checkpoint and its CSV leaves one that does not belong to the best epoch."""
+    a, b = write_run(tmp_path / "a", [2.0, 4.0], 0.9), write_run(tmp_path / "b", [1.0, 3.0], 0.4)
+    (b / "best.csv").write_text((a / "best.csv").read_text())
+    assert "b and a: not the same images, or no best.csv of both" in compare_runs(CompareConfig((a, b)))
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    a = write_run(tmp_path / "a", [2.0], 0.9)
+    with pytest.raises(ConfigError, match="two folders"):
+        CompareConfig((a,))
+    with pytest.raises(ConfigError, match="nowhere holds no run"):
+        compare_runs(CompareConfig((a, tmp_path / "nowhere")))
+
+
+@pytest.mark.slow
+def test_a_trained_run_compares_with_itself(tmp_path, root):
+    from fsc147lib import TrainConfig, train
+
+    train(TrainConfig(root, tmp_path / "run", "tiny-random", epochs=2, limit=4, batch_size=2, tracking="disabled"))
+    run = SavedRun.read(tmp_path / "run")
+    assert len(run.images) == 4 and [line["epoch"] for line in run.epochs] == [0, 1, 2]
+    assert "MAE +0.000 (+0.000 to +0.000)" in compare_runs(CompareConfig((tmp_path / "run", tmp_path / "run")))
