@@ -11,5 +11,6 @@ __all__ = [
     "sweeps",
     "throughput",
     "timing",
+    "viewer",
     "workbook",
 ]  # modules, loaded on import

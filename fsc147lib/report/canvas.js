@@ -52,7 +52,11 @@ function render({ model, el }) {
     Object.assign(canvas.style, { width: `${width}px`, height: `${total}px` });
     pen.scale(ratio, ratio);
     pen.drawImage(state.photo, 0, 0, width, height);
-    const edge = i => [i % GRID * width / GRID, Math.floor(i / GRID) * height / GRID];
+    const line = (i, length) => Math.round(i * length / GRID * ratio) / ratio;  // whole pixels, or seams show
+    const cell = i => {
+      const [row, column] = [Math.floor(i / GRID), i % GRID], [x, y] = [line(column, width), line(row, height)];
+      return [x, y, line(column + 1, width) - x, line(row + 1, height) - y];
+    };
     if (panel.values) {
       pen.globalCompositeOperation = "saturation";  // grey below the colours
       pen.fillStyle = "#000";
@@ -61,7 +65,7 @@ function render({ model, el }) {
       pen.globalAlpha = state.opacity;
       panel.values.forEach((value, i) => {
         pen.fillStyle = colourOf(panel, value);
-        pen.fillRect(...edge(i), width / GRID, height / GRID);
+        pen.fillRect(...cell(i));
       });
       pen.globalAlpha = 1;
       drawBar(pen, panel, width, height + 4);
@@ -73,8 +77,8 @@ function render({ model, el }) {
     }
     for (const i of state.drag ? merged() : state.cells) {
       Object.assign(pen, { fillStyle: "rgb(127 127 127 / 0.85)", strokeStyle: "#fff", lineWidth: 0.5 });
-      pen.fillRect(...edge(i), width / GRID, height / GRID);
-      pen.strokeRect(...edge(i), width / GRID, height / GRID);
+      pen.fillRect(...cell(i));
+      pen.strokeRect(...cell(i));
     }
   }
 

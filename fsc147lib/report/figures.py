@@ -5,15 +5,13 @@ Every function draws on matplotlib axes or returns a figure; a widget redraws su
 Left out: reading data and running models; notebooks hand in what they got from the library.
 """
 
-import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
@@ -43,23 +41,26 @@ def show_dots(axes, sample: Sample, boxes: bool = True) -> None:
 
 
 def show_map(
-    axes, image: Image.Image, values: np.ndarray, title: str = "", largest: float | None = None, opacity: float = 0.6
-):
+    axes, image: Image.Image, values: np.ndarray, title: str = "", largest: float | None = None, signed: bool = False,
+    opacity: float = 0.6,
+):  # fmt: skip
     """A map laid over a grey photograph, stretched over the whole of it.
 
     Args:
-        values: [h, w] non-negative; a grid's cells are drawn as cells, without smoothing.
+        values: [h, w]; a grid's cells are drawn as cells, without smoothing.
         largest: the value of the brightest colour, and of all above it; the same for all maps that are compared,
             None for this map's own.
+        signed: a difference, from -largest to largest.
         opacity: the same in all cells, 0..1.
 
     Returns:
         What `show_scale` explains: colours go with the square root, so that one peak does not darken all else.
     """
-    scale = PowerNorm(0.5, 0, max(float(values.max()) if largest is None else largest, 1e-12))
+    largest = max(float(values.max()) if largest is None else largest, 1e-12)
     axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
     shown = axes.imshow(
-        values, cmap=MAP_COLOURS, alpha=opacity, norm=scale,
+        values, cmap=DIFFERENCE_COLOURS if signed else MAP_COLOURS, alpha=opacity,
+        norm=Normalize(-largest, largest) if signed else PowerNorm(0.5, 0, largest),
         extent=(0, image.width, image.height, 0), interpolation="nearest",
     )  # fmt: skip
     axes.set_title(title, fontsize=LABEL, parse_math=False)
@@ -338,30 +339,3 @@ def throughput_bars(rows: Sequence[dict]) -> Figure:
     axes.invert_yaxis()
     axes.set(xlabel="images a second, training")
     return figure
-
-
-def browser(draw: Callable[..., Figure], **choices) -> widgets.Widget:
-    """Sliders and menus that redraw a figure.
-
-    Args:
-        draw: makes a figure of the chosen values.
-        choices: for each argument of `draw`: a range for a slider, or a list for a menu.
-    """
-    controls = {
-        name: widgets.IntSlider(min=c.start, max=c.stop - 1, description=name, continuous_update=False)
-        if isinstance(c, range)
-        else widgets.Dropdown(options=c, description=name)
-        for name, c in choices.items()
-    }
-    picture = widgets.Image(format="png")  # and no Output widget: a runner without a window hangs on those
-
-    def redraw(*_) -> None:
-        figure, png = draw(**{name: control.value for name, control in controls.items()}), io.BytesIO()
-        figure.savefig(png, dpi=80)
-        plt.close(figure)
-        picture.value = png.getvalue()
-
-    for control in controls.values():
-        control.observe(redraw, "value")
-    redraw()
-    return widgets.VBox([widgets.HBox(list(controls.values())), picture])

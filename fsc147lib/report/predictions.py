@@ -29,7 +29,7 @@ def prediction_figure(prediction: Prediction, true: int | None = None) -> Figure
     axes[0].axis("off")
     axes[0].set_title(f"{prediction.sample.category}: {prediction.answer!r:.60}", fontsize=9, parse_math=False)
     show_scale(show_map(axes[1], image, prediction.heatmap, prediction.map_title), axes[1])
-    _show_distribution(axes[2], prediction, true)
+    show_distribution(axes[2], prediction, true)
     return figure
 
 
@@ -41,7 +41,8 @@ def save_prediction(prediction: Prediction, path: Path) -> None:
     plt.close(figure)
 
 
-def _show_distribution(axes, prediction: Prediction, true: int | None) -> None:
+def show_distribution(axes, prediction: Prediction, true: int | None) -> None:
+    """How probable each number is, with the 90 % interval, the model's own answer and the true count."""
     low, high = prediction.interval(0.9)
     first, last = prediction.interval(0.999)
     marked = [number for number in (prediction.count, true) if number is not None]

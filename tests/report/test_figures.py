@@ -194,18 +194,3 @@ def test_throughput_bars_name_the_batch():
     axes = figures.throughput_bars(rows).axes[0]
     assert [patch.get_width() for patch in axes.patches] == [10, 50]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["plain (batch 8)", "fast (batch 8)"]
-
-
-def test_browser_redraws_what_is_chosen(samples):
-    drawn = []
-
-    def draw(split, index):
-        drawn.append((split, index))
-        return plt.figure(figsize=(index + 1, 1))
-
-    widget = figures.browser(draw, split=["train", "val"], index=range(5))
-    menu, slider = widget.children[0].children
-    before = bytes(widget.children[1].value)
-    menu.value, slider.value = "val", 3
-    assert before.startswith(b"\x89PNG") and widget.children[1].value != before
-    assert drawn == [("train", 0), ("val", 0), ("val", 3)] and slider.max == 4
