@@ -18,6 +18,7 @@ import torch
 from ..options import ConfigError
 from .collate import Batch
 from .forward import VISION, Trace, answer_logits, normalised_pixels
+from .gradient_difference import digits_score, gradients_by_difference
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Heatmap:
             visual embeddings themselves, to the last.  The higher, the less of the network has to be
             differentiated twice.
         compiled: compile the layers in passes through the network.
+        gradient_method: of `token_gradient`, how it is trained: "exact", or by "difference" (`gradient_difference`),
+            whose logits have no gradient of their own.
 
     Raises:
         ConfigError: no such method, layer or head.
@@ -76,6 +79,7 @@ class Heatmap:
         heads: tuple[int, ...] | None = None,
         state_layer: int = 0,
         compiled: bool = False,
+        gradient_method: str = "exact",
     ):
         depth = network.config.text_config.num_hidden_layers
         if method not in METHODS:
@@ -84,6 +88,7 @@ class Heatmap:
             raise ConfigError(f"heatmap_layer is {state_layer}, but this model has 0 to {depth - 1}")
         self.network, self.method, self.heads, self.state_layer = network, method, heads, state_layer
         self.layers, self.compiled = choose_layers(network, layers, heads), compiled
+        self.by_difference = method == "token_gradient" and gradient_method == "difference"
 
     def __call__(self, batch: Batch, create_graph: bool = False) -> torch.Tensor:
         """One forward pass and its heatmap.
@@ -195,11 +200,14 @@ def token_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs)
     vanishes towards the last layers.
     """
     with torch.enable_grad():
-        logits, trace = answer_logits(
-            heatmap.network, batch, gradient_from=heatmap.state_layer, create_graph=create_graph, **kwargs
-        )
-        gradients = _gradients(logits, batch, trace.inputs, create_graph)
-        products = ((x * gradient).abs().sum(dim=-1) for x, gradient in zip(trace.inputs, gradients, strict=True))
+        if create_graph and heatmap.by_difference:
+            logits, trace, inputs, gradients = gradients_by_difference(heatmap, batch, **kwargs)
+        else:
+            logits, trace = answer_logits(
+                heatmap.network, batch, gradient_from=heatmap.state_layer, create_graph=create_graph, **kwargs
+            )
+            inputs, gradients = trace.inputs, _gradients(logits, batch, trace.inputs, create_graph)
+        products = ((x * gradient).abs().sum(dim=-1) for x, gradient in zip(inputs, gradients, strict=True))
         hidden, *deepstack = products  # [B, T], [V] each
         tokens = hidden.flatten()[batch["visual_index"]] + sum(deepstack)  # [V]
     return logits, visual_mass(_on_sequence(tokens, batch), batch), trace
@@ -254,10 +262,7 @@ def _chosen_rows(rows: dict[int, torch.Tensor], heatmap: Heatmap) -> torch.Tenso
 
 def _gradients(logits, batch: Batch, inputs: list[torch.Tensor], create_graph: bool) -> list[torch.Tensor]:
     """Gradients of the digits' log-probability; samples do not meet, so the sum over the batch serves them all."""
-    log_probability = logits.float().log_softmax(dim=-1)
-    labels = batch["answer_labels"].clamp_min(0).unsqueeze(-1)
-    digits = batch["digit_weights"] > 0  # [B, A]
-    score = (log_probability.gather(-1, labels)[..., 0] * digits).sum()
+    score = digits_score(logits, batch).sum()
     return list(torch.autograd.grad(score, inputs, create_graph=create_graph, retain_graph=True))
 
 

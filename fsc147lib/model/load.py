@@ -2,22 +2,29 @@
 
 Whatever the name, the same `CountingModel` comes back, and all code after it is the same.
 
+A folder is not believed: no code of its own runs, nothing is unpickled, and what does not fit together is refused.
+
 Left out: the forward pass (`forward`), and `Qwen3VLProcessor`, which cannot be built without torchvision:
 ids are made in `prompt` and `collate`, pixels as the library's PIL processor makes them.
 """
 
 import json
+import math
 import re
+import signal
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants, get_session, try_to_load_from_cache
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from PIL import Image
+from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .network import CountingModel, ModelError, Recipe
+from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
 from .tiny import tiny_model
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -25,6 +32,9 @@ SHIPPED = Path(__file__).parent / "weights"
 
 RANDOM = "tiny-random"
 """The same network untrained."""
+
+TEMPLATE_SECONDS = 10
+"""A chat template that is not filled in by then never ends."""
 
 
 def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingModel:
@@ -37,30 +47,111 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
         seed: of the random weights of "tiny-random".
 
     Raises:
-        ModelError: missing folder, not a Qwen3-VL, or a hub that cannot be reached.
+        ModelError: missing folder, not a Qwen3-VL, a hub that cannot be reached, or files that are damaged or not of
+            one model: tensors that are missing, left over, misshapen or not finite, a tokenizer without what a
+            prompt needs, an image processor that cuts other patches.
     """
     if str(name) == RANDOM:
         return tiny_model(dtype, seed)
-    name = _find(name)
+    name, verbosity = _find(name), logging.get_verbosity()
+    logging.set_verbosity_error()  # what else is to be said of the weights is said below
     try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "qwen3_vl":
-            raise ModelError(
-                f"{name} is a {config.model_type!r} model: this library knows Qwen3-VL (model_type 'qwen3_vl') only"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        kind = Qwen3VLConfig.get_config_dict(name)[0].get("model_type")
+        if kind != "qwen3_vl":
+            raise ModelError(f"this is a {kind!r} model: this library knows Qwen3-VL (model_type 'qwen3_vl') only")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer.chat_template = tokenizer.chat_template or _processor_chat_template(name)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        network = Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            f"cannot load {name}: {str(error).strip().splitlines()[0]}\n"
-            "If it is a hub id: is it spelled right, and is the hub reachable? With no network, copy the model's "
-            "folder to this machine and give its path, or use 'tiny', which needs no download."
-        ) from error
+        network, about = Qwen3VLForConditionalGeneration.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        _check_weights(network, about)
+        _check_tokenizer(tokenizer, network.config)
+        _check_pixels(image_processor, network.config.vision_config)
+    except Exception as error:  # each library below has types of its own
+        cure = (
+            "Copy all files of one model's folder anew."
+            if Path(name).is_dir()
+            else "Is it spelled right, and is the hub reachable? With no network, copy the model's folder to this "
+            "machine and give its path, or use 'tiny', which needs no download."
+        )
+        raise ModelError(f"cannot load {name}: {' '.join(str(error).split())[:500]}\n{cure}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     return CountingModel(network, tokenizer, image_processor, Recipe.read(name))
+
+
+def _check_weights(network: Qwen3VLForConditionalGeneration, about: dict) -> None:
+    """Raise ModelError where a tensor had to be filled with random numbers, was left over, or is not finite."""
+    wrong = {
+        "that the weights lack": about["missing_keys"],
+        "that the model has no place for": about["unexpected_keys"],
+        "of another shape than config.json gives them": [key for key, *_ in about["mismatched_keys"]],
+        "that hold NaN or infinity": [
+            name for name, weight in network.named_parameters() if not all(map(torch.isfinite, torch.aminmax(weight)))
+        ],
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ModelError(f"there are tensors {what}: {len(names)}, such as {min(names)}")
+
+
+def _check_tokenizer(tokenizer, config: Qwen3VLConfig) -> None:
+    """Raise ModelError unless a prompt with an image can be written, and an answer ends."""
+    for token, name in ((tokenizer.pad_token_id, "pad token"), (tokenizer.eos_token_id, "end-of-turn token")):
+        if token is None:
+            raise ModelError(f"the tokenizer has no {name}")
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if image is None or image == tokenizer.unk_token_id:
+        raise ModelError(f"the tokenizer has no {IMAGE_TOKEN}: is tokenizer.json in its place, and that of a Qwen3-VL?")
+    if image != config.image_token_id:
+        raise ModelError(f"image_token_id in config.json is {config.image_token_id}, but the tokenizer's is {image}")
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise ModelError(f"{len(tokenizer)} tokens in tokenizer.json, but {config.text_config.vocab_size} embeddings")
+    try:
+        with _at_most(TEMPLATE_SECONDS):
+            tokenize(tokenizer, "objects", 1)
+            heard = question("objects") in chat_text(tokenizer, "objects")
+    except Exception as error:
+        raise ModelError(f"the chat template cannot be used ({type(error).__name__}: {error})") from error
+    if not heard:
+        raise ModelError("the chat template leaves out the question")
+
+
+def _check_pixels(processor: Qwen2VLImageProcessorPil, vision) -> None:
+    """Raise ModelError unless the image processor cuts the patches that the vision encoder takes."""
+    if vision.hidden_size % (4 * vision.num_heads):
+        raise ModelError(f"{vision.num_heads} heads do not divide the vision encoder's width of {vision.hidden_size}")
+    fixed = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size,
+             "temporal_patch_size": vision.temporal_patch_size}  # fmt: skip
+    for name, wanted in fixed.items():
+        if getattr(processor, name) != wanted:
+            raise ModelError(f"{name} is {getattr(processor, name)} in the preprocessor, but {wanted} in config.json")
+    mean, std, size = processor.image_mean, processor.image_std, processor.size
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, [*mean, *std])) and min(std) > 0):
+        raise ModelError(f"image_mean {mean} and image_std {std} must be three finite numbers each, image_std above 0")
+    if not 0 < size["shortest_edge"] <= size["longest_edge"] < math.inf:
+        raise ModelError(f"size is {size}, but 0 < shortest_edge <= longest_edge is needed (numbers of pixels)")
+    Image.Resampling(processor.resample)
+
+
+@contextmanager
+def _at_most(seconds: float):
+    """End Python code that takes longer with a TimeoutError, where system and thread allow it."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"no end after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _find(name: str | Path) -> str:

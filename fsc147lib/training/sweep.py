@@ -1,9 +1,7 @@
 """A grid of runs over any of `train`'s options, several at once; what is finished is not run again.
 
 Each run is a process of `train` with a folder of its own below the sweep's, its output in `logs/`, and a row of
-`sweep.json`, which is written after each run.
-
-Left out: what a run does (`loop`), and the table and the figure of a sweep (`report.sweeps`).
+`sweep.json`, which is written after each run.  Left out: what a run does (`loop`), table and figure (`report.sweeps`).
 """
 
 import json
@@ -84,16 +82,14 @@ class GridRun:
 
 
 def grid_runs(config: SweepConfig) -> list[GridRun]:
-    """Every combination of the grid, checked as `train` checks its options.
-
-    Raises:
-        SystemExit: one is no option of `train`, or its value cannot be; the message is printed.
-    """
-    axes = [(name, values.split(",")) for name, _, values in (axis.partition("=") for axis in config.grid)]
+    """Every combination of the grid, checked as `train` checks its options: SystemExit, its message printed."""
+    axes = [
+        [(name, value) for value in values.split(",")] for name, _, values in (x.partition("=") for x in config.grid)
+    ]
     runs = []
-    for values in product(*(values for _, values in axes)):
-        point = dict(zip((name for name, _ in axes), values, strict=True))
-        name = ",".join(f"{key}={value.replace(' ', '+').replace('/', '-')}" for key, value in point.items())
+    for pairs in product(*axes):
+        point = dict(pairs)
+        name = ",".join(f"{key}={value.replace(' ', '+').replace('/', '-')}" for key, value in pairs)
         words = [*config.train]
         for key, value in point.items():
             flag = key.replace("_", "-")
@@ -135,10 +131,10 @@ def run_sweep(config: SweepConfig) -> list[dict]:
 def answer_splits(config: TrainConfig, splits: Sequence[str]) -> dict[str, dict]:
     """What a run's last weights answer: per split the `metrics`, and of each image its `error` and `kl`."""
     model, accelerator = load_model(config.out / "last"), make_accelerator(config.precision)
-    training_mean = float(np.mean([sample.count for sample in open_split(config.data, "train", config.limit)]))
+    training_mean = float(np.mean([sample.count for sample in config.open_split("train")]))
     answered = {}
     for split in splits:
-        samples = open_split(config.data, split)
+        samples = open_split(config.data, split, None, config.category, None, config.max_pixels)
         found = evaluate_samples(model, samples, 64, accelerator=accelerator, empty_cost=training_mean)
         images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
         answered[split] = {"metrics": found.metrics, **images}

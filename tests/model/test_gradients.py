@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fsc147lib.data.targets import resample_map
-from fsc147lib.model import forward, layers
+from fsc147lib.model import forward, gradient_difference, layers
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import answer_logits, normalised_pixels
@@ -317,3 +317,38 @@ def test_accumulation_is_one_large_batch(root, tmp_path, method):
         results.append(train(config).steps[0])
     for key in ("count_loss", "attention_loss", "total", "gradient_norm"):
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-3)
+
+
+def test_training_by_difference_errs_by_the_square_of_its_step(exact, monkeypatch):
+    """Every weight's gradient, of text and vision, against autograd's own second derivative."""
+    network, batch = exact
+
+    def gradients(how, step):
+        monkeypatch.setattr(gradient_difference, "STEP", step)
+        heatmap = Heatmap(network, "token_gradient", state_layer=1, gradient_method=how)
+        network.zero_grad()
+        parts = DualLoss(network, weight=3, heatmap=heatmap)(batch)
+        parts.total.backward()
+        return parts.total.item(), torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    total, right = gradients("exact", None)
+    errors = []
+    for step in (1e-2, 1e-3):
+        other, found = gradients("difference", step)
+        assert other == pytest.approx(total, rel=1e-9)
+        errors.append(float((found - right).norm() / right.norm()))
+    assert errors[0] < 1e-2 and errors[1] < 1e-4 and 50 < errors[0] / errors[1] < 200
+
+
+def test_training_by_difference_looks_at_some_images_beside_a_frozen_encoder(exact):
+    network, batch = exact
+    freeze_vision(network, True)
+    found = []
+    for how in ("exact", "difference"):
+        network.zero_grad()
+        loss = DualLoss(network, weight=3, heatmap_images=1, heatmap=Heatmap(network, "token_gradient",
+                                                                             gradient_method=how))  # fmt: skip
+        loss(batch).total.backward()
+        found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.1
+    assert all(p.requires_grad for p in network.model.language_model.parameters())
