@@ -37,6 +37,41 @@ SORTS: dict[str, Callable[[dict], float]] = {
 }
 
 
+class Strip:
+    """The samples of a split: sorted, filtered, and a few thumbnails at a time."""
+
+    def __init__(self, samples: list[Sample]):
+        self.samples, self.first, self._small = samples, 0, {}
+
+    def rows(self, kept: Kept | None) -> list[dict]:
+        """Of each sample its count and, with a model, what `Kept.rows` says of it."""
+        return kept.rows(self.samples) if kept else [{"count": sample.count} for sample in self.samples]
+
+    def order(self, rows: list[dict], sort: str, category: str | None) -> list[int]:
+        """Places of the samples of a category, or of all."""
+        places = [i for i, sample in enumerate(self.samples) if category in (None, sample.category)]
+        return sorted(places, key=lambda i: SORTS[sort](rows[i]))
+
+    def thumbs(self, rows: list[dict], order: list[int]) -> dict:
+        """For the page: from the first thumbnail, which is moved into the range, on."""
+        self.first = min(max(0, self.first), (len(order) - 1) // STRIP * STRIP)
+        shown, found = order[self.first : self.first + STRIP], []
+        for i in shown:
+            said = rows[i].get("predicted", "")
+            told = f"{'?' if said is None else said} of " if "predicted" in rows[i] else ""
+            if i not in self._small:
+                self._small[i] = thumbnail(self.samples[i])
+            text = f"{told}{self.samples[i].count} {self.samples[i].category}"
+            found.append({"place": i, "src": self._small[i], "text": text})
+        text = f"{self.first + 1} to {self.first + len(shown)} of {len(order)}"
+        return {"thumbs": found, "text": text, "more": [self.first > 0, self.first + STRIP < len(order)]}
+
+    def points(self, rows: list[dict]) -> list:
+        """Place, true count, predicted count and name of each sample that was answered."""
+        about = zip(self.samples, rows, strict=True)
+        return [[i, r["count"], r["predicted"], s.name] for i, (s, r) in enumerate(about) if "predicted" in r]
+
+
 class Viewer(widgets.VBox):
     """Photograph, target, map and difference of one sample after the other; as the last line of a cell it is shown.
 
@@ -51,82 +86,41 @@ class Viewer(widgets.VBox):
         self.samples = list(samples)  # and after them pictures of one's own
         if not self.samples:
             raise DataError("there are no samples to view: give a split that has some")
-        self.in_split, self.canvas = len(self.samples), Canvas()
+        self.strip, self.canvas = Strip(list(samples)), Canvas()
         self.kept = {name: Kept(model) for name, model in (models or {}).items()}
-        self.first, self.cells, self._thumbnails, self._waiting = 0, (), {}, None
+        self.place, self.cells, self._waiting = 0, (), None
         self.controls = make_controls(self.samples, self.kept)
-        self.place = 0
         self._offer()
         for name, control in self.controls.items():
-            control.observe(lambda _, name=name: self._attempt(self._choose, name), "value")
+            control.observe(lambda _, name=name: self._attempt(lambda: self._choose(name)), "value")
         self.canvas.on_msg(lambda _, content, buffers: self.receive(content, buffers))
         bar = widgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap"})
         super().__init__([bar, self.canvas])
         self.show_sample(self.order()[0])
 
     def __repr__(self) -> str:  # what a page without a kernel shows in its place
-        return f"a viewer of {self.in_split} pictures: run the notebook to use it"
+        return f"a viewer of {len(self.strip.samples)} pictures: run the notebook to use it"
 
     @property
     def choice(self) -> Choice:
         """What is shown."""
-        sample = self.samples[self.place]
         values = {name: control.value for name, control in self.controls.items()}
         if not self.kept:
-            return Choice(sample)
+            return Choice(self.samples[self.place])
         chosen = {name: values[name] for name in ("model", "method", "layers", "heads", "word", "answer")}
-        return Choice(sample, self.kept[values["model"]], cells=self.cells, **chosen)
+        return Choice(self.samples[self.place], self.kept[values["model"]], cells=self.cells, **chosen)
 
     def figure(self) -> Figure:
         """What is shown, for a page without a running kernel."""
         return self.choice.figure()
 
     def rows(self) -> list[dict]:
-        """Of each sample of the split its count and, with a model, what `Kept.rows` says of it."""
-        split = self.samples[: self.in_split]
-        return self.choice.kept.rows(split) if self.kept else [{"count": sample.count} for sample in split]
+        """What is known of each sample, see `Strip.rows`."""
+        return self.strip.rows(self.choice.kept)
 
     def order(self) -> list[int]:
         """Places of the samples of the chosen category, sorted as chosen."""
-        rows, wanted, sort = self.rows(), self.controls["category"].value, SORTS[self.controls["sort"].value]
-        places = [i for i in range(self.in_split) if wanted in (None, self.samples[i].category)]
-        return sorted(places, key=lambda i: sort(rows[i]))
-
-    def redraw(self, strip: bool = False, photo: bool = False, message: str = "") -> None:
-        """Send the page what is chosen, thumbnails and photograph only where they changed."""
-        choice, changed = self.choice, {}
-        scene = {**choice.scene(), "place": self.place, "message": message, "points": []}
-        scene["atlas"], changed["atlas"] = choice.atlas()
-        if self.kept:
-            about = zip(self.samples, self.rows(), strict=False)
-            scene["points"] = [
-                [i, row["count"], row["predicted"], sample.name] for i, (sample, row) in enumerate(about)
-            ]
-        if strip:
-            changed["strip"] = self._strip()
-        if photo:
-            changed["photo"] = jpeg(choice.sample.image)
-        self.canvas.update(scene=scene, **changed)
-        self._predict_later()
-
-    def _strip(self) -> dict:
-        order, rows = self.order(), self.rows()
-        self.first = min(max(0, self.first), (len(order) - 1) // STRIP * STRIP)
-        shown = order[self.first : self.first + STRIP]
-        thumbs = []
-        for i in shown:
-            sample, said = self.samples[i], rows[i].get("predicted", "")
-            if i not in self._thumbnails:
-                self._thumbnails[i] = thumbnail(sample)
-            told = f"{'?' if said is None else said} of " if self.kept else ""
-            thumbs.append({"place": i, "src": self._thumbnails[i], "text": f"{told}{sample.count} {sample.category}"})
-        text = f"{self.first + 1} to {self.first + len(shown)} of {len(order)}"
-        return {"thumbs": thumbs, "text": text, "more": [self.first > 0, self.first + STRIP < len(order)]}
-
-    def _offer(self) -> None:
-        """Offer this model's layers and heads, and only what the method and the picture have."""
-        if self.kept:
-            offer(self.controls, self.choice.kept, isinstance(self.samples[self.place], Picture))
+        return self.strip.order(self.rows(), self.controls["sort"].value, self.controls["category"].value)
 
     def show_sample(self, place: int) -> None:
         """Show the sample at a place of `samples`, with no cells hidden."""
@@ -137,53 +131,64 @@ class Viewer(widgets.VBox):
     def hide_cells(self, cells: Sequence[int]) -> None:
         """Hide these cells of 196, row by row, and count again."""
         cells = tuple(sorted({int(cell) for cell in cells} & set(range(GRID * GRID))))
-        self.choice.kept.prediction(self.samples[self.place])
-        self.choice.kept.prediction(self.samples[self.place], cells)
+        for hidden in ((), cells):
+            self.choice.kept.prediction(self.samples[self.place], hidden)
         self.cells = cells
         self.redraw()
 
+    def redraw(self, strip: bool = False, photo: bool = False, message: str = "") -> None:
+        """Send the page what is chosen, thumbnails and photograph only where they changed."""
+        choice, rows, changed = self.choice, self.rows(), {}
+        scene = {**choice.scene(), "place": self.place, "message": message, "points": self.strip.points(rows)}
+        scene["atlas"], changed["atlas"] = choice.atlas()
+        if strip:
+            changed["strip"] = self.strip.thumbs(rows, self.order())
+        if photo:
+            changed["photo"] = jpeg(choice.sample.image)
+        self.canvas.update(scene=scene, **changed)
+        self._predict_later()
+
+    def receive(self, content: dict, buffers: Sequence = ()) -> None:
+        """Do what a message of the page asks for, see `Canvas`."""
+        actions = {
+            "open": lambda: self.show_sample(int(content["place"])),
+            "page": lambda: self._turn(int(content["by"])),
+            "hide": lambda: self.hide_cells(content["cells"]),
+            "head": lambda: self._choose_head(int(content["layer"]), int(content["head"])),
+            "picture": lambda: self._add_picture(str(content["name"]), bytes(buffers[0])),
+        }
+        self._attempt(actions[content["kind"]])
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        """Do it, or say in the page why not."""
+        try:
+            act()
+        except (DataError, ConfigError, ModelError, ValueError) as error:
+            self.redraw(message=str(error))
+
+    def _offer(self) -> None:
+        """Offer this model's layers and heads, and only what the method and the picture have."""
+        if self.kept:
+            offer(self.controls, self.choice.kept, isinstance(self.samples[self.place], Picture))
+
     def _choose(self, name: str) -> None:
         if name in ("sort", "category"):
-            self.first = 0
+            self.strip.first = 0
             self.show_sample(self.order()[0])
         elif name != "count":
             self._offer()
             self.redraw(strip=name == "model")
 
-    def receive(self, content: dict, buffers: Sequence = ()) -> None:
-        """Do what a message of the page asks for, see `Canvas`."""
-        self._attempt(getattr(self, f"_on_{content['kind']}"), content, buffers)
-
-    def _attempt(self, act: Callable, *arguments) -> None:
-        """Do it, or say in the page why not."""
-        try:
-            act(*arguments)
-        except (DataError, ConfigError, ModelError, ValueError) as error:
-            self.redraw(message=str(error))
-
-    def _on_open(self, content: dict, _) -> None:
-        self.show_sample(int(content["place"]))
-
-    def _on_page(self, content: dict, _) -> None:
-        self.first += STRIP * int(content["by"])
+    def _turn(self, by: int) -> None:
+        self.strip.first += STRIP * by
         self.redraw(strip=True)
 
-    def _on_hide(self, content: dict, _) -> None:
-        self.hide_cells(content["cells"])
+    def _choose_head(self, layer: int, head: int) -> None:
+        self.controls["layers"].value, self.controls["heads"].value = (layer,), (head,)
 
-    def _on_head(self, content: dict, _) -> None:
-        self.controls["layers"].value = (int(content["layer"]),)
-        self.controls["heads"].value = (int(content["head"]),)
-
-    def _on_picture(self, content: dict, buffers: Sequence) -> None:
-        picture = own_picture(str(content["name"]), bytes(buffers[0]), self.controls["count"].value)
-        self.samples.append(picture)
-        try:
-            self.show_sample(len(self.samples) - 1)
-        except (DataError, ValueError):  # the model's processor refuses its shape
-            self.place = 0
-            self._offer()
-            raise
+    def _add_picture(self, name: str, content: bytes) -> None:
+        self.samples.append(own_picture(name, content, self.controls["count"].value))
+        self.show_sample(len(self.samples) - 1)
 
     def _predict_later(self) -> None:
         if self._waiting is not None:
