@@ -119,14 +119,19 @@ class Choice:
         if self.kept is not None:
             self.kept.prediction(self.sample)
         maps, told, image = self.maps(), self.predictions(), self.sample.image
-        columns = 1 + len(maps) + bool(told)
-        figure, axes = plt.subplots(1, columns, figsize=(3.4 * columns, 3), layout="constrained", squeeze=False)
-        show_dots(axes[0, 0], self.sample, boxes=False)
-        for place, (name, (title, values)) in zip(axes[0, 1:], maps.items(), strict=False):
+        across = min(3, 1 + len(maps))
+        down = -(-(1 + len(maps) + bool(told)) // across)
+        figure, axes = plt.subplots(down, across, figsize=(3.6 * across, 2.6 * down + 0.6), layout="constrained")
+        photograph, *others = np.ravel(axes)
+        for place in others:
+            place.axis("off")
+        show_dots(photograph, told["the rest"].sample if self.cells else self.sample, boxes=False)
+        for place, (name, (title, values)) in zip(others, maps.items(), strict=False):
             shown = show_map(place, image, values, title, scale(maps, name), signed=name == "difference")
             show_scale(shown, place, "")
         if told:
-            show_distribution(axes[0, -1], list(told.values())[-1], self.marks().get("left", self.true_count))
+            others[len(maps)].axis("on")
+            show_distribution(others[len(maps)], list(told.values())[-1], self.marks().get("left", self.true_count))
         figure.suptitle("\n".join(self.facts()), fontsize=LABEL, parse_math=False)
         return figure
 
