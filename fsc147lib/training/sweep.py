@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -115,18 +115,20 @@ def run_sweep(config: SweepConfig) -> list[dict]:
         and `last` (validation metrics with their epoch) and `curve` (those of each epoch).
     """
     runs, path = grid_runs(config), config.out / "sweep.json"
-    spent = {row["name"]: row["seconds"] for row in json.loads(path.read_text())["runs"]} if path.is_file() else {}
-    rows = {run.name: {**run.row(), "seconds": spent.get(run.name, 0.0)} for run in runs}
+    before = {row["name"]: row["seconds"] for row in json.loads(path.read_text())["runs"]} if path.is_file() else {}
+    rows = {run.name: {**run.row(), "seconds": before.get(run.name, 0.0)} for run in runs}
     waiting = [run for run in runs if not rows[run.name]["finished"]]
     _write(path, config, rows)
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
-    before = ((run, 0.0, None) for run in runs if run not in waiting) if config.splits else ()
-    for run, seconds, error in chain(before, processes(waiting, config.out / "logs", config.parallel)):
-        row = rows[run.name] = {**run.row(), "seconds": rows[run.name]["seconds"] + seconds, "error": error}
-        print(f"{run.name}: {error or 'MAE {mae:.2f}'.format(**row['best'])}, {seconds:.0f} s", flush=True)
-        if config.splits and row["finished"]:
-            row["splits"] = answer_splits(run.config, config.splits)
+    for run, seconds, error in processes(waiting, config.out / "logs", config.parallel):
+        rows[run.name] = {**run.row(), "seconds": rows[run.name]["seconds"] + seconds, "error": error}
         _write(path, config, rows)
+        print(f"{run.name}: {error or 'MAE {mae:.2f}'.format(**rows[run.name]['best'])}, {seconds:.0f} s", flush=True)
+    if config.splits:
+        for run in runs:
+            if rows[run.name]["finished"] and "splits" not in rows[run.name]:
+                rows[run.name]["splits"] = answer_splits(run.config, config.splits)
+                _write(path, config, rows)
     return list(rows.values())
 
 
