@@ -18,7 +18,7 @@ import nbformat
 import torch
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 from tqdm import tqdm
 
@@ -147,7 +147,7 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
     started = time.perf_counter()
     try:
         client.execute()
-    except CellExecutionError as error:
+    except (CellExecutionError, DeadKernelError) as error:  # a kernel dies where the memory is full
         raise WorkbookError(f"{path.name} failed:\n{error}") from error
     finally:
         for cell in notebook.cells:  # where a progress bar ended, an empty red box would stand
