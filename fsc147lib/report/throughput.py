@@ -151,7 +151,9 @@ def measure_throughput(config: ThroughputConfig) -> dict:
     on_gpu, frozen = torch.cuda.is_available(), not load_or_shape(config.model, "meta").recipe.train_vision
     narrow = config.precision == "bf16" or config.precision == "auto" and on_gpu
     variants = curves_of(on_gpu) if config.curves else variants_of(on_gpu, frozen, narrow and not config.lora)
+    names = [variant.name for variant in variants]
     variants = [variant for variant in variants if (config.only or "") in variant.name]
+    need(config, "only", bool(variants), f"part of one of these: {', '.join(names)}")
     jobs = ["losses"] if config.curves else ["turn"] * config.rounds + ["validate"] * min(2, config.rounds)
     rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:

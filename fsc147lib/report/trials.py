@@ -8,27 +8,19 @@ Left out: which turns there are, and what is made of their numbers (`throughput`
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from ..data.fsc147 import open_split
-from ..evaluation.answering import answering_batch_size, evaluate_samples
-from ..model.adapt import add_lora, freeze_vision
+from ..model.adapt import freeze_vision
 from ..model.collate import Batch, to_device
-from ..model.device import default_workers, make_accelerator
-from ..model.heatmaps import Heatmap
-from ..model.pixels import PixelStore
-from ..model.vision_cache import VisionCache
-from ..training.batches import training_loader
-from ..training.losses import DualLoss
-from ..training.step import TrainingStep, make_optimizer
-from .overhead import WEIGHT, load_or_shape
+from ..training.loop import Run, TrainConfig
+from ..training.step import TrainingStep
+from .overhead import load_or_shape
 from .peers import PlainCollate, PlainLoss, trainer_trial
 from .timing import measured_peak, peak_memory, seconds_of, step_flops
 
@@ -47,192 +39,187 @@ class Variant:
     precision: str | None = None
 
 
+def settings_of(variant: Variant, config, folder: Path) -> TrainConfig:
+    """The run that a variant is, as `train` would be asked for it."""
+    return TrainConfig(
+        config.data, out=folder / variant.name.replace(" ", "-"), model=config.model, epochs=2,
+        batch_size=config.batch_size, precision=variant.precision or config.precision, limit=config.limit,
+        gradient_checkpointing=config.gradient_checkpointing, batch_by_size=variant.by_size,
+        compile=variant.compiled, lora=config.lora, workers=config.workers, tracking="disabled",
+        vision_cache=config.vision_cache if variant.cached else "off",
+        learning_rate=config.learning_rate if config.curves else 1e-6,
+    )  # fmt: skip
+
+
 class Trial:
-    """A variant, put together at its first turn."""
+    """A variant as a run, which trains, answers and rests as its parent asks."""
 
     def __init__(self, variant: Variant, config, folder: Path):
-        set_seed(0)
-        self.variant, self.config, self.folder, self.batch_size = variant, config, folder, config.batch_size
-        self.accelerator = make_accelerator(variant.precision or config.precision)
-        self.device, self.in_bf16 = self.accelerator.device.type, self.accelerator.mixed_precision == "bf16"
-        self.samples = {split: open_split(config.data, split, config.limit) for split in ("train", "val")}
-        self.workers = default_workers() if config.workers is None else config.workers
-        self.model = self.training_step = self.cache = None
+        self.variant, self.config, self.batch_size = variant, config, config.batch_size
+        settings = settings_of(variant, config, folder)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.run = run = Run(settings, model=load_or_shape(config.model, self.device))
+        self.in_bf16 = run.accelerator.mixed_precision == "bf16"
+        self.network, self.weight = run.model.network, settings.attention_weight
+        if variant.peer:
+            optimizer = torch.optim.AdamW(self.network.parameters(), settings.learning_rate)
+            run.training_step = TrainingStep(PlainLoss(self.network), optimizer, run.accelerator)
+        if variant.peer or config.curves:
+            self.weight = 0
+        freeze_vision(self.network.train(), not run.config.vision_trains(0))
+        if variant.narrow:
+            self.network.to(torch.bfloat16)
+        self.types = [weight.dtype for weight in self.network.parameters()]
+        self.opened, self.batches = False, None
         self.found: list[dict] = []  # of each turn
         self.answered: list[float] = []
-
-    # --- What the parent asks for
+        self.rest()
 
     def turn(self) -> dict:
         """Train for some steps; a batch that has no room becomes the half, which begins anew.  The row so far."""
         while self.batch_size:
             try:
                 self.wake()
-                if self.training_step is None:
-                    self.begin()
                 self.found.append(self.train())
                 break
             except torch.cuda.OutOfMemoryError:
-                self.training_step, self.found = None, []
+                self.batches, self.found = None, []
             self.rest()  # once the error, and what it holds, is gone
             self.batch_size //= 2
         self.rest()
-        return self.row()
+        return row_of(self)
 
     def validate(self) -> dict:
         """Losses, maps and greedy answers of the validation images; not in time: a first pass, which compiles."""
         self.wake()
-        samples, heatmap = self.samples["val"], Heatmap(self.model.network, compiled=self.variant.compiled)
-        size = answering_batch_size(self.batch_size, heatmap)
-        answer = partial(evaluate_samples, self.model, samples, size, heatmap, self.accelerator, self.workers,
-                         self.cache, self.store)  # fmt: skip
         if not self.answered:
-            answer()
-        self.answered.append(len(samples) / seconds_of(answer, self.device))
+            self.run.validate()
+        self.answered.append(len(self.run.samples["val"]) / seconds_of(self.run.validate, self.device))
         self.rest()
-        return self.row()
+        return row_of(self)
 
     def losses(self) -> dict:
         """Count losses, step by step, of steps that move the weights."""
         self.wake()
-        self.begin()
-        for group in self.training_step.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate
-        parts = [self.step(next(self.batches)) for _ in range(self.config.curves)]
-        return {"name": self.variant.name, "batch_size": self.batch_size, "losses": [float(p.count) for p in parts]}
-
-    # --- How
+        found = [float(self.step(next(self.batches)).count) for _ in range(self.config.curves)]
+        return {"name": self.variant.name, "batch_size": self.batch_size, "losses": found}
 
     def wake(self) -> None:
-        """Take the GPU: load the model, or bring its weights back."""
-        if self.model is None:
-            self.model = load_or_shape(self.config.model, self.device)
-            network, train = self.model.network, self.samples["train"]
-            if self.config.lora:
-                add_lora(network, self.config.lora, narrow=self.in_bf16)
-            if self.config.gradient_checkpointing:
-                network.activation_checkpointing_enable({"use_reentrant": False})
-            freeze_vision(network.to(self.device).train(), not self.model.recipe.train_vision)
-            if self.variant.narrow:
-                network.to(torch.bfloat16)
-            self.types = [weight.dtype for weight in network.parameters()]
-            self.store = PixelStore([*train, *self.samples["val"]], self.model.image_processor, self.workers > 0)
-            if not self.workers:  # as from the second epoch on
-                for sample in train:
-                    self.store.patches(sample)
-        if self.variant.cached and self.cache is None:
-            train = self.samples["train"]
-            everything = [*train, *(sample.flipped() for sample in train), *self.samples["val"]]
-            self.cache = VisionCache(self.model, everything, self.accelerator, self.config.vision_cache,
-                                     self.folder, self.workers, compiled=self.variant.compiled)  # fmt: skip
-        for weight, dtype in zip(self.model.network.parameters(), self.types, strict=True):
+        """Have the GPU: fetch the weights, and before the first step of a batch's size all that it needs."""
+        for weight, dtype in zip(self.network.parameters(), self.types, strict=True):
             weight.data = weight.data.to(self.device, dtype)
-        if self.cache and self.cache.place == "gpu":
-            self.cache.features = self.cache.features.to(self.device)
+        if not self.opened:
+            self.run.open()
+            self.opened = True
+        if (cache := self.run.training_step.cache) and cache.place == "gpu":
+            cache.features = cache.features.to(self.device)
+        if self.batches is None:
+            self.begin()
 
     def rest(self) -> None:
         """Leave the GPU: weights wait in the host's memory as bfloat16, the optimizer's state is forgotten."""
-        self.model.network.zero_grad()
-        if self.training_step is not None:
-            self.training_step.optimizer.state.clear()
+        self.run.training_step.optimizer.zero_grad()
+        self.run.training_step.optimizer.state.clear()
         if self.device == "cuda":
-            for weight in self.model.network.parameters():
+            for weight in self.network.parameters():
                 weight.data = weight.data.to("cpu", torch.bfloat16)
-            if self.cache and self.cache.place == "gpu":
-                self.cache.features = self.cache.features.cpu()
+            if (cache := self.run.training_step.cache) and cache.place == "gpu":
+                cache.features = cache.features.cpu()
             torch.cuda.empty_cache()
 
     def begin(self) -> None:
-        """Make loader and step; one step on the longest images, which tells the memory, and compiles."""
-        began, variant, model = time.perf_counter(), self.variant, self.model
-        self.loader = training_loader(
-            self.samples["train"], model, None if self.cache else self.store, self.batch_size, by_size=variant.by_size,
-            workers=self.workers,
-        )  # fmt: skip
-        loss, optimizer = DualLoss(model.network, heatmap=Heatmap(model.network, compiled=variant.compiled)), None
-        if variant.peer:
-            loss, optimizer = PlainLoss(model.network), torch.optim.AdamW(model.network.parameters(), lr=1e-6)
-            self.loader = DataLoader(
-                self.loader.dataset, batch_sampler=self.loader.batch_sampler, collate_fn=PlainCollate(model),
-                num_workers=self.workers, pin_memory=self.loader.pin_memory, persistent_workers=self.workers > 0,
-            )  # fmt: skip
-        optimizer = optimizer or make_optimizer(model.network, 1e-6)
-        step = TrainingStep(loss, optimizer, self.accelerator, cache=self.cache)
-        lengths = self.loader.batch_sampler.lengths
+        """Open the loader, and step on the longest images, which tells the memory; the first step compiles."""
+        run, began = self.run, time.perf_counter()
+        run.config = replace(run.config, batch_size=self.batch_size)
+        run.open_loader(pixels=not self.variant.cached)
+        if self.variant.peer:
+            run.loader = run.accelerator.prepare(DataLoader(
+                run.loader.dataset, batch_sampler=run.batches, collate_fn=PlainCollate(run.model),
+                num_workers=run.workers, pin_memory=self.device == "cuda", persistent_workers=run.workers > 0,
+            ))  # fmt: skip
+        elif run.store and not run.workers:  # as from the second epoch on
+            for sample in run.samples["train"]:
+                run.store.patches(sample)
+        lengths = run.batches.lengths
         longest = sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-self.batch_size :]
-        images = [self.loader.dataset[i, False] for i in longest]
-        self.training_step = step
-        run = partial(self.trainer, images, 1) if variant.peer == "trainer" else partial(self.step_on, images)
-        run()
+        samples = [run.samples["train"][i] for i in longest]
+        step = partial(self.trainer, samples, 1) if self.variant.peer == "trainer" else partial(self.step_on, samples)
+        step()
         self.startup = time.perf_counter() - began
-        self.peak = peak_memory(run, self.device)
-        self.batches = self._forever()
-        self.speed = measured_peak(self.accelerator.device, torch.bfloat16 if self.in_bf16 else torch.float32)
+        self.peak = peak_memory(step, self.device)
+        self.speed = measured_peak(torch.device(self.device), torch.bfloat16 if self.in_bf16 else torch.float32)
+        self.batches = batches_of(self.run)
 
     def trainer(self, samples, steps: int) -> dict:
-        return trainer_trial(self.model, samples, self.batch_size, steps, self.in_bf16, self.workers)
+        return trainer_trial(self.run.model, samples, self.batch_size, steps, self.in_bf16, self.run.workers)
 
     def step_on(self, samples) -> None:
-        self.step(self.loader.collate_fn(samples))
+        self.step(to_device(self.run.loader.collate_fn(samples), self.device))
 
     def step(self, batch: Batch):
-        parts, _ = self.training_step([to_device(batch, self.device)], self.weight)
-        return parts
-
-    @property
-    def weight(self) -> float:
-        return 0 if self.variant.peer or self.config.curves else WEIGHT
-
-    def _forever(self) -> Iterator[Batch]:
-        epoch = 0
-        while True:
-            self.loader.batch_sampler.shuffle(epoch)
-            yield from self.loader
-            epoch += 1
+        return self.run.training_step([batch], self.weight)[0]
 
     def train(self) -> dict[str, float]:
         """Some steps, after one that allocates what stays: images, tokens, patches, seconds, those of waiting."""
-        retries = self._retries()
+        retries = alloc_retries(self.device)
         if self.variant.peer == "trainer":
-            return self.trainer(self.samples["train"], self.config.steps) | {"retries": self._retries() - retries}
+            return self.trainer(self.run.samples["train"], self.config.steps) | {
+                "retries": alloc_retries(self.device) - retries
+            }
         self.step(next(self.batches))
-        counts = {"images": 0, "tokens": 0, "patches": 0, "places": 0, "waited": 0.0}
+        batches, waited = [], 0.0
 
-        def run() -> None:
+        def steps() -> None:
+            nonlocal waited
             for _ in range(self.config.steps):
                 waiting_since = time.perf_counter()
-                batch = next(self.batches)
-                counts["waited"] += time.perf_counter() - waiting_since
-                counts["images"] += len(batch["names"])
-                counts["tokens"] += int(batch["attention_mask"].sum())
-                counts["places"] += batch["attention_mask"].numel()
-                counts["patches"] += sum(h * w for h, w in batch["image_sizes"])
-                self.step(batch)
-            self.training_step.check()
+                batches.append(next(self.batches))
+                waited += time.perf_counter() - waiting_since
+                self.step(batches[-1])
+            self.run.training_step.check()
 
-        return {"seconds": seconds_of(run, self.device), **counts, "retries": self._retries() - retries}
-
-    def _retries(self) -> int:
-        """How often the allocator had to give back memory to find some."""
-        return torch.cuda.memory_stats()["num_alloc_retries"] if self.device == "cuda" else 0
-
-    def row(self) -> dict:
-        """Medians over turns, see `throughput.measure_throughput`."""
-        if not self.found:
-            return {"name": self.variant.name, "out_of_memory": True}
-        part = {key: np.array([turn[key] for turn in self.found]) for key in self.found[0]}
-        flops = [step_flops(self.model.network.config, *counts, encoder=not self.cache)
-                 for counts in zip(part["images"], part["tokens"], part["patches"], strict=True)]  # fmt: skip
-        rates = part["images"] / part["seconds"]
+        seconds = seconds_of(steps, self.device)
+        masks = [batch["attention_mask"] for batch in batches]
         return {
-            "name": self.variant.name, "batch_size": self.batch_size, "images_per_second": float(np.median(rates)),
-            "peak_share": float(np.median(flops / part["seconds"]) / self.speed), "peak_memory": self.peak,
-            "retries": int(part["retries"].sum()), "padding": float(1 - part["tokens"].sum() / part["places"].sum()),
-            "waiting": float(np.median(part["waited"] / part["seconds"])) if "waited" in part else None,
-            "startup": self.startup, "rates": rates.tolist(), "validation_rates": self.answered,
-            "validation_per_second": float(np.median(self.answered)) if self.answered else None,
-            "cache": self.cache and {"place": self.cache.place, "bytes": self.cache.features.nbytes},
+            "images": sum(map(len, masks)), "tokens": sum(int(mask.sum()) for mask in masks),
+            "patches": sum(h * w for batch in batches for h, w in batch["image_sizes"]),
+            "places": sum(mask.numel() for mask in masks), "seconds": seconds, "waited": waited,
+            "retries": alloc_retries(self.device) - retries,
         }  # fmt: skip
+
+
+def batches_of(run: Run) -> Iterator[Batch]:
+    """Of one epoch after the other."""
+    epoch = 0
+    while True:
+        run.batches.shuffle(epoch)
+        yield from run.loader
+        epoch += 1
+
+
+def alloc_retries(device: str) -> int:
+    """How often the allocator had to give back memory to find some."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if device == "cuda" else 0
+
+
+def row_of(trial: Trial) -> dict:
+    """Medians over turns, see `throughput.measure_throughput`."""
+    if not trial.found:
+        return {"name": trial.variant.name, "out_of_memory": True}
+    part = {key: np.array([turn[key] for turn in trial.found]) for key in trial.found[0]}
+    cache = trial.run.training_step.cache
+    flops = [step_flops(trial.network.config, *counts, encoder=not cache)
+             for counts in zip(part["images"], part["tokens"], part["patches"], strict=True)]  # fmt: skip
+    rates = part["images"] / part["seconds"]
+    return {
+        "name": trial.variant.name, "batch_size": trial.batch_size, "images_per_second": float(np.median(rates)),
+        "peak_share": float(np.median(flops / part["seconds"]) / trial.speed), "peak_memory": trial.peak,
+        "retries": int(part["retries"].sum()), "padding": float(1 - part["tokens"].sum() / part["places"].sum()),
+        "waiting": float(np.median(part["waited"] / part["seconds"])) if "waited" in part else None,
+        "startup": trial.startup, "rates": rates.tolist(), "validation_rates": trial.answered,
+        "validation_per_second": float(np.median(trial.answered)) if trial.answered else None,
+        "cache": cache and {"place": cache.place, "bytes": cache.features.nbytes},
+    }  # fmt: skip
 
 
 def serve(connection, variant: Variant, config, folder: Path) -> None:

@@ -190,9 +190,9 @@ def fingerprint(samples: dict[str, list[Sample]]) -> str:
 
 
 class Run:
-    """One training run, put together: images, model, step and folder.  `train` drives it."""
+    """One training run, put together: images, model (one in memory, or the config's), step and folder."""
 
-    def __init__(self, config: TrainConfig, on_log: Callable[[dict], None] | None = None):
+    def __init__(self, config: TrainConfig, on_log: Callable[[dict], None] | None = None, model=None):
         self.on_log = on_log
         self.folder = RunFolder(config)
         set_seed(config.seed)
@@ -200,7 +200,7 @@ class Run:
         self.folder.writes = self.accelerator.is_main_process
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         self.images = fingerprint(self.samples)
-        self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
+        self.model = model or load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe)
         network = self.model.network
         if config.lora:

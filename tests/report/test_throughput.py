@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.network import Recipe
+from fsc147lib.report import trials
 from fsc147lib.report.throughput import ThroughputConfig, VariantProcess, compare, measure_throughput, variants_of
 from fsc147lib.report.timing import step_flops, table
 from fsc147lib.report.trials import Trial, Variant
@@ -89,6 +90,20 @@ def test_a_batch_without_room_becomes_the_half_and_begins_anew(trial, monkeypatc
     room = 0
     row = trial.turn()
     assert row == {"name": "here", "out_of_memory": True} and "here: out of memory" in table([row])
+
+
+def test_so_does_the_batch_of_the_trainer(config, tmp_path, monkeypatch):
+    real = trials.trainer_trial
+
+    def trainer_trial(model, samples, batch_size, *args):
+        if batch_size > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(model, samples, batch_size, *args)
+
+    trial = Trial(Variant("theirs", peer="trainer"), config, tmp_path)
+    assert trial.turn()["batch_size"] == 4
+    monkeypatch.setattr(trials, "trainer_trial", trainer_trial)
+    assert trial.turn()["batch_size"] == 2
 
 
 def test_a_process_that_fails_or_dies_is_a_row(config, tmp_path):
