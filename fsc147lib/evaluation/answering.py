@@ -126,12 +126,16 @@ class Evaluation:
 
 
 def to_csv(rows: list[dict]) -> str:
-    """Rows with the same keys as CSV text, with a header."""
+    """Rows with the same keys as CSV text, with a header; a ' goes before a text that a spreadsheet would compute."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows({key: _plain_cell(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _plain_cell(value):
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 @torch.no_grad()
