@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..data.fsc147 import Sample
 from ..model.adapt import freeze_vision
 from ..model.collate import Batch, to_device
 from ..training.loop import Run, TrainConfig
@@ -133,16 +134,11 @@ class Trial:
         run.config = replace(run.config, batch_size=self.batch_size)
         run.open_loader(pixels=not self.variant.cached)
         if self.variant.peer:
-            run.loader = run.accelerator.prepare(DataLoader(
-                run.loader.dataset, batch_sampler=run.batches, collate_fn=PlainCollate(run.model),
-                num_workers=run.workers, pin_memory=self.device == "cuda", persistent_workers=run.workers > 0,
-            ))  # fmt: skip
+            run.loader = peer_loader(run)
         elif run.store and not run.workers:  # as from the second epoch on
             for sample in run.samples["train"]:
                 run.store.patches(sample)
-        lengths = run.batches.lengths
-        longest = sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-self.batch_size :]
-        samples = [run.samples["train"][i] for i in longest]
+        samples = longest_images(run, self.batch_size)
         step = partial(self.trainer, samples, 1) if self.variant.peer == "trainer" else partial(self.step_on, samples)
         step()
         self.startup = time.perf_counter() - began
@@ -163,9 +159,8 @@ class Trial:
         """Some steps, after one that allocates what stays: images, tokens, patches, seconds, those of waiting."""
         retries = alloc_retries(self.device)
         if self.variant.peer == "trainer":
-            return self.trainer(self.run.samples["train"], self.config.steps) | {
-                "retries": alloc_retries(self.device) - retries
-            }
+            found = self.trainer(self.run.samples["train"], self.config.steps)
+            return found | {"retries": alloc_retries(self.device) - retries}
         self.step(next(self.batches))
         batches, waited = [], 0.0
 
@@ -179,12 +174,8 @@ class Trial:
             self.run.training_step.check()
 
         seconds = seconds_of(steps, self.device)
-        masks = [batch["attention_mask"] for batch in batches]
-        return {
-            "images": sum(map(len, masks)), "tokens": sum(int(mask.sum()) for mask in masks),
-            "patches": sum(h * w for batch in batches for h, w in batch["image_sizes"]),
-            "places": sum(mask.numel() for mask in masks), "seconds": seconds, "waited": waited,
-            "retries": alloc_retries(self.device) - retries,
+        return sizes_of(batches) | {
+            "seconds": seconds, "waited": waited, "retries": alloc_retries(self.device) - retries,
         }  # fmt: skip
 
 
@@ -193,8 +184,32 @@ def batches_of(run: Run) -> Iterator[Batch]:
     epoch = 0
     while True:
         run.batches.shuffle(epoch)
-        yield from run.loader
+        cache = run.training_step.cache
+        yield from cache.ahead(run.loader) if cache else run.loader
         epoch += 1
+
+
+def sizes_of(batches: list[Batch]) -> dict[str, int]:
+    """Images, tokens, patches, and places in the sequences, padding included."""
+    masks = [batch["attention_mask"] for batch in batches]
+    return {
+        "images": sum(map(len, masks)), "tokens": sum(int(mask.sum()) for mask in masks),
+        "patches": sum(h * w for batch in batches for h, w in batch["image_sizes"]),
+        "places": sum(mask.numel() for mask in masks),
+    }  # fmt: skip
+
+
+def longest_images(run: Run, number: int) -> list[Sample]:
+    lengths = run.batches.lengths
+    return [run.samples["train"][i] for i in sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-number:]]
+
+
+def peer_loader(run: Run) -> DataLoader:
+    """The run's own batches as a plain loop feeds them."""
+    return run.accelerator.prepare(DataLoader(
+        run.loader.dataset, batch_sampler=run.batches, collate_fn=PlainCollate(run.model), num_workers=run.workers,
+        pin_memory=torch.cuda.is_available(), persistent_workers=run.workers > 0,
+    ))  # fmt: skip
 
 
 def alloc_retries(device: str) -> int:
