@@ -65,7 +65,8 @@ class EvaluateConfig:
     """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     precision: Precision = "auto"
     heatmap: str = "attention"
-    """What is held against the target: attention, token_gradient, input_gradient, attention_x_gradient, or your own."""
+    """What is held against the target: attention, relative_attention, token_gradient, input_gradient,
+    attention_x_gradient, occlusion (slow), or your own."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
     attention_layers: tuple[int, ...] | None = None

@@ -14,7 +14,7 @@ import torch
 
 from ..data import GRID, Sample, area_weights
 from .pixels import PixelStore, resized_size
-from .prompt import IMAGE_TOKEN, Tokens, tokenize, with_answer
+from .prompt import IMAGE_TOKEN, Tokens, neutral_tail, tokenize, with_answer
 
 
 class Batch(TypedDict, total=False):
@@ -46,6 +46,7 @@ class Batch(TypedDict, total=False):
     row_weights: Annotated[torch.Tensor, "B 14 T"]  # how much of a visual token's height lies in each heatmap row
     column_weights: Annotated[torch.Tensor, "B 14 T"]  # and of its width in each column; 0 on all other tokens
     target: Annotated[torch.Tensor, "B 14 14"]  # target heatmaps
+    neutral_tail: Annotated[torch.Tensor, "S"]  # tokens of a question that could follow the image instead
 
 
 LAYOUTS = {
@@ -68,6 +69,7 @@ class Collate:
         self.tokenizer, self.image_processor, self.pixels = tokenizer, image_processor, pixels
         self.store = store or PixelStore([], image_processor)
         self._tokens: dict[tuple[str, int], Tokens] = {}
+        self.neutral_tail = torch.tensor(neutral_tail(tokenizer))
         self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def tokens(self, sample: Sample) -> Tokens:
@@ -110,6 +112,7 @@ class Collate:
             row_weights=torch.zeros(rows, GRID, length),
             column_weights=torch.zeros(rows, GRID, length),
             target=torch.from_numpy(np.stack([sample.target for sample in samples])),
+            neutral_tail=self.neutral_tail,
         )
         merge = self.image_processor.merge_size
         for i, (parts, (height, breadth)) in enumerate(zip(tokens, sizes, strict=True)):

@@ -121,14 +121,22 @@ def next_token_logits(
     Returns:
         [B, S, V].
     """
-    model = network.model.language_model
+    hidden, _ = run_on(network, tokens, position_ids, seen, past, compiled=compiled)
+    return network.lm_head(network.model.language_model.norm(hidden))
+
+
+def run_on(network, tokens, position_ids, seen, past, *, rows_of: tuple[int, ...] = (), compiled: bool = False):
+    """The layers of `next_token_logits`: hidden [B, S, C], and of some layers the rows [B, H, S, K + S]."""
+    model, rows = network.model.language_model, {}
     hidden = _embed_tokens(network, tokens)
     cos, sin = model.rotary_emb(hidden, position_ids)
     for i, layer in enumerate(model.layers):
-        hidden, _, past[i] = run_layer(
+        hidden, found, past[i] = run_layer(
             text_layer, layer, hidden, cos, sin, compiled=compiled, past=past[i], seen=seen, keep_keys=True
         )
-    return network.lm_head(model.norm(hidden))
+        if i in rows_of:
+            rows[i] = found
+    return hidden, rows
 
 
 def _embed_tokens(network, tokens: torch.Tensor) -> torch.Tensor:

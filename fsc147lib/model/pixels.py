@@ -36,12 +36,22 @@ def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
 
 
 def resized_patches(sample: Sample, image_processor) -> torch.Tensor:
-    """The decoded image at that size as [P, 3 * patch * patch] uint8, the merge x merge patches of a token together."""
+    """The decoded image at that size, in patches."""
     height, width = resized_size(sample, image_processor)
-    patch, merge = image_processor.patch_size, image_processor.merge_size
     image = sample.image.resize((width, height), Image.Resampling(image_processor.resample))
-    blocks = torch.from_numpy(np.array(image)).unflatten(1, (-1, merge, patch)).unflatten(0, (-1, merge, patch))
+    return to_patches(torch.from_numpy(np.array(image)), image_processor.patch_size, image_processor.merge_size)
+
+
+def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
+    """[H, W, 3] uint8 -> [P, 3 * patch * patch], the merge x merge patches of a token together."""
+    blocks = image.unflatten(1, (-1, merge, patch)).unflatten(0, (-1, merge, patch))
     return blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
+
+
+def from_patches(patches: torch.Tensor, rows: int, columns: int, patch: int, merge: int) -> torch.Tensor:
+    """The image that `to_patches` cut into so many rows and columns of patches."""
+    blocks = patches.view(rows // merge, columns // merge, merge, merge, 3, patch, patch)
+    return blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
 
 
 def mirrored(patches: torch.Tensor, width: int, patch: int, merge: int) -> torch.Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 QUESTION = "How many {category} are in this image? Answer with COUNT: and the number."
 ANSWER = "COUNT: {count}"
+NEUTRAL = "Write a general description of the image."
+"""A question that asks for no objects: Zhang et al., "MLLMs Know Where to Look" (ICLR 2025)."""
 IMAGE_TOKEN = "<|image_pad|>"
 
 MAX_DIGITS = 6  # of the longest number that counts as an answer; FSC147's largest count, 3,701, has four
@@ -38,7 +40,16 @@ def chat_text(tokenizer, category: str) -> str:
         if token in category:
             problem = f"the category {category!r:.60} holds {token}, which the model reads as a control token"
             raise ValueError(f"{problem}: name the objects in words")
-    content = [{"type": "image"}, {"type": "text", "text": question(category)}]
+    return _in_template(tokenizer, question(category))
+
+
+def neutral_tail(tokenizer) -> list[int]:
+    """Tokens of the neutral question from after the image up to where an answer begins."""
+    return _around_image(tokenizer, _in_template(tokenizer, NEUTRAL))[1]
+
+
+def _in_template(tokenizer, text: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -83,13 +94,17 @@ def tokenize(tokenizer, category: str, count: int) -> Tokens:
     Raises:
         ValueError: as `chat_text`, or the chat template does not put exactly one image token into the prompt.
     """
-    text = chat_text(tokenizer, category)
+    head, tail = _around_image(tokenizer, chat_text(tokenizer, category))
+    ids = tokenizer.encode(answer(count), add_special_tokens=False)
+    return Tokens(head, tail, *_answer_tokens(tokenizer, [*ids, tokenizer.eos_token_id]))
+
+
+def _around_image(tokenizer, text: str) -> list[list[int]]:
+    """Tokens before and after the image."""
     if text.count(IMAGE_TOKEN) != 1:
         made = f"the tokenizer's chat template made {text.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of one image"
         raise ValueError(f"{made}: use the tokenizer that belongs to a Qwen3-VL model")
-    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in text.split(IMAGE_TOKEN))
-    ids = tokenizer.encode(answer(count), add_special_tokens=False)
-    return Tokens(head, tail, *_answer_tokens(tokenizer, [*ids, tokenizer.eos_token_id]))
+    return [tokenizer.encode(part, add_special_tokens=False) for part in text.split(IMAGE_TOKEN)]
 
 
 def with_answer(tokenizer, tokens: Tokens, ids: list[int]) -> Tokens:
