@@ -6,6 +6,7 @@ speed.  Between two turns a process keeps its compiled layers and its images, an
 Left out: which turns there are, and what is made of their numbers (`throughput`).
 """
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -126,6 +127,7 @@ class Trial:
                 weight.data = weight.data.to("cpu", torch.bfloat16)
             if (cache := self.run.training_step.cache) and cache.place == "gpu":
                 cache.features = cache.features.cpu()
+            gc.collect()  # a Trainer's circle of references holds its optimizer
             torch.cuda.empty_cache()
 
     def begin(self) -> None:
