@@ -81,7 +81,7 @@ def sweep_figure(rows: Sequence[dict]) -> Figure:
             mean, low, high = group[key] or (np.nan,) * 3
             place.barh(i, mean, xerr=[[mean - low], [high - mean]], color=f"C{i}", capsize=3)
     axes[0].set(xlabel="epoch", ylabel="validation MAE, objects", title="mean over runs, with their range")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=9)
     for place, label in ((axes[1], "best validation MAE, objects"), (axes[2], "KL(P || A) at the end, nats")):
         place.set(xlabel=label)
         place.set_yticks(range(len(groups)), labels=names if place is axes[1] else [])

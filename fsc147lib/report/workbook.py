@@ -7,9 +7,11 @@ notebook opens on what the others made.  Left out: everything that a notebook sh
 
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 
 import nbformat
@@ -80,6 +82,7 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
     """
     if "ipykernel" in sys.modules:  # photographs as PNG would make megabytes of a notebook
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
+        tqdm.__init__ = partialmethod(tqdm.__init__, file=sys.stdout)  # on stderr each bar leaves an empty red box
     data = os.environ.get("FSC147_DATA") or data
     model = os.environ.get("FSC147_MODEL") or str(model)
     project = Path() if Path("notebooks").is_dir() else Path("..")  # a kernel starts beside its notebook
@@ -112,10 +115,13 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
     except CellExecutionError as error:
         raise WorkbookError(f"{path.name} failed:\n{error}") from error
     finally:
+        for cell in notebook.cells:  # where a progress bar ended, an empty red box would stand
+            if "outputs" in cell:
+                cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
         notebook.metadata.pop("widgets", None)  # dead in a page, and large; a static picture stands beside each
         write_text(out / path.name, nbformat.writes(notebook))
         page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook)
-        write_text(out / f"{path.stem}.html", page)
+        write_text(out / f"{path.stem}.html", re.sub(r'(href="[\w-]+)\.ipynb', r"\1.html", page))  # from page to page
     return time.perf_counter() - started
 
 

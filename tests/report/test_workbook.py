@@ -109,12 +109,25 @@ def notebook(path, *sources):
 
 @pytest.mark.slow
 def test_a_notebook_is_executed_and_written(tmp_path):
-    path = notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)")
+    bar = "import sys\nprint('\\r      \\r', end='', file=sys.stderr)"  # what a progress bar leaves behind
+    path = notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)", bar)
     with tqdm(disable=True) as progress:
         assert workbook.run_notebook(path, tmp_path / "out", progress) > 0
     assert "42" in (tmp_path / "out" / "a.html").read_text()
     assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[1].outputs[0].text == "42\n"
+    assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[2].outputs == []
     assert not nbformat.read(path, as_version=4).cells[1].outputs
+
+
+@pytest.mark.slow
+def test_links_between_notebooks_lead_from_page_to_page(tmp_path):
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("[next](02_b.ipynb), `open x.ipynb`")])
+    nbformat.write(book, tmp_path / "a.ipynb")
+    with tqdm(disable=True) as progress:
+        workbook.run_notebook(tmp_path / "a.ipynb", tmp_path / "out", progress)
+    page = (tmp_path / "out" / "a.html").read_text()
+    assert 'href="02_b.html"' in page and "open x.ipynb" in page
+    assert "02_b.ipynb" in (tmp_path / "out" / "a.ipynb").read_text()
 
 
 def test_a_failing_notebook_is_named_and_what_ran_is_kept(tmp_path):
