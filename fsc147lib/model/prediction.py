@@ -45,7 +45,7 @@ class PredictConfig:
     json: Path | None = None
     """Write all numbers here."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
 
     def __post_init__(self):
         need(self, "images", len(self.images) > 0, "a picture or more")

@@ -28,9 +28,9 @@ from ..data.fsc147 import Sample
 from ..options import ConfigError
 from . import forward, layers, pixels
 from .collate import Batch, Collate, to_device
+from .device import free_memory, gpu_memory, memory_in_use
 from .forward import encode_images
 from .network import CountingModel
-from .pixels import free_memory
 
 GPU_SHARE, HOST_SHARE = 0.25, 0.5
 """The cache may take so much of the GPU's whole memory, or of the machine's free memory."""
@@ -75,8 +75,8 @@ class VisionCache:
             self.places[image_key(sample)] = total, total + rows * columns // 4
             total += rows * columns // 4
         vision = network.config.vision_config
-        narrow = accelerator.mixed_precision == "bf16"
-        self.dtype = torch.bfloat16 if narrow else network.model.visual.dtype
+        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}  # as autocast computes them
+        self.dtype = narrow.get(accelerator.mixed_precision, network.model.visual.dtype)
         self.shape = (total, 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size)
         states = sum(3 * weight.nbytes for weight in network.parameters() if weight.requires_grad)
         size = math.prod(self.shape) * self.dtype.itemsize
@@ -166,8 +166,8 @@ def choose_place(size: int, states: int = 0) -> str:
             for a step's activations.
     """
     if torch.cuda.is_available():
-        free, whole = torch.cuda.mem_get_info()
-        if size <= min(GPU_SHARE * whole, free - states - GPU_SHARE * whole):
+        whole, ours = gpu_memory()
+        if size <= min(GPU_SHARE * whole, ours - memory_in_use("cuda") - states - GPU_SHARE * whole):
             return "gpu"
     return "host" if size <= HOST_SHARE * free_memory() else "disk"
 

@@ -12,9 +12,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..data.fsc147 import Sample
 from ..model.collate import Batch, Collate
+from ..model.device import wait_for
 from ..model.network import CountingModel
 from ..training.losses import LossParts
-from .timing import wait_for
 
 INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "pixel_values", "image_grid_thw")
 """What transformers' own forward pass is given."""

@@ -38,7 +38,7 @@ class ThroughputConfig:
     limit: int | None = None
     """Only so many images of each split."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     vision_cache: Literal["auto", "gpu", "host", "disk"] = "auto"
     """Where a frozen encoder's outputs are kept; auto: the first with room."""
     validation: bool = True

@@ -6,7 +6,6 @@ speed.  Between two turns a process keeps its compiled layers and its images, an
 Left out: which turns there are, and what is made of their numbers (`throughput`).
 """
 
-import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,11 +19,12 @@ from torch.utils.data import DataLoader
 from ..data.fsc147 import Sample
 from ..model.adapt import freeze_vision
 from ..model.collate import Batch, to_device
+from ..model.device import free_models, peak_memory, seconds_of
 from ..training.loop import Run, TrainConfig
 from ..training.step import TrainingStep
 from .overhead import load_or_shape
 from .peers import PlainCollate, PlainLoss, trainer_trial
-from .timing import measured_peak, peak_memory, seconds_of, step_flops
+from .timing import measured_peak, step_flops
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ class Trial:
                 weight.data = weight.data.to("cpu", torch.bfloat16)
             if (cache := self.run.training_step.cache) and cache.place == "gpu":
                 cache.features = cache.features.cpu()
-            gc.collect()  # a Trainer's circle of references holds its optimizer
-            torch.cuda.empty_cache()
+            free_models()  # and what a Trainer's circle of references holds
 
     def begin(self) -> None:
         """Open the loader, and step on the longest images, which tells the memory; the first step compiles."""

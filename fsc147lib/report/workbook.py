@@ -15,6 +15,7 @@ from functools import partialmethod
 from pathlib import Path
 
 import nbformat
+import torch
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -23,6 +24,8 @@ from tqdm import tqdm
 
 from ..data.scenes import make_dataset
 from ..files import write_text
+from ..model.device import gpu_memory
+from ..model.load import count_parameters
 from .timing import table
 
 PICTURES = {"train": 800, "val": 100, "test": 50}  # the drawn data set that notebooks use when no root is given
@@ -37,6 +40,16 @@ COLUMNS = {  # of the summary that `make run` ends with
 
 class WorkbookError(RuntimeError):
     """A notebook cannot go on; the message says what to run first, or which cell failed."""
+
+
+FITS = (  # GiB that Qwen3-VL-2B needs for it (docs/cards.md), and options of `train`
+    (50.0, {"batch_size": 16}),
+    (30.0, {"batch_size": 8, "gradient_checkpointing": True}),
+    (18.0, {"batch_size": 8, "lora": 16}),
+    (9.0, {"batch_size": 8, "lora": 16, "gradient_checkpointing": True}),
+    (0.0, {"batch_size": 2, "lora": 16, "gradient_checkpointing": True}),
+)
+"""From the fastest on; needs of another model are as many times as large as it is."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,22 @@ class Settings:
         """A folder that no run has used: what was trained before stays."""
         numbers = [int(path.name.rpartition("-")[2]) for path in self.runs.glob(f"{name}-[0-9]*")]
         return self.runs / f"{name}-{max(numbers, default=0) + 1}"
+
+    def fit(self) -> dict:
+        """Options of `train`, and a limit of images, for this model on this card; prints them, and what is free."""
+        if not torch.cuda.is_available():
+            return {"limit": 240, "batch_size": 8}
+        most, free = (size / 2**30 for size in gpu_memory())
+        scale = count_parameters(self.model) / 2.1e9
+        needed, options = next((need * scale, options) for need, options in FITS if need * scale <= most)
+        options = {"limit": 240, **options}
+        print(f"{self.model} on {most:.0f} GiB: {', '.join(f'{key}={value}' for key, value in options.items())}")
+        held = "" if free > needed else (
+            f", {needed:.1f} are needed: another process holds the rest, most likely the kernel of another notebook. "
+            "Shut it down (Kernel, Shut Down Kernel), and run this cell again"
+        )  # fmt: skip
+        print(f"{free:.1f} GiB of the GPU are free{held}.")
+        return options
 
     @property
     def comparison(self) -> Path:

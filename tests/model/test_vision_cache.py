@@ -177,7 +177,8 @@ def test_the_place_goes_by_size(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [vision_cache.choose_place(size) for size in (500, 501)] == ["host", "disk"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (800, 1000))  # a quarter of 1000 stays for activations
+    monkeypatch.setattr(vision_cache, "gpu_memory", lambda: (1000, 900))
+    monkeypatch.setattr(vision_cache, "memory_in_use", lambda _: 100)  # a quarter of 1000 stays for activations
     assert [vision_cache.choose_place(size) for size in (250, 251)] == ["gpu", "host"]
     assert [vision_cache.choose_place(size, states=400) for size in (150, 151)] == ["gpu", "host"]
 

@@ -84,6 +84,31 @@ def test_results_are_in_one_place_for_the_runner_and_for_a_kernel(tmp_path, monk
     assert found[0] == found[1] and found[0].is_relative_to(tmp_path / "runs")
 
 
+@pytest.mark.parametrize(("gib", "parameters", "expected"), [
+    (14.0, 2.1e9, {"lora": 16, "gradient_checkpointing": True, "batch_size": 8}),
+    (21.5, 2.1e9, {"lora": 16, "batch_size": 8}),
+    (38.5, 2.1e9, {"gradient_checkpointing": True, "batch_size": 8}),
+    (78.0, 2.1e9, {"batch_size": 16}),
+    (78.0, 8.8e9, {"lora": 16, "batch_size": 8}),
+    (14.0, 2e6, {"batch_size": 16}),
+])  # fmt: skip
+def test_a_card_s_memory_picks_the_options(tmp_path, monkeypatch, capsys, gib, parameters, expected):
+    monkeypatch.setattr(workbook.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(workbook, "gpu_memory", lambda: (int(gib * 2**30), int(gib * 2**30)))
+    monkeypatch.setattr(workbook, "count_parameters", lambda name: parameters)
+    assert workbook.Settings(tmp_path, "model", tmp_path).fit() == {"limit": 240, **expected}
+    assert " GiB of the GPU are free.\n" in capsys.readouterr().out
+
+
+def test_a_card_that_another_kernel_holds_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workbook.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(workbook, "gpu_memory", lambda: (14 * 2**30, 3 * 2**30))
+    monkeypatch.setattr(workbook, "count_parameters", lambda name: 2.1e9)
+    workbook.Settings(tmp_path, "model", tmp_path).fit()
+    printed = capsys.readouterr().out
+    assert "3.0 GiB of the GPU are free, 9.0 are needed" in printed and "kernel of another notebook" in printed
+
+
 def test_notebook_4_before_3_says_what_to_run(tmp_path):
     with pytest.raises(workbook.WorkbookError, match="run 03_dual_loss_finetuning.ipynb first"):
         workbook.settings(tmp_path, out=tmp_path).trained()
