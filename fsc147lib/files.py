@@ -7,6 +7,8 @@ Left out: formats.
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MAX_BYTES = 2**30
@@ -38,6 +40,16 @@ def write_text(path: str | Path, text: str) -> None:
     draft = path.with_name(path.name + ".writing")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A draft to fill, put in the folder's place at the end; FileExistsError if that holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty: name a new folder, or remove it first")
+    draft = new_draft(folder)
+    yield draft
+    replace_folder(draft, folder)
 
 
 def new_draft(folder: Path) -> Path:

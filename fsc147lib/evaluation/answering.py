@@ -64,8 +64,10 @@ class EvaluateConfig:
     max_pixels: int = MAX_PIXELS
     """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     precision: Precision = "auto"
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     heatmap: str = "attention"
-    """What is held against the target: attention, token_gradient, input_gradient, attention_x_gradient, or your own."""
+    """What is held against the target: attention, relative_attention, token_gradient, input_gradient,
+    attention_x_gradient, occlusion (slow), or your own."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
     attention_layers: tuple[int, ...] | None = None

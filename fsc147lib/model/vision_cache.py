@@ -27,9 +27,9 @@ from ..data.fsc147 import Sample
 from ..options import ConfigError
 from . import forward, layers, pixels
 from .collate import Batch, Collate, to_device
+from .device import free_memory, gpu_memory
 from .forward import encode_images
 from .network import CountingModel
-from .pixels import free_memory
 
 GPU_SHARE, HOST_SHARE = 0.25, 0.5
 """The cache may take so much of the GPU's whole memory, or of the machine's free memory."""
@@ -74,10 +74,10 @@ class VisionCache:
             self.places[image_key(sample)] = total, total + rows * columns // 4
             total += rows * columns // 4
         vision = network.config.vision_config
-        narrow = accelerator.mixed_precision == "bf16"
-        self.dtype = torch.bfloat16 if narrow else network.model.visual.dtype
+        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}  # as autocast computes them
+        self.dtype = narrow.get(accelerator.mixed_precision, network.model.visual.dtype)
         self.shape = (total, 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size)
-        self.place = _choose_place(math.prod(self.shape) * self.dtype.itemsize) if place == "auto" else place
+        self.place = choose_place(math.prod(self.shape) * self.dtype.itemsize) if place == "auto" else place
         order = sorted(range(len(samples)), key=lambda i: sizes[i])
         chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
         loader = DataLoader(chunks, batch_size=None, collate_fn=collate, num_workers=workers)
@@ -137,8 +137,9 @@ def image_key(sample: Sample) -> tuple[str, bool]:
     return str((sample.mirror_of or sample).image_path), sample.mirror_of is not None
 
 
-def _choose_place(size: int) -> str:
-    if torch.cuda.is_available() and size <= GPU_SHARE * torch.cuda.mem_get_info()[1]:
+def choose_place(size: int) -> str:
+    """Where a cache of so many bytes is kept: "gpu", "host" or "disk", the first with room."""
+    if torch.cuda.is_available() and size <= GPU_SHARE * gpu_memory()[0]:
         return "gpu"
     return "host" if size <= HOST_SHARE * free_memory() else "disk"
 

@@ -5,11 +5,13 @@ Nothing imports it but commands and notebooks.
 
 __all__ = [
     "comparison",
+    "faithful",
     "figures",
     "overhead",
     "predictions",
     "sweeps",
     "throughput",
     "timing",
+    "viewer",
     "workbook",
 ]  # modules, loaded on import

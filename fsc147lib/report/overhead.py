@@ -18,17 +18,17 @@ from transformers import Qwen3VLConfig
 from ..data.fsc147 import Sample
 from ..data.scenes import draw_scene
 from ..evaluation.metrics import bootstrap_interval
-from ..model.adapt import freeze_vision
+from ..model.adapt import freeze_vision, save_memory
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
-from ..model.device import make_accelerator
+from ..model.device import make_accelerator, peak_memory, seconds_of
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.network import CountingModel, random_network
 from ..options import Precision, need
 from ..training.losses import DualLoss, LossParts
 from ..training.step import TrainingStep, make_optimizer
-from .timing import peak_memory, seconds_of, table, take_turns, write_report
+from .timing import table, take_turns, write_report
 
 WEIGHT = 0.1  # of the attention loss, where it is trained; its size costs nothing
 
@@ -52,7 +52,7 @@ class OverheadConfig:
     rounds: int = 20
     """Timed steps of each variant."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     compile: bool = False
     """Compile the layers; a gradient heatmap that is trained leaves those plain that it differentiates twice."""
     json: Path | None = None
@@ -172,6 +172,8 @@ def time_losses(
     train_vision: bool = True,
     precision: str = "auto",
     compiled: bool = False,
+    lora: int | None = None,
+    gradient_checkpointing: bool = False,
 ) -> list[dict]:
     """Time a step with the count loss alone against one with each heatmap, computed only, and trained.
 
@@ -184,6 +186,7 @@ def time_losses(
         train_vision: whether the vision encoder trains as well.
         precision: as in TrainConfig.
         compiled: compile the layers.
+        lora, gradient_checkpointing: as in TrainConfig.
 
     Returns:
         A row for each variant: `name`, `method`, `trained`, `images` (of a batch; None for all), `every` (the
@@ -200,6 +203,7 @@ def time_losses(
         raise ValueError(f"{len(samples)} samples make no batch of {batch_size}: give more, or a smaller batch size")
     accelerator = make_accelerator(precision)
     device = accelerator.device.type
+    save_memory(model.network, lora, gradient_checkpointing, accelerator.mixed_precision)
     network = model.network.to(device).train()
     freeze_vision(network, not train_vision)
     optimizer = make_optimizer(network, 1e-6)  # one for all: less memory

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 
 from ..data.fsc147 import Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
-from ..model.adapt import add_lora, freeze_vision
+from ..model.adapt import freeze_vision, save_memory
 from ..model.collate import Batch, to_device
-from ..model.device import default_workers, make_accelerator
+from ..model.device import default_workers, make_accelerator, peak_memory, seconds_of
 from ..model.heatmaps import Heatmap
 from ..model.network import CountingModel
 from ..model.pixels import PixelStore
@@ -35,7 +35,7 @@ from ..training.losses import DualLoss
 from ..training.step import TrainingStep, make_optimizer
 from .overhead import WEIGHT, load_or_shape
 from .plain_loop import PlainCollate, PlainLoss
-from .timing import measured_peak, peak_memory, seconds_of, step_flops, table, take_turns, write_report
+from .timing import measured_peak, step_flops, table, take_turns, write_report
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ThroughputConfig:
     limit: int | None = None
     """Only so many images of each split."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     vision_cache: Literal["auto", "gpu", "host", "disk"] = "auto"
     """Where a frozen encoder's outputs are kept; auto: the first with room."""
     validation: bool = True
@@ -296,10 +296,7 @@ def make_setup(config: ThroughputConfig, folder: Path) -> Setup:
     samples = {split: open_split(config.data, split, config.limit) for split in ("train", "val")}
     model = load_or_shape(config.model, accelerator.device.type)
     network, workers = model.network, default_workers() if config.workers is None else config.workers
-    if config.lora:
-        add_lora(network, config.lora, narrow=accelerator.mixed_precision == "bf16")
-    if config.gradient_checkpointing:
-        network.activation_checkpointing_enable({"use_reentrant": False})
+    save_memory(network, config.lora, config.gradient_checkpointing, accelerator.mixed_precision)
     frozen, train = not model.recipe.train_vision, samples["train"]
     freeze_vision(network.to(accelerator.device).train(), frozen)
     store = PixelStore([*train, *samples["val"]], model.image_processor, shared=workers > 0)

@@ -20,6 +20,7 @@ import transformers
 
 from ..evaluation.answering import to_csv
 from ..files import write_text
+from ..model.device import seconds_of
 
 
 def take_turns(
@@ -41,38 +42,6 @@ def take_turns(
             if turn >= 0:
                 found[name].append(numbers)
     return {name: {key: np.array([row[key] for row in rows]) for key in rows[0]} for name, rows in found.items()}
-
-
-def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds of a call; on "cuda" what it asks of the GPU included."""
-    _wait(device)
-    started = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(run: Callable[[], object], device: str = "cpu") -> float | None:
-    """MiB at the highest point of a call: of the GPU, or else of the whole process.
-
-    The process's peak can be measured anew on Linux alone; elsewhere the answer is None.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
-    except OSError:
-        return None
-    run()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def step_flops(config, images: int, tokens: int, patches: int, encoder: bool) -> float:

@@ -1,20 +1,21 @@
 """What the notebooks share: where data, model and results are; and the runner behind `make run`.
 
-The runner executes the notebooks in order with no window, writes them and their HTML to
-`runs/workbook/`, and sums up their results in `summary.json`.  The results themselves are where JupyterLab
-looks for them too: after `make run` each notebook opens on what the others made.
-
-Left out: everything that a notebook shows.
+The runner executes the notebooks in order with no window, writes them and their HTML to `runs/workbook/`, and sums up
+their results in `summary.json`.  The results themselves are where JupyterLab looks for them too: after `make run` each
+notebook opens on what the others made.  Left out: everything that a notebook shows.
 """
 
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 
 import nbformat
+import torch
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -23,25 +24,32 @@ from tqdm import tqdm
 
 from ..data.scenes import make_dataset
 from ..files import write_text
+from ..model.device import gpu_memory
+from ..model.load import count_parameters
 from .timing import table
 
-PICTURES = {"train": 800, "val": 100, "test": 50}
-"""Size of the drawn data set that the notebooks use when no root is given."""
-
-RESULTS = Path("runs/notebooks")
-"""Data, runs and timings of the notebooks, in the project's folder."""
-
-COLUMNS = {
+PICTURES = {"train": 800, "val": 100, "test": 50}  # the drawn data set that notebooks use when no root is given
+RESULTS = Path("runs/notebooks")  # data, runs and timings of the notebooks, in the project's folder
+COLUMNS = {  # of the summary that `make run` ends with
     "mae": ("MAE (objects)", "{mae:.2f}"),
     "rmse": ("RMSE (objects)", "{rmse:.2f}"),
     "kl": ("KL (nats)", "{kl:.3f}"),
     "mass_on_objects": ("attention on objects", "{mass_on_objects:.3f}"),
 }
-"""Of the summary that `make run` ends with."""
 
 
 class WorkbookError(RuntimeError):
     """A notebook cannot go on; the message says what to run first, or which cell failed."""
+
+
+FITS = (  # GiB that Qwen3-VL-2B needs for it (docs/cards.md), and options of `train`
+    (50.0, {"batch_size": 16}),
+    (30.0, {"batch_size": 8, "gradient_checkpointing": True}),
+    (18.0, {"batch_size": 8, "lora": 16}),
+    (9.0, {"batch_size": 8, "lora": 16, "gradient_checkpointing": True}),
+    (0.0, {"batch_size": 2, "lora": 16, "gradient_checkpointing": True}),
+)
+"""From the fastest on; needs of another model are as many times as large as it is."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,22 @@ class Settings:
         numbers = [int(path.name.rpartition("-")[2]) for path in self.runs.glob(f"{name}-[0-9]*")]
         return self.runs / f"{name}-{max(numbers, default=0) + 1}"
 
+    def fit(self) -> dict:
+        """Options of `train`, and a limit of images, for this model on this card; prints them, and what is free."""
+        if not torch.cuda.is_available():
+            return {"limit": 240, "batch_size": 8}
+        most, free = (size / 2**30 for size in gpu_memory())
+        scale = count_parameters(self.model) / 2.1e9
+        needed, options = next((need * scale, options) for need, options in FITS if need * scale <= most)
+        options = {"limit": 240, **options}
+        print(f"{self.model} on {most:.0f} GiB: {', '.join(f'{key}={value}' for key, value in options.items())}")
+        held = "" if free > needed else (
+            f", {needed:.1f} are needed: another process holds the rest, most likely the kernel of another notebook. "
+            "Shut it down (Kernel, Shut Down Kernel), and run this cell again"
+        )  # fmt: skip
+        print(f"{free:.1f} GiB of the GPU are free{held}.")
+        return options
+
     @property
     def comparison(self) -> Path:
         """What notebook 03 found on the test split."""
@@ -73,11 +97,7 @@ class Settings:
         return self.out / "overhead.json"
 
     def trained(self) -> Path:
-        """The best checkpoint of notebook 03's last run with both losses.
-
-        Raises:
-            WorkbookError: it has not been run with this data and model.
-        """
+        """The best checkpoint of notebook 03's last run with both losses, or a WorkbookError that says to run it."""
         found = sorted(self.runs.glob("both-[0-9]*/best"), key=lambda best: int(best.parent.name.rpartition("-")[2]))
         if not found:
             raise WorkbookError(f"there is no trained model in {self.runs}: run 03_dual_loss_finetuning.ipynb first")
@@ -85,17 +105,13 @@ class Settings:
 
 
 def settings(data: str | Path | None = None, model: str = "tiny", out: str | Path | None = None) -> Settings:
-    """Settle where things are, and draw the default data set if it is needed and not there.
+    """Settle where data root (None: drawn ones), model and results (None: RESULTS) are; draw what is not there.
 
     The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT win over the arguments.
-
-    Args:
-        data: a root in FSC147's official layout; None for a drawn one in `out`.
-        model: "tiny", a folder or a hub id.
-        out: folder of results; None for RESULTS.
     """
     if "ipykernel" in sys.modules:  # photographs as PNG would make megabytes of a notebook
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
+        tqdm.__init__ = partialmethod(tqdm.__init__, file=sys.stdout)  # on stderr each bar leaves an empty red box
     data = os.environ.get("FSC147_DATA") or data
     model = os.environ.get("FSC147_MODEL") or str(model)
     project = Path() if Path("notebooks").is_dir() else Path("..")  # a kernel starts beside its notebook
@@ -109,10 +125,7 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
 
 
 def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
-    """Execute a notebook in its own folder and write it, with its HTML, to `out`.
-
-    Returns:
-        Seconds it took.
+    """Execute a notebook in its own folder and write it, with its HTML, to `out`; returns the seconds it took.
 
     Raises:
         WorkbookError: naming the notebook and quoting the failed cell; what ran before is written.
@@ -131,10 +144,13 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
     except CellExecutionError as error:
         raise WorkbookError(f"{path.name} failed:\n{error}") from error
     finally:
+        for cell in notebook.cells:  # where a progress bar ended, an empty red box would stand
+            if "outputs" in cell:
+                cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
         notebook.metadata.pop("widgets", None)  # dead in a page, and large; a static picture stands beside each
         write_text(out / path.name, nbformat.writes(notebook))
         page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook)
-        write_text(out / f"{path.stem}.html", page)
+        write_text(out / f"{path.stem}.html", re.sub(r'(href="[\w-]+)\.ipynb', r"\1.html", page))  # from page to page
     return time.perf_counter() - started
 
 
@@ -143,13 +159,9 @@ def summarise(where: Settings, seconds: dict[str, float]) -> dict:
     found = json.loads(where.comparison.read_text())
     rows = {row["name"]: row for row in json.loads(where.overhead.read_text())["rows"]}
     both = rows["attention, trained"]
-    return {
-        "data": str(where.data),
-        "model": where.model,
-        "test": found["rows"],
-        "attention_loss_overhead": {key: both[f"overhead_{key}"] for key in ("low", "median", "high")},
-        "seconds": seconds,
-    }
+    overhead = {key: both[f"overhead_{key}"] for key in ("low", "median", "high")}
+    about = {"data": str(where.data), "model": where.model, "test": found["rows"]}
+    return {**about, "attention_loss_overhead": overhead, "seconds": seconds}
 
 
 def summary_text(summary: dict) -> str:

@@ -6,7 +6,6 @@ the last whole epoch to the very same end.
 Left out: what a loss is (`losses`), what a step does with it (`step`), and what the folder holds (`run`).
 """
 
-import hashlib
 import json
 import math
 import time
@@ -22,17 +21,17 @@ from tqdm import tqdm
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
-from ..model.adapt import add_lora, freeze_vision
+from ..model.adapt import freeze_vision, save_memory
 from ..model.device import default_workers, make_accelerator
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.network import Recipe
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
-from ..options import Precision, need
+from ..options import ConfigError, Precision, need
 from .batches import training_loader, windows
 from .losses import DualLoss
-from .run import RunFolder, TrainResult
+from .run import RunFolder, TrainResult, fingerprint
 from .schedule import lazy_weight, learning_rate_factor
 from .step import TrainingStep, make_optimizer
 from .tracker import start_tracker
@@ -96,7 +95,7 @@ class TrainConfig:
     flip: bool = True
     """Show images mirrored half of the time."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere.  Weights and optimizer are fp32 in both."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere.  What trains is fp32 in all."""
     gradient_checkpointing: bool = False
     """Less memory for more time: 1.23 times a step of the tiny model on two CPU cores."""
     seed: int = 0
@@ -152,8 +151,10 @@ class TrainConfig:
         exclude = self.exclude if split == "train" else None
         return open_split(self.data, split, self.limit, self.category, exclude, self.max_pixels)
 
-    def resolved(self, recipe: Recipe) -> "TrainConfig":
-        """The same with what is left to the model's recipe filled in."""
+    def resolved(self, recipe: Recipe, precision: str) -> "TrainConfig":
+        """The same, with what is left to the model's recipe filled in; a heatmap that fp16 cannot hold is refused."""
+        if precision == "fp16" and self.attention_weight and self.heatmap.endswith("_gradient"):
+            raise ConfigError(f"{self.heatmap} (--heatmap) is too small for fp16: give attention, or --precision fp32")
         first = self.unfreeze_vision_at
         if first is None:
             first = 0 if recipe.train_vision and not self.lora else self.epochs  # adapters train alone
@@ -183,12 +184,6 @@ class TrainConfig:
         return json.dumps(asdict(self), indent=1, default=str)
 
 
-def fingerprint(samples: dict[str, list[Sample]]) -> str:
-    """Of the names and counts of each split."""
-    listed = {split: [(s.name, s.count) for s in part] for split, part in samples.items()}
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
 class Run:
     """One training run, put together: images, model, step and folder.  `train` drives it."""
 
@@ -201,12 +196,9 @@ class Run:
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         self.images = fingerprint(self.samples)
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
-        self.config = config = config.resolved(self.model.recipe)
+        self.config = config = config.resolved(self.model.recipe, self.accelerator.mixed_precision)
         network = self.model.network
-        if config.lora:
-            add_lora(network, config.lora, narrow=self.accelerator.mixed_precision == "bf16")
-        if config.gradient_checkpointing:
-            network.activation_checkpointing_enable({"use_reentrant": False})
+        save_memory(network, config.lora, config.gradient_checkpointing, self.accelerator.mixed_precision)
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
             torch.cuda.is_available() if config.compile is None else config.compile, config.gradient_method,
@@ -303,11 +295,12 @@ class Run:
             if self.step % config.log_every == 0 or self.step == 1 or losses.attention is not None and every > 1:
                 step.check()
                 line = {name: None if value is None else float(value) for name, value in asdict(losses).items()}
+                skipped = {} if step.scaler is None else {"skipped_steps": step.skipped}
                 self.log({
                     "step": self.step, "epoch": self.epoch + 1, "count_loss": line["count"],
                     "attention_loss": line["attention"], "total": line["total"],
-                    "learning_rate": rate, "gradient_norm": float(norm),
-                    "images_per_second": images / (time.perf_counter() - started),
+                    "learning_rate": rate, "gradient_norm": float(norm) if norm.isfinite() else None,
+                    "images_per_second": images / (time.perf_counter() - started), **skipped,
                 })  # fmt: skip
                 images, started = 0, time.perf_counter()
                 progress.set_postfix({name: f"{value:.3f}" for name, value in line.items() if value is not None})

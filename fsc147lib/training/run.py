@@ -6,6 +6,7 @@ before, best and last), `best.csv` (the best one, image by image), `best/` and `
 Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`).
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..data.fsc147 import Sample
 from ..evaluation.answering import Evaluation, to_csv
 from ..files import recover_folder, set_aside, write_text
 from ..model.network import CountingModel
@@ -21,7 +23,7 @@ from ..options import ConfigError
 from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
 
 MAY_CHANGE = {
-    "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite",
+    "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite", "dry_run",
 }  # fmt: skip
 """Options that a resumed run may give anew; with any other it would not be the same run."""
 
@@ -55,6 +57,12 @@ class TrainResult:
         """Whether the last epoch's validation MAE is the lowest so far."""
         *earlier, last = (line["val"]["mae"] for line in self.epochs[1:])
         return last < min(earlier, default=math.inf)
+
+
+def fingerprint(samples: dict[str, list[Sample]]) -> str:
+    """Of the names and counts of each split."""
+    listed = {split: [(s.name, s.count) for s in part] for split, part in samples.items()}
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def need_same_run(config) -> None:

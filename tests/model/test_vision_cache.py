@@ -175,7 +175,7 @@ def test_of_two_runs_at_once_one_encodes(frozen, mixed_samples, tmp_path, monkey
 def test_the_place_goes_by_size(monkeypatch):
     monkeypatch.setattr(vision_cache, "free_memory", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [vision_cache._choose_place(size) for size in (500, 501)] == ["host", "disk"]
+    assert [vision_cache.choose_place(size) for size in (500, 501)] == ["host", "disk"]
 
 
 @pytest.fixture
