@@ -132,11 +132,7 @@ COMMANDS = {  # name: (the dataclass of its options and the module it lies in, w
     "train": ("training.plan:TrainCommand", run_train, "train to count and to look, and keep the best weights"),
     "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
-    "predict": (
-        "model.prediction:PredictConfig",
-        run_predict,
-        "count in your pictures, and show where it looks",
-    ),
+    "predict": ("model.prediction:PredictConfig", run_predict, "count in your pictures, and show where it looks"),
     "compare": ("report.comparison:CompareConfig", run_compare, "lay training runs side by side, with intervals"),
     "overhead": ("report.overhead:OverheadConfig", run_overhead, "measure what the attention loss costs"),
     "throughput": ("report.throughput:ThroughputConfig", run_throughput, "measure training, variant by variant"),

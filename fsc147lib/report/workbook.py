@@ -156,11 +156,9 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
 
 def summarise(where: Settings, seconds: dict[str, float]) -> dict:
     """The numbers of a run of all notebooks, from the files that they wrote."""
-    found = json.loads(where.comparison.read_text())
     rows = {row["name"]: row for row in json.loads(where.overhead.read_text())["rows"]}
-    both = rows["attention, trained"]
-    overhead = {key: both[f"overhead_{key}"] for key in ("low", "median", "high")}
-    about = {"data": str(where.data), "model": where.model, "test": found["rows"]}
+    overhead = {key: rows["attention, trained"][f"overhead_{key}"] for key in ("low", "median", "high")}
+    about = {"data": str(where.data), "model": where.model, "test": json.loads(where.comparison.read_text())["rows"]}
     return {**about, "attention_loss_overhead": overhead, "seconds": seconds}
 
 
