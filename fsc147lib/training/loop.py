@@ -233,8 +233,8 @@ class Run:
         config = self.config
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if config.resume:
-            optimizer = self.training_step.optimizer
-            self.step, self.epoch = self.folder.restore(self.result, optimizer, self.images)
+            step = self.training_step
+            self.step, self.epoch = self.folder.restore(self.result, step.optimizer, self.images, step.scaler)
         self.folder.start()
         if self.folder.writes:
             self.tracker = start_tracker(config.out, config.tracking, json.loads(config.to_json()))
@@ -310,7 +310,8 @@ class Run:
     def save(self) -> None:
         """Write last/, and best/ if the validation MAE is the lowest so far."""
         if self.folder.writes:
-            self.folder.save(self.model, self.training_step.optimizer, self.result, self.images, self.validation)
+            step = self.training_step
+            self.folder.save(self.model, step.optimizer, self.result, self.images, self.validation, step.scaler)
 
 
 def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:

@@ -121,8 +121,10 @@ class RunFolder:
             write_text(self.out / "config.json", self.config.to_json())
             (self.out / "metrics.jsonl").touch()
 
-    def restore(self, result: TrainResult, optimizer: torch.optim.Optimizer, images: str) -> tuple[int, int]:
-        """Put the last checkpoint's history and optimizer moments back.
+    def restore(
+        self, result: TrainResult, optimizer: torch.optim.Optimizer, images: str, scaler: torch.amp.GradScaler | None
+    ) -> tuple[int, int]:
+        """Put the last checkpoint's history, optimizer moments and loss scale (None but in fp16) back.
 
         Args:
             images: fingerprint of what the run trains and validates on.
@@ -137,6 +139,8 @@ class RunFolder:
                 f"{self.out} was started with: give its --data, or start a new run with another --out"
             )
         result.steps, result.epochs = state["steps"], state["epochs"]
+        if scaler is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
         if self.writes:
             if result.last_is_best():  # a crash may have come between last/ and best/
                 link_checkpoint(self.out / "last", self.out / "best")
@@ -156,10 +160,13 @@ class RunFolder:
         result: TrainResult,
         images: str,
         validation: Evaluation,
+        scaler: torch.amp.GradScaler | None,
     ) -> None:
         """Write last/ and summary.json after an epoch's validation; best/ and best.csv if its MAE is the lowest."""
         state = {"step": result.epochs[-1]["step"], "epoch": result.epochs[-1]["epoch"], "data": images,
                  "steps": result.steps, "epochs": result.epochs}  # fmt: skip
+        if scaler is not None:
+            state["scaler"] = scaler.state_dict()
         save_checkpoint(self.out / "last", model, optimizer, state)
         if result.last_is_best():
             link_checkpoint(self.out / "last", self.out / "best")

@@ -102,6 +102,8 @@ def test_skipped_steps_are_counted_and_logged(root, tmp_path, monkeypatch):
     steps = [line for line in lines if "val" not in line]
     assert steps[0]["skipped_steps"] == 1 and steps[0]["gradient_norm"] is None
     assert 1 < steps[-1]["skipped_steps"] < 24 and steps[-1]["gradient_norm"] > 0
+    state = json.loads((tmp_path / "run" / "last" / "training_state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0 ** (40 - steps[-1]["skipped_steps"])  # a resumed run goes on with it
     weights = load_file(tmp_path / "run" / "last" / "model.safetensors")
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     before = load_model("tiny").network.state_dict()[name]
