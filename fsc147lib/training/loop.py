@@ -70,8 +70,8 @@ class TrainConfig:
     """How the learning rate falls to 0 after the warmup, or that it does not."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    attention_weight: float = 0.1
-    """Weight w of the attention loss; 0 trains on counts alone."""
+    attention_weight: float = 0.5
+    """Weight w of the attention loss; 0 trains on counts alone.  Chosen in docs/study.md."""
     attention_loss: Literal["kl", "mse"] = "kl"
     """How heatmap and target are compared: KL(target || heatmap) in nats, or the squared error summed over cells."""
     attention_target: Literal["objects", "shuffled", "centre"] = "objects"
@@ -136,8 +136,8 @@ class TrainConfig:
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             need(self, name, value is None or 0 < value < math.inf, "above 0 and finite")
-        need(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
-        need(self, "attention_weight", 0 <= self.attention_weight < math.inf, "at least 0 and finite")
+        for name in ("weight_decay", "attention_weight"):
+            need(self, name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
         need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
         uncached = self.vision_cache in ("auto", "off")
@@ -187,8 +187,8 @@ class TrainConfig:
 class Run:
     """One training run, put together: images, model, step and folder.  `train` drives it."""
 
-    def __init__(self, config: TrainConfig, on_log: Callable[[dict], None] | None = None):
-        self.on_log = on_log
+    def __init__(self, config: TrainConfig, on_log: Callable | None = None, on_epoch: Callable | None = None):
+        self.on_log, self.on_epoch = on_log, on_epoch
         self.folder = RunFolder(config)
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
@@ -214,7 +214,7 @@ class Run:
         self.total_steps = math.ceil(len(self.loader) / self.batches.per_step) * config.epochs
         self.step, self.epoch = 0, 0  # done so far
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
-        images = {split: len(listed) for split, listed in counts.items()}
+        images = {split: len(part) for split, part in self.samples.items()}
         self.result = TrainResult(config.out, constant_baselines(counts["train"], counts["val"]), images)
         self.tracker = None
 
@@ -243,8 +243,7 @@ class Run:
             mirrored = [sample.flipped() for sample in train] if config.flip else []
             self.training_step.cache = VisionCache(
                 self.model, [*train, *mirrored, *self.samples["val"]], self.accelerator,
-                config.vision_cache, config.out.parent / "vision-cache", self.workers,
-                compiled=self.heatmap.compiled,
+                config.vision_cache, config.out.parent / "vision-cache", self.workers, compiled=self.heatmap.compiled,
             )  # fmt: skip
 
     def close(self) -> None:
@@ -271,6 +270,8 @@ class Run:
             self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
         )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
+        if self.on_epoch:
+            self.on_epoch(self.model)
 
     def train_epoch(self, progress: tqdm) -> None:
         """Train on each image once, with a line of the log every few steps."""
@@ -314,12 +315,13 @@ class Run:
             self.folder.save(self.model, step.optimizer, self.result, self.images, self.validation, step.scaler)
 
 
-def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:
+def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callable | None = None) -> TrainResult:
     """Fine-tune a model; `python -m fsc147lib train` calls this.
 
     Args:
         config: what to do; the run's folder is `config.out`.
         on_log: called with each line of metrics.jsonl as it is written, for a live curve.
+        on_epoch: called with the model before training and after each epoch, for maps on the way.
 
     Returns:
         The run's history.  The weights are in `out/best` and `out/last`.
@@ -328,7 +330,7 @@ def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> 
         ConfigError, DataError, ModelError: before the first step, with the cure in the message.
         NonFiniteLoss: during training; `last/` holds the last whole epoch.
     """
-    run = Run(config, on_log)
+    run = Run(config, on_log, on_epoch)
     try:
         run.open()
         if run.epoch == 0:
