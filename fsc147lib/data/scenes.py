@@ -34,16 +34,16 @@ COUNTS = (1, 60)
 EMPTY = 0.04
 """Part of the pictures that show distractors alone: the answer is 0."""
 
-MAX_DISTRACTORS = 20
+MAX_DISTRACTORS = 10
 """Most distractors: drawn log-uniformly from none, whatever the count is, so that the total tells little."""
 
 DRAWN = ("train", "val", "test", "val_seen", "test_seen")
 """The splits; the last two hold new pictures of training's categories, as many as `val` and `test`."""
 
-RADII = (15, 44)
+RADII = (16, 44)
 """Smallest and largest radius of an object, in pixels."""
 
-OVERLAP = 0.75
+OVERLAP = 0.85
 """Least distance of two objects, in sums of their radii."""
 
 _SHADOW = [round(0.42 * value) for value in range(256)]  # of a mask's values

@@ -17,8 +17,8 @@ import torch
 
 from ..options import ConfigError
 from .collate import Batch
-from .differences import digits_score, gradients_by_difference
 from .forward import VISION, Trace, answer_logits, normalised_pixels
+from .gradient_difference import digits_score, gradients_by_difference
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Heatmap:
             visual embeddings themselves, to the last.  The higher, the less of the network has to be
             differentiated twice.
         compiled: compile the layers in passes through the network.
-        gradient_method: of `token_gradient`, how it is trained: "exact", or by "difference" (see `differences`), whose
-            logits have no gradient of their own.
+        gradient_method: of `token_gradient`, how it is trained: "exact", or by "difference" (`gradient_difference`),
+            whose logits have no gradient of their own.
 
     Raises:
         ConfigError: no such method, layer or head.

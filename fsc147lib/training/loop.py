@@ -210,8 +210,7 @@ class Run:
             network.activation_checkpointing_enable({"use_reentrant": False})
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
-            compiled=torch.cuda.is_available() if config.compile is None else config.compile,
-            gradient_method=config.gradient_method,
+            torch.cuda.is_available() if config.compile is None else config.compile, config.gradient_method,
         )  # fmt: skip
         loss = DualLoss(
             network, config.attention_weight, config.attention_loss, self.heatmap, config.resolved_heatmap_images,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fsc147lib.data.targets import resample_map
-from fsc147lib.model import differences, forward, layers
+from fsc147lib.model import forward, gradient_difference, layers
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import answer_logits, normalised_pixels
@@ -324,7 +324,7 @@ def test_training_by_difference_errs_by_the_square_of_its_step(exact, monkeypatc
     network, batch = exact
 
     def gradients(how, step):
-        monkeypatch.setattr(differences, "STEP", step)
+        monkeypatch.setattr(gradient_difference, "STEP", step)
         heatmap = Heatmap(network, "token_gradient", state_layer=1, gradient_method=how)
         network.zero_grad()
         parts = DualLoss(network, weight=3, heatmap=heatmap)(batch)

@@ -53,7 +53,9 @@ def gradients_by_difference(heatmap, batch: Batch, compiled: bool = False, **kwa
             signed = sign * steps
             shift = [by * (signed[:, None, None] if by.ndim == 3 else signed[owners, None]) for by in by_gradient]
             with torch.enable_grad(), torch.autocast(kind, enabled=autocast[0], dtype=autocast[1]):
-                shifted, there = answer_logits(network, batch, shift=[x.to(y) for x, y in zip(shift, states)], **kwargs)
+                shifted, there = answer_logits(
+                    network, batch, shift=[x.to(y) for x, y in zip(shift, states, strict=True)], **kwargs
+                )
                 total = (digits_score(shifted, batch) / (2 * signed)).sum()
                 if sign > 0:  # what the states themselves do to the loss, where weights below make them
                     total = total + sum((x * by).sum() for x, by in zip(there.inputs, by_state, strict=True))
