@@ -19,8 +19,11 @@ from .options import parse_options
 def run_check(config) -> int:
     from .data import check
 
-    report = check(config.root, config.category)
+    report = check(config.root, config.category, config.max_pixels)
     print(report)
+    if config.exclude is not None:
+        write_text(config.exclude, "".join(f"{name}\n" for name in report.exclude))
+        print(f"{len(report.exclude)} training images to leave out are in {config.exclude}")
     if config.json is not None:
         write_text(config.json, json.dumps(report.to_dict(), indent=1))
     return 0 if report.clean else 1

@@ -1,10 +1,34 @@
-"""Write files and folders beside their place and rename them, so that an error never leaves half of one.
+"""Write files and folders beside their place and rename them, so that an error never leaves half of one; and look
+at what is to be read before it is opened.
 
 Left out: formats.
 """
 
+import os
 import shutil
+import stat
 from pathlib import Path
+
+MAX_BYTES = 2**30
+"""A larger file is not read: FSC147's largest has 30 MB."""
+
+
+def need_inside(path: Path, root: Path) -> Path:
+    """The path, unless it is a link that leads out of the root: then OSError."""
+    real = os.path.realpath(path)
+    if os.path.islink(path) and not Path(real).is_relative_to(os.path.realpath(root)):
+        raise OSError(f"it links out of the root, to {real}")
+    return path
+
+
+def need_file(path: str | Path) -> Path:
+    """The path of a file that ends; OSError where opening it might wait for ever, as a pipe does."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{path} is a pipe, a device or a folder, and no file")
+    if found.st_size > MAX_BYTES:
+        raise OSError(f"{path} has {found.st_size:,} bytes, more than {MAX_BYTES:,}")
+    return Path(path)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,6 +3,9 @@
 Left out: what a fault is (`faults`), and the scan that finds those of the text files and headers (`fsc147`).
 """
 
+import hashlib
+import os
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +14,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from ..options import need
-from .faults import ANNOTATIONS, DENSITIES, IMAGES, DataError, Faults
+from .faults import ANNOTATIONS, DENSITIES, IMAGES, MAX_PIXELS, PARTS, DataError, Fault, Faults
 from .fsc147 import Sample, scan
 
 
@@ -25,9 +28,15 @@ class CheckConfig:
     """What all images show; the root then needs no class file."""
     json: Path | None = None
     """Write the report here too."""
+    exclude: Path | None = None
+    """Write a list here, for `train --exclude`, of the training images whose very bytes val or test holds too."""
+    max_pixels: int = MAX_PIXELS
+    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
 
     def __post_init__(self):
-        need(self, "json", self.json is None or not self.json.is_dir(), "a file, not a folder")
+        for name in ("json", "exclude"):
+            need(self, name, getattr(self, name) is None or not getattr(self, name).is_dir(), "a file, not a folder")
+        need(self, "max_pixels", self.max_pixels >= 1, "at least 1")
 
 
 @dataclass
@@ -40,10 +49,17 @@ class Report:
     root: str
     splits: dict[str, dict[str, float]]  # images, empty (of objects), categories, and of counts min, median, mean, max
     faults: Faults
+    train: list[str]  # names
 
     @property
     def clean(self) -> bool:
         return not self.faults
+
+    @property
+    def exclude(self) -> list[str]:
+        """Names of training images that are images of another part, too."""
+        repeated = {fault.entry for fault in self.faults if fault.kind == "repeated-image"}
+        return [name for name in self.train if name in repeated]
 
     def to_dict(self) -> dict:
         """Plain values for JSON."""
@@ -51,38 +67,52 @@ class Report:
         return {"root": self.root, "clean": self.clean, "splits": self.splits, "faults": faults}
 
     def __str__(self) -> str:
-        rows = [f"  {name}: " + ", ".join(f"{k} {v:g}" for k, v in row.items()) for name, row in self.splits.items()]
+        texts = {name: ", ".join(f"{k} {v:g}" for k, v in row.items()) for name, row in self.splits.items()}
+        rows = [f"  {repr(name)[1:-1]}: {text}" for name, text in texts.items()]
         total = f"{len(self.faults)} faults, {sum(fault.fatal for fault in self.faults)} of them fatal"
         return "\n".join([f"FSC147 at {self.root}", *rows, total, str(self.faults)]).rstrip()
 
 
-def check(root: str | Path, category: str | None = None) -> Report:
+def check(root: str | Path, category: str | None = None, max_pixels: int = MAX_PIXELS) -> Report:
     """Look for every fault of a root, in all splits, decoding every image.  Bad data never raises.
 
-    `category` as in `FSC147`.
+    `category` and `max_pixels` as in `FSC147`.
     """
-    samples, faults = scan(Path(root).expanduser(), category=category)
-    unique = {sample.name: sample for listed in samples.values() for sample in listed}.values()
-    present = [sample for sample in unique if sample.image_path.exists()]
+    samples, faults = scan(Path(os.path.expanduser(root)), category=category, max_pixels=max_pixels)
+    unusable = {fault.file for fault in faults if fault.fatal}
+    unique = {sample.name: sample for listed in samples.values() for sample in listed}
+    usable = {n: s for n, s in unique.items() if not unusable & {f"{IMAGES}/", f"{IMAGES}/{n}"}}
     with ThreadPoolExecutor() as pool:  # decoding lets go of the interpreter lock
-        for found in pool.map(_pixel_faults, present):
+        for found in pool.map(_pixel_faults, usable.values()):
             faults.extend(found)
+    faults.extend(_repeated_images(samples, usable))
     splits: dict[str, dict[str, float]] = {}
     for split, listed in samples.items():
         n = [sample.count for sample in listed]
         splits[split] = {"images": len(n), "empty": n.count(0), "categories": len({s.category for s in listed})}
         if n:
             splits[split] |= {"min": min(n), "median": float(np.median(n)), "mean": float(np.mean(n)), "max": max(n)}
-    return Report(str(root), splits, faults)
+    return Report(str(root), splits, faults, [sample.name for sample in samples.get("train", ())])
+
+
+def _repeated_images(samples: dict[str, list[Sample]], usable: Collection[str]) -> Iterable[Fault]:
+    """A fault for each image of train or val whose very bytes are an image of another of train, val and test, too."""
+    faults = Faults()
+    found: dict[bytes, tuple[str, str]] = {}  # name and part
+    for split in reversed(PARTS):
+        for sample in samples.get(split, ()):
+            if sample.name in usable:
+                digest = hashlib.sha256(sample.image_path.read_bytes()).digest()
+                name, part = found.setdefault(digest, (sample.name, PARTS[split]))
+                if part != PARTS[split] and name != sample.name:  # a name in two of them is a fault of its own
+                    problem = f"the same bytes as {name!r} of {part!r}"
+                    faults.add("repeated-image", f"{IMAGES}/{sample.name}", sample.name, problem)
+    return dict.fromkeys(faults)  # val_coco is a part of val
 
 
 def _pixel_faults(sample: Sample) -> Faults:
     """The faults of one sample that show only with its pixels, or that are not fatal."""
-    name, faults = sample.name, Faults()
-    try:
-        height, width = sample.size
-    except DataError:
-        return faults  # the scan has said so
+    name, faults, (height, width) = sample.name, Faults(), sample.size
     try:
         _ = sample.image  # decoded for its errors alone
     except DataError as error:

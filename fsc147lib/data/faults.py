@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -11,12 +12,28 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import need_file, need_inside
+
 ANNOTATIONS = "annotation_FSC147_384.json"
 SPLITS = "Train_Test_Val_FSC_147.json"
 CLASSES = "ImageClasses_FSC147.txt"
 IMAGES = "images_384_VarV2"
 DENSITIES = "gt_density_map_adaptive_384_VarV2"
 FALLBACK_CATEGORY = "objects"
+PARTS = {"train": "train", "val": "val", "val_coco": "val", "test": "test", "test_coco": "test"}
+"""Which of FSC147's splits are parts of one; no image is in two of train, val and test."""
+
+MAX_COUNT = 999_999
+"""Dots of an image at the most: the number of an answer has six digits."""
+
+MAX_CATEGORY = 100
+"""Characters of a category at the most: it is a few words of a question."""
+
+MAX_ASPECT = 200
+"""An image's longer side is at the most so many times its shorter one: Qwen's image processor refuses others."""
+
+MAX_PIXELS = 100_000_000
+"""Pixels of an image at the most, unless more are asked for: 100 million are 300 MB already."""
 
 LAYOUT = f"""    ROOT/
     ├── {ANNOTATIONS}
@@ -40,7 +57,7 @@ FAULTS = {  # kind: (fatal, cure)
     "broken-file": (True, "correct the file there, or put a sound copy in its place"),
     "bad-split": (True, "name a split of the split file, and make it a list of image names (strings)"),
     "duplicate-name": (True, "keep the name once, in one of train, val and test"),
-    "duplicate-key": (True, "keep one of the two: JSON readers silently drop all but the last"),
+    "duplicate-key": (True, "keep one of the two: readers silently drop all but the last"),
     "unsafe-name": (True, f"use a plain file name of {IMAGES}/, without folders or drives"),
     "no-annotation": (True, "annotate the image, or leave the name out of the split (allow_missing=True)"),
     "bad-annotation": (
@@ -53,7 +70,12 @@ FAULTS = {  # kind: (fatal, cure)
         "put the image there, or leave the name out of the split (require_images=False reads annotations alone)",
     ),
     "unreadable-image": (True, "put a sound copy of the image there: the file is missing, damaged or no image"),
+    "bad-size": (True, "crop or shrink the image, and its dots with it; --max-pixels N allows for larger ones"),
     "size-mismatch": (True, "use the image that belongs to this annotation: every dot is misplaced on this one"),
+    "repeated-image": (
+        False,
+        "leave it out of training: check --exclude FILE writes the list that train --exclude reads",
+    ),
     "bad-density": (False, "make the density again, or delete the file: it is then computed from the dots"),
     "bad-box": (False, "correct the box, or check that the image belongs to it"),
     "dot-outside": (False, "nothing to do for a few (they count on the border); many mean the wrong image"),
@@ -113,7 +135,16 @@ def is_plain(name: str) -> bool:
 
 def is_category(text: str) -> bool:
     """Whether a text names what to count, and nothing like <think> or <|im_end|>, which are control tokens."""
-    return bool(text.strip()) and "<" not in text and text.isprintable()
+    return bool(text.strip()) and "<" not in text and text.isprintable() and len(text) <= MAX_CATEGORY
+
+
+def size_problem(width: int, height: int, max_pixels: int = MAX_PIXELS) -> str:
+    """What keeps an image of this size from being used, or ""."""
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other"
+    if width * height > max_pixels:
+        return f"{width} x {height} = {width * height:,} pixels are more than {max_pixels:,}"
+    return ""
 
 
 def read_numbers(entry: dict, key: str, *shape: int) -> np.ndarray:
@@ -134,7 +165,10 @@ def read_numbers(entry: dict, key: str, *shape: int) -> np.ndarray:
 
 def split_names(splits: "_Object", split: str, faults: Faults) -> list[str]:
     """The names of one split; empty with a fault added if it is no list of strings."""
-    names, disjoint = splits[split], ("train", "val", "test")  # val_coco and test_coco are parts of val and test
+    names = splits[split]
+    if not split.isprintable():
+        faults.add("bad-split", SPLITS, split, "its name holds characters that cannot be shown")
+        return []
     if type(names) is not list or not all(type(name) is str for name in names):
         faults.add("bad-split", SPLITS, split, "not a list of strings")
         return []
@@ -143,9 +177,9 @@ def split_names(splits: "_Object", split: str, faults: Faults) -> list[str]:
     for name, times in Counter(names).items():
         if times > 1:
             faults.add("duplicate-name", SPLITS, name, f"{times} times in {split!r}")
-    for other in disjoint if split in disjoint else ():
-        if other != split and type(splits.get(other)) is list:
-            pair = " and in ".join(repr(s) for s in disjoint if s in (split, other))
+    for other in PARTS if split in PARTS else ():
+        if PARTS[other] != PARTS[split] and type(splits.get(other)) is list:
+            pair = " and in ".join(repr(s) for s in PARTS if s in (split, other))
             for name in set(names).intersection(n for n in splits[other] if type(n) is str):
                 faults.add("duplicate-name", SPLITS, name, f"in {pair}")
     return names
@@ -154,18 +188,30 @@ def split_names(splits: "_Object", split: str, faults: Faults) -> list[str]:
 def read_text(root: Path, file: str, parse, faults: Faults):
     """`parse` of a file's text, or None with a fault added."""
     try:
-        return parse((root / file).read_text("utf-8-sig"))
+        return parse(need_file(need_inside(root / file, root)).read_text("utf-8-sig"))
     except FileNotFoundError:
         faults.add("missing-file", file, file, "there is no such file")
     except json.JSONDecodeError as error:
         faults.add("broken-file", file, f"line {error.lineno}, column {error.colno}", f"not JSON: {error.msg}")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         faults.add("broken-file", file, file, f"cannot be read: {error}")
     return None
 
 
+def list_folder(root: Path, folder: str, kind: str, faults: Faults) -> set[str] | None:
+    """The names in a folder of the root; None where there is none, with a fault added where it cannot be read."""
+    try:
+        return set(os.listdir(need_inside(root / folder, root)))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        file = f"{folder}/" if folder else root
+        faults.add(kind, file, folder or "ROOT", f"cannot be read: {error.strerror or error}")
+        return None
+
+
 class _Object(dict):
-    """A JSON object that remembers which keys were in the file more than once."""
+    """What a file says by key, and which keys were there more than once."""
 
     def __init__(self, pairs: list[tuple]):
         super().__init__(pairs)
@@ -181,15 +227,17 @@ def parse_json(text: str) -> _Object:
     return value
 
 
-def parse_classes(text: str, faults: Faults) -> dict[str, str]:
+def parse_classes(text: str, faults: Faults) -> _Object:
     """Category by image name, from lines of name, tab, category."""
-    classes = {}
+    pairs = []
     for number, line in enumerate(text.splitlines(), start=1):
         name, _, category = (part.strip() for part in line.partition("\t"))
         if name and category and not is_category(category):
-            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category!r:.60} may be read as control tokens")
+            long = len(category) > MAX_CATEGORY
+            problem = f"has more than {MAX_CATEGORY} characters" if long else "may be read as control tokens"
+            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category!r:.60} {problem}")
         elif name and category:
-            classes[name] = category
+            pairs.append((name, category))
         elif line.strip():
             faults.add("bad-class-line", CLASSES, f"line {number}", f"{line!r:.60} has no name, tab and category")
-    return classes
+    return _Object(pairs)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from ..files import new_draft, replace_folder
+from ..files import need_file, new_draft, replace_folder
 from ..options import need
 from .faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS, DataError, is_category, is_plain
 from .picture import SHORT_SIDE, open_picture, shrunk
@@ -82,6 +82,8 @@ def import_pictures(config: ImportConfig) -> dict[str, int]:
     for name, label in tqdm(labels.items(), desc="import", leave=False):
         source = find_picture(config.images, name)
         stored = f"{source.stem}.jpg"
+        if not is_plain(stored):
+            raise DataError(f"{stored!r} cannot be the name of a picture: rename {source}")
         if stored in sources:
             raise DataError(f"{source} and {sources[stored]} would both become {stored}: rename one of them")
         sources[stored] = source
@@ -165,7 +167,7 @@ def read_points(path: Path, category: str | None = None) -> dict[str, Labels]:
 
 def _read_csv(path: Path, labels: dict[str, Labels], category: str | None, image: str | None) -> None:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with need_file(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
@@ -216,7 +218,7 @@ def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
         DataError: what is wrong, and in which image or annotation.
     """
     try:
-        content = json.loads(path.read_text("utf-8-sig"))
+        content = json.loads(need_file(path).read_text("utf-8-sig"))
         names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         pictures = {entry["id"]: entry for entry in content["images"]}
         annotations = list(content["annotations"])

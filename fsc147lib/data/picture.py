@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .faults import DataError, is_category
-from .fsc147 import Sample
-
-MAX_PIXELS = 100_000_000
-"""A larger picture is not decoded: 100 million pixels are 300 MB already."""
+from .faults import DataError, is_category, size_problem
+from .fsc147 import Sample, open_image, to_rgb
 
 SHORT_SIDE = 384
 """Height of FSC147's images, which are wider than high."""
@@ -22,21 +19,21 @@ def open_picture(picture: str | Path | Image.Image) -> Image.Image:
     """A picture in RGB, as a viewer shows it: turned as its EXIF data say, transparent parts white.
 
     Args:
-        picture: a file in any format that Pillow reads, or an image in memory.
+        picture: a JPEG, PNG or other file of `fsc147.FORMATS`, or an image in memory.
 
     Raises:
         DataError: it cannot be read, or is too large; the message names the file.
     """
     name = picture if isinstance(picture, (str, Path)) else "the image given"
     try:
-        image = Image.open(picture) if isinstance(picture, (str, Path)) else picture
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: make it smaller")
+        image = open_image(picture) if isinstance(picture, (str, Path)) else picture
+        if problem := size_problem(*image.size):
+            raise ValueError(problem)
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return to_rgb(image)
     except Exception as error:  # Pillow raises many types on damaged files
         reason = "the file is empty" if _is_empty(picture) else f"{type(error).__name__}: {error}"
         raise DataError(

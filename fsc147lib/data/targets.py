@@ -12,6 +12,7 @@ grid to 14x14; that happens in `heatmaps`, with `area_weights` from here.
 
 import numpy as np
 import torch
+from scipy.spatial import KDTree
 
 GRID = 14
 """Rows and columns of the target heatmap, as in the first script of this project."""
@@ -25,6 +26,9 @@ LONE_WINDOW = 0.25
 MIN_WINDOW = 2.0
 """Smallest window, in pixels: at least one pixel centre lies in it, even where dots coincide."""
 
+CHUNK = 4096
+"""Dots whose Gaussians are in memory at once; more than FSC147's largest count."""
+
 
 def nearest_neighbour_distance(points: np.ndarray) -> float:
     """Mean distance from each dot to its nearest other dot.
@@ -37,11 +41,13 @@ def nearest_neighbour_distance(points: np.ndarray) -> float:
     """
     if len(points) < 2:
         return float("nan")
-    x, y = np.asarray(points, dtype=np.float32).T
-    squared = (x[:, None] - x[None, :]) ** 2  # [N, N]
-    squared += (y[:, None] - y[None, :]) ** 2
-    np.fill_diagonal(squared, np.inf)
-    return float(np.sqrt(squared.min(axis=1)).mean())
+    places, place, times = np.unique(
+        np.asarray(points, dtype=np.float32), axis=0, return_inverse=True, return_counts=True
+    )
+    _, nearest = KDTree(places).query(places, k=[2])  # itself is the nearest; len(places) where there is no other
+    distances = np.sqrt(((places - places[nearest[:, 0] % len(places)]) ** 2).sum(axis=1))
+    distances[times > 1] = 0
+    return float(distances[place].mean())
 
 
 def gaussian_window(points: np.ndarray, size: tuple[int, int]) -> float:
@@ -78,9 +84,11 @@ def density_map(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     points = np.asarray(points).reshape(-1, 2)
     if len(points) == 0:
         return np.zeros(size, dtype=np.float32)
-    window = gaussian_window(points, size)
-    rows, columns = _profiles(points[:, 1], size[0], window), _profiles(points[:, 0], size[1], window)
-    return (rows.T @ columns).astype(np.float32)
+    window, density = gaussian_window(points, size), np.zeros(size)
+    for start in range(0, len(points), CHUNK):
+        x, y = points[start : start + CHUNK].T
+        density += _profiles(y, size[0], window).T @ _profiles(x, size[1], window)
+    return density.astype(np.float32)
 
 
 def target_heatmap(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] = (GRID, GRID)) -> np.ndarray:
@@ -100,10 +108,12 @@ def target_heatmap(points: np.ndarray, size: tuple[int, int], grid: tuple[int, i
     points = np.asarray(points).reshape(-1, 2)
     if len(points) == 0:
         return np.zeros(grid, dtype=np.float32)
-    window = gaussian_window(points, size)
-    rows = _profiles(points[:, 1], size[0], window) @ area_weights(size[0], grid[0]).T  # [N, rows]
-    columns = _profiles(points[:, 0], size[1], window) @ area_weights(size[1], grid[1]).T
-    return (rows.T @ columns / len(points)).astype(np.float32)
+    window, mass = gaussian_window(points, size), np.zeros(grid)
+    for start in range(0, len(points), CHUNK):
+        x, y = points[start : start + CHUNK].T
+        rows = _profiles(y, size[0], window) @ area_weights(size[0], grid[0]).T  # [N, rows]
+        mass += rows.T @ (_profiles(x, size[1], window) @ area_weights(size[1], grid[1]).T)
+    return (mass / len(points)).astype(np.float32)
 
 
 def area_weights(n_in: int, n_out: int) -> np.ndarray:

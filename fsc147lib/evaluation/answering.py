@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.fsc147 import Sample, open_split, split_counts
+from ..data.fsc147 import MAX_PIXELS, Sample, open_split, split_counts
 from ..files import write_text
 from ..model import (
     Batch,
@@ -61,6 +61,8 @@ class EvaluateConfig:
     """Only so many images."""
     category: str | None = None
     """What all images show; the root then needs no class file."""
+    max_pixels: int = MAX_PIXELS
+    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     precision: Precision = "auto"
     heatmap: str = "attention"
     """What is held against the target: attention, token_gradient, input_gradient, attention_x_gradient, or your own."""
@@ -288,7 +290,7 @@ def generate_answers(
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Load a model, evaluate a split, write the files named; `python -m fsc147lib evaluate` calls this."""
-    samples = open_split(config.data, config.split, config.limit, config.category)
+    samples = open_split(config.data, config.split, config.limit, config.category, None, config.max_pixels)
     model = load_model(config.model)
     accelerator = make_accelerator(config.precision)
     compiled = torch.cuda.is_available() if config.compile is None else config.compile

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from ..data.fsc147 import Sample, open_split
+from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
 from ..model.adapt import add_lora, freeze_vision
@@ -105,6 +105,10 @@ class TrainConfig:
     """Only so many images of each split."""
     category: str | None = None
     """What all images show; the root then needs no class file."""
+    exclude: Path | None = None
+    """List of training images to leave out, a name a line, as `check --exclude` writes it."""
+    max_pixels: int = MAX_PIXELS
+    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     batch_by_size: bool = True
     """Put images of like size into one batch: little padding, in an order that still varies."""
     compile: bool | None = None
@@ -126,31 +130,27 @@ class TrainConfig:
 
     def __post_init__(self):
         need(self, "heatmap", self.heatmap in method_names(True), f"one of {', '.join(method_names(True))}")
-        for name in ("epochs", "batch_size", "accumulation", "log_every"):
-            need(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("heatmap_every", "heatmap_images"):
+        counts = "epochs", "batch_size", "accumulation", "log_every", "heatmap_every", "heatmap_images", "limit", "lora"
+        for name in (*counts, "max_pixels"):
             need(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        need(
-            self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "above 0 and finite"
-        )
         need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
-        need(self, "clip", 0 < self.clip < math.inf, "above 0 and finite")
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            need(self, name, value is None or 0 < value < math.inf, "above 0 and finite")
         need(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
         need(self, "attention_weight", 0 <= self.attention_weight < math.inf, "at least 0 and finite")
-        need(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
         need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
-        need(self, "lora", self.lora is None or self.lora >= 1, "at least 1")
         need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
-        need(
-            self, "vision_cache", self.vision_cache in ("auto", "off") or self.heatmap != "input_gradient",
-            "off with input_gradient, which needs the encoder in each step",
-        )  # fmt: skip
-        need(
-            self, "vision_cache", self.vision_cache in ("auto", "off") or self.unfreeze_vision_at != 0,
-            "off when the vision encoder trains from the start",
-        )  # fmt: skip
+        uncached = self.vision_cache in ("auto", "off")
+        need(self, "vision_cache", uncached or self.heatmap != "input_gradient", "off: input_gradient needs pixels")
+        need(self, "vision_cache", uncached or self.unfreeze_vision_at != 0, "off: the encoder trains from the start")
         need(self, "unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
+
+    def open_split(self, split: str) -> list[Sample]:
+        """A split's images as this run uses them."""
+        exclude = self.exclude if split == "train" else None
+        return open_split(self.data, split, self.limit, self.category, exclude, self.max_pixels)
 
     def resolved(self, recipe: Recipe) -> "TrainConfig":
         """The same with what is left to the model's recipe filled in."""
@@ -198,8 +198,7 @@ class Run:
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
         self.folder.writes = self.accelerator.is_main_process
-        wanted = config.limit, config.category
-        self.samples = {split: open_split(config.data, split, *wanted) for split in ("train", "val")}
+        self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         self.images = fingerprint(self.samples)
         self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe)

@@ -135,10 +135,10 @@ def run_sweep(config: SweepConfig) -> list[dict]:
 def answer_splits(config: TrainConfig, splits: Sequence[str]) -> dict[str, dict]:
     """What a run's last weights answer: per split the `metrics`, and of each image its `error` and `kl`."""
     model, accelerator = load_model(config.out / "last"), make_accelerator(config.precision)
-    training_mean = float(np.mean([sample.count for sample in open_split(config.data, "train", config.limit)]))
+    training_mean = float(np.mean([sample.count for sample in config.open_split("train")]))
     answered = {}
     for split in splits:
-        samples = open_split(config.data, split)
+        samples = open_split(config.data, split, None, config.category, None, config.max_pixels)
         found = evaluate_samples(model, samples, 64, accelerator=accelerator, empty_cost=training_mean)
         images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
         answered[split] = {"metrics": found.metrics, **images}

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from fsc147lib.data.targets import area_weights, density_map, gaussian_window, resample_map, target_heatmap
+from fsc147lib.data.targets import (
+    area_weights,
+    density_map,
+    gaussian_window,
+    nearest_neighbour_distance,
+    resample_map,
+    target_heatmap,
+)
 
 SIZE = (384, 576)
 
@@ -108,3 +115,24 @@ def test_area_weights_by_hand():
     expected = [[1, 2 * third, 0, 0, 0], [0, third, 1, third, 0], [0, 0, 0, 2 * third, 1]]
     np.testing.assert_allclose(area_weights(5, 3), expected, atol=1e-12)
     np.testing.assert_allclose(area_weights(14, 14), np.eye(14), atol=1e-12)
+
+
+def test_nearest_neighbours_of_200_000_dots():
+    """A lattice whose steps are 3 and 5: each dot's nearest is 3 away.  All distances at once would be 160 GB."""
+    x, y = np.meshgrid(np.arange(1000) * 3.0, np.arange(200) * 5.0)
+    lattice = np.random.default_rng(0).permutation(np.stack([x.ravel(), y.ravel()], axis=1))
+    assert nearest_neighbour_distance(lattice) == pytest.approx(3)
+    lattice[:50_000] = lattice[0]  # and many on one place
+    assert nearest_neighbour_distance(lattice[:50_000]) == 0
+    target = target_heatmap(lattice / [10, 10], (100, 300))
+    assert target.sum() == pytest.approx(1, abs=1e-4)
+    few = lattice[:5000] / [10, 10]  # more than are in memory at once: as the sum of their density on each cell
+    expected = resample_map(density_map(few, (100, 300)), (14, 14)) / 5000
+    np.testing.assert_allclose(target_heatmap(few, (100, 300)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 3, 50])
+def test_nearest_neighbours_against_all_distances(n):
+    points = np.random.default_rng(n).integers(0, 12, (n, 2)).astype(np.float32)
+    apart = np.linalg.norm(points[:, None].astype(float) - points[None], axis=2) + np.diag([np.inf] * n)
+    assert nearest_neighbour_distance(points) == pytest.approx(apart.min(axis=1).mean())

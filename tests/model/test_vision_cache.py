@@ -221,7 +221,7 @@ def test_it_is_dropped_when_the_encoder_unfreezes(config, tmp_path, monkeypatch)
 
 
 def test_what_cannot_be_kept_is_refused(config):
-    with pytest.raises(ConfigError, match="vision_cache.*input_gradient, which needs the encoder"):
+    with pytest.raises(ConfigError, match="vision_cache.*input_gradient needs pixels"):
         config("x", vision_cache="host", heatmap="input_gradient")
     with pytest.raises(ConfigError, match="vision_cache.*trains from the start"):
         config("x", vision_cache="host", unfreeze_vision_at=0)

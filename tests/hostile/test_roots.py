@@ -1,0 +1,244 @@
+"""Hostile roots and pictures: what is there, the command, and the sentence that it must answer with."""
+
+import faulthandler
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_root import SIZE, edit, make_root
+
+from fsc147lib.__main__ import main
+from fsc147lib.data import FSC147, DataError, check, open_split
+from fsc147lib.data.faults import ANNOTATIONS, CLASSES, DENSITIES, IMAGES, SPLITS
+
+ONE = f"{IMAGES}/1.jpg"
+MAP = f"{DENSITIES}/1.npy"
+LONG = "a" * 300 + ".jpg"
+PIPE, LINK = "a pipe, a device or a folder", "links out of the root"
+
+
+@pytest.fixture(autouse=True)
+def never_waits():
+    """A command that hangs ends the process of the tests, with a traceback."""
+    faulthandler.dump_traceback_later(20, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_root(tmp_path / "root")
+
+
+def put(make, *path):
+    """Put something else in the place of a file or folder of the root."""
+
+    def damage(root):
+        place = root.joinpath(*path)
+        if place.is_dir():
+            place.rename(root.parent / "moved")
+        else:
+            place.unlink(missing_ok=True)
+        make(place)
+
+    return damage
+
+
+def link_out(place):
+    """A link to what lay there, which is now beside the root."""
+    away = place.parents[len(place.parts) - 1 - place.parts.index("root")] / ("moved" if not place.suffix else "x.jpg")
+    if place.suffix:
+        away.write_bytes(b"[]")
+    place.symlink_to(away)
+
+
+def picture(size, mode="RGB", compress=1):
+    return lambda place: Image.new(mode, size).save(place, "PNG", compress_level=compress)
+
+
+def density(value):
+    return put(lambda place: np.save(place, value), MAP)
+
+
+def rename(name):
+    def damage(root):
+        edit(root, ANNOTATIONS, lambda entries: entries.update({name: entries.pop("1.jpg")}))
+        edit(root, SPLITS, lambda splits: splits["train"].__setitem__(0, name))
+
+    return damage
+
+
+def with_points(points):
+    return lambda root: edit(root, ANNOTATIONS, lambda entries: entries["1.jpg"].update(points=points))
+
+
+def category(text):
+    return lambda r: (r / CLASSES).write_text((r / CLASSES).read_text().replace("sea shells", text, 1))
+
+
+def splits(change):
+    return lambda root: edit(root, SPLITS, change)
+
+
+def shared_with_val_coco(root):
+    edit(root, SPLITS, lambda splits: splits.update(val_coco=["1.jpg"]))
+
+
+def same_bytes(root):
+    shutil.copy(root / ONE, root / IMAGES / "4.jpg")
+
+
+CHECK, TRAIN = ("check", "{root}"), ("train", "--data", "{root}", "--out", "{root}/../run")
+EVALUATE = ("evaluate", "--data", "{root}", "--model", "tiny-random")
+WIDE = "5000 x 1 pixels, one side more than 200 times the other"
+BIG = "144,000,000 pixels are more than 100,000,000"
+TABLE = {
+    # nothing is waited for, and nothing ends it
+    "annotations a pipe": (put(os.mkfifo, ANNOTATIONS), CHECK, PIPE),
+    "splits a pipe": (put(os.mkfifo, SPLITS), TRAIN, PIPE),
+    "classes a pipe": (put(os.mkfifo, CLASSES), CHECK, PIPE),
+    "image a pipe": (put(os.mkfifo, ONE), CHECK, PIPE),
+    "image a pipe, trained on": (put(os.mkfifo, ONE), TRAIN, PIPE),
+    "density a pipe": (put(os.mkfifo, MAP), CHECK, PIPE),
+    "list of exclusions a pipe": (put(os.mkfifo, "x"), (*TRAIN, "--exclude", "{root}/x"), PIPE),
+    "picture a pipe": (put(os.mkfifo, "x.jpg"), ("predict", "{root}/x.jpg", "--category", "apples"), PIPE),
+    "CSV a pipe": (put(os.mkfifo, "x.csv"), ("import", "{root}/new", "--images", "{root}", "--category", "apples",
+                                             "--points", "{root}/x.csv"), PIPE),
+    "COCO a pipe": (put(os.mkfifo, "x.json"), ("import", "{root}/new", "--images", "{root}",
+                                               "--coco", "{root}/x.json"), PIPE),
+    "a name of 300 characters": (rename(LONG), CHECK, "there is no such file"),
+    "a name of 300 characters, trained on": (rename(LONG), TRAIN, "there is no such file"),
+    "a million dots": (with_points([[1, 2]] * 1_000_000), CHECK, "1,000,000 dots, more than the 999,999"),
+    "a category of 10,000 characters": (category("apples " * 1500), CHECK, "more than 100 characters"),
+    "a split's name with control characters": (splits(lambda s: s.update({"\x1b[2J\ud800": []})), CHECK, "bad-split"),
+    # what `train` refuses
+    "1 x 5000": (put(picture((5000, 1)), ONE), CHECK, WIDE),
+    "1 x 5000, trained on": (put(picture((5000, 1)), ONE), TRAIN, WIDE),
+    "5000 x 20": (put(picture((20, 5000)), ONE), CHECK, "20 x 5000 pixels, one side more than 200 times"),
+    "1 x 5000, asked about": (put(picture((5000, 1)), "x.png"), ("predict", "{root}/x.png", "--category", "a"), WIDE),
+    "144 megapixels": (put(picture((12000, 12000), "L"), ONE), CHECK, BIG),
+    "144 megapixels, trained on": (put(picture((12000, 12000), "L"), ONE), TRAIN, BIG),
+    "144 megapixels, evaluated": (put(picture((12000, 12000), "L"), IMAGES, "4.jpg"), EVALUATE, BIG),
+    "a training image in val_coco": (shared_with_val_coco, CHECK, "in 'train' and in 'val_coco'"),
+    "it, trained on": (shared_with_val_coco, TRAIN, "in 'train' and in 'val_coco'"),
+    "the same bytes in train and val": (same_bytes, CHECK, "the same bytes as '4.jpg' of 'val'"),
+    "two class lines": (category("sea shells\n1.jpg\tapples"), CHECK, "two lines give its"),
+    "two class lines, trained on": (category("sea shells\n1.jpg\tapples"), TRAIN, "two lines"),
+    "no train split": (splits(lambda s: s.pop("train")), CHECK, "no image to train on"),
+    "an empty val split": (splits(lambda s: s.update(val=[], val_coco=[])), CHECK, "no image to validate on"),
+    "a density of NaN": (density(np.full(SIZE, np.nan)), CHECK, "not finite"),
+    "a density too large": (density(np.full(SIZE, 1e300)), CHECK, "not finite"),
+    "a negative density": (density(np.full(SIZE, -1.0)), CHECK, "negative"),
+    "a complex density": (density(np.ones(SIZE, complex)), CHECK, "complex128"),
+    "a density of zeros": (density(np.zeros(SIZE)), CHECK, "sums to 0, but there are 2 dots"),
+    "a density without dots": (with_points([]), CHECK, "but there are 0 dots"),
+    "a picture that runs a program": (put(lambda p: Image.new("RGB", SIZE[::-1]).save(p, "EPS"), ONE), CHECK,
+                                      "unreadable-image"),
+    "a picture of unknown range": (put(lambda p: Image.new("F", SIZE[::-1]).save(p, "TIFF"), ONE), CHECK, "mode F"),
+    # nothing outside the root is read
+    "image links out": (put(link_out, ONE), CHECK, LINK),
+    "image links out, trained on": (put(link_out, ONE), TRAIN, LINK),
+    "a device": (put(lambda p: p.symlink_to("/dev/zero"), ONE), CHECK, LINK),
+    "images link out": (put(link_out, IMAGES), CHECK, LINK),
+    "images link out, trained on": (put(link_out, IMAGES), TRAIN, LINK),
+    "annotations link out": (put(link_out, ANNOTATIONS), TRAIN, LINK),
+    "density links out": (put(link_out, MAP), CHECK, LINK),
+    "densities link out": (put(link_out, DENSITIES), CHECK, LINK),
+    "a circle of links": (put(lambda p: p.symlink_to(p), ONE), CHECK, "unreadable-image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, words, sentence", TABLE.values(), ids=TABLE)
+def test_a_hostile_input_is_answered_with_a_sentence(root, capsys, damage, words, sentence):
+    damage(root)
+    status = main([word.format(root=root) for word in words])
+    out, err = capsys.readouterr()
+    assert status == (1 if words[0] == "check" else 2)
+    assert sentence in out + err, out + err
+    assert "Traceback" not in out + err
+    (out + err).encode()
+
+
+@contextmanager
+def a_common_user(folder: Path):
+    """Modes are for users: whoever runs the tests as root is nobody for a moment."""
+    if os.geteuid():
+        yield
+        return
+    for place in [folder, *folder.rglob("*")]:
+        os.chown(place, 65534, 65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", ["", IMAGES, DENSITIES, ANNOTATIONS, ONE, MAP])
+def test_what_may_not_be_read_is_a_fault(closed):
+    folder = Path(tempfile.mkdtemp())  # not pytest's own, whose parents are closed to others
+    try:
+        root = make_root(folder / "root")
+        with a_common_user(folder):
+            (root / closed).chmod(0)
+            report = check(root)
+            (root / closed).chmod(0o700)
+        (fault,) = [fault for fault in report.faults if fault.kind != "unlisted"]
+        assert "Permission denied" in fault.problem and (closed or str(root)) in fault.file
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_link_within_the_root_is_followed(root):
+    (root / ONE).rename(root / "kept.jpg")
+    (root / ONE).symlink_to(root / "kept.jpg")
+    link = root.parent / "link"
+    link.symlink_to(root)
+    assert check(link).clean and FSC147(link)[0].size == SIZE
+
+
+def test_larger_pictures_are_opened_where_that_is_asked_for(root, capsys):
+    put(picture((12000, 12000), "1"), ONE)(root)
+    edit(root, ANNOTATIONS, lambda entries: entries["1.jpg"].pop("H"))
+    (root / MAP).unlink()
+    assert main(["check", str(root), "--max-pixels", "150000000"]) == 0, capsys.readouterr()
+    assert open_split(root, "train", max_pixels=150_000_000)[0].size == (12000, 12000)
+    with pytest.raises(DataError, match="--max-pixels"):
+        open_split(root, "train")
+
+
+def test_sixteen_bits_are_scaled_to_eight(root):
+    ramp = np.arange(SIZE[0] * SIZE[1], dtype=np.uint16).reshape(SIZE) * 10
+    for name in ("1.jpg", "3.png"):
+        Image.fromarray(ramp).save(root / IMAGES / name, "PNG")
+        assert check(root).faults == []
+        sample = next(sample for sample in FSC147(root) if sample.name == name)
+        for pixels in np.asarray(sample.image), np.asarray(sample.flipped().image)[:, ::-1]:
+            np.testing.assert_array_equal(pixels, np.repeat(ramp[..., None] // 256, 3, axis=2))
+        Image.fromarray(np.full(SIZE, len(name), np.uint8)).save(root / IMAGES / name, "PNG")
+
+
+def test_repeated_images_are_listed_and_left_out_of_training(root, tmp_path, capsys):
+    listed = tmp_path / "exclude.txt"
+    shutil.copy(root / ONE, root / IMAGES / "4.jpg")
+    shutil.copy(root / IMAGES / "3.png", root / IMAGES / "6.jpg")
+    assert main(["check", str(root), "--exclude", str(listed)]) == 1
+    assert "2 training images to leave out" in capsys.readouterr().out
+    assert listed.read_text().split() == ["1.jpg", "3.png"]
+    assert [sample.name for sample in open_split(root, "train", exclude=listed)] == ["2.jpg"]
+    assert [sample.name for sample in open_split(root, "val")] == ["4.jpg", "5.jpg"]
+    words = ["train", "--data", str(root), "--model", "tiny-random", "--out", str(tmp_path / "run")]
+    assert main([*words, "--exclude", str(listed), "--tracking", "disabled"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["images"] == {"train": 1, "val": 2}
+    listed.write_text("1.jpg\n9.jpg\n")
+    with pytest.raises(DataError, match=r"exclude\.txt.*'9\.jpg'.*'train'"):
+        open_split(root, "train", exclude=listed)
+    listed.write_text("1.jpg\n2.jpg\n3.png\n")
+    with pytest.raises(DataError, match="is empty"):
+        open_split(root, "train", exclude=listed)
