@@ -8,12 +8,24 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 
 
+class OwnAccelerator(Accelerator):
+    """An accelerator that keeps its precision: accelerate's own looks it up in a state that the newest one has set."""
+
+    def autocast(self, *args, **kwargs):
+        AcceleratorState._shared_state = self.state.__dict__
+        return super().autocast(*args, **kwargs)
+
+    def prepare(self, *args, **kwargs):
+        AcceleratorState._shared_state = self.state.__dict__
+        return super().prepare(*args, **kwargs)
+
+
 def make_accelerator(precision: str) -> Accelerator:
     """Device and precision: "bf16" is autocast, "auto" that on a GPU and fp32 elsewhere; weights keep their type."""
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
-    AcceleratorState._reset_state()  # it is shared, and would refuse a second run of another precision in one notebook
-    return Accelerator(
+    AcceleratorState._shared_state = {}  # not emptied: that would change the precision of who has the one before
+    return OwnAccelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         dataloader_config=DataLoaderConfiguration(
             even_batches=False, non_blocking=torch.cuda.is_available()

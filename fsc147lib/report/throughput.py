@@ -29,7 +29,7 @@ from ..model.heatmaps import Heatmap
 from ..model.network import CountingModel
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
-from ..options import Precision, need
+from ..options import Precision, need, need_report
 from ..training.batches import training_loader
 from ..training.losses import DualLoss
 from ..training.step import TrainingStep, make_optimizer
@@ -72,8 +72,7 @@ class ThroughputConfig:
     def __post_init__(self):
         for name in ("batch_size", "rounds", "steps"):
             need(self, name, getattr(self, name) >= 1, "at least 1")
-        if self.json is not None:
-            need(self, "json", self.json.suffix != ".csv", "another name: the rows also go to the .csv beside it")
+        need_report(self, "rows")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from nbconvert import HTMLExporter
 from tqdm import tqdm
 
 from ..data.scenes import make_dataset
-from ..files import write_text
+from ..files import write_json, write_text
 from .timing import table
 
 PICTURES = {"train": 800, "val": 100, "test": 50}
@@ -188,7 +188,7 @@ def main() -> int:
                 return 1
     where = settings()
     summary = summarise(where, seconds)
-    write_text(out / "summary.json", json.dumps(summary, indent=1))
+    write_json(out / "summary.json", summary)
     print(summary_text(summary))
     print(f"\nexecuted notebooks, HTML and summary.json are in {out}/, what they made in {where.out}/")
     return 0

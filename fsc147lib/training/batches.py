@@ -61,14 +61,15 @@ class SizeBatches(Sampler):
         processes: int = 1,
     ):
         self.lengths, self.seed, self.flip, self.by_size = lengths, seed, flip, by_size
-        together = batch_size * processes
-        steps = math.ceil(len(lengths) / (together * accumulation))
-        self.per_step = math.ceil(len(lengths) / (together * steps))
-        self.number = steps * self.per_step * processes
+        images = batch_size * processes
+        steps = math.ceil(len(lengths) / (images * accumulation))
+        self.per_step = math.ceil(len(lengths) / (images * steps))
+        self.together = self.per_step * processes
+        self.number = steps * self.together
         self.shuffle(0)
 
-    def shuffle(self, epoch: int) -> None:
-        """Choose the batches of an epoch.
+    def shuffle(self, epoch: int, done: int = 0) -> None:
+        """Choose the batches of an epoch, without those of its first steps that an interrupted run has done.
 
         Not called `set_epoch`: accelerate calls a method of that name with its own count of epochs, which
         starts anew when a run is resumed.
@@ -86,7 +87,7 @@ class SizeBatches(Sampler):
             batch = islice(rest, ends[turn + 1] - ends[turn])
             # images of one size side by side, for the vision encoder
             batches[turn] = [(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)]
-        self.batches = [batches[turn] for turn in range(self.number)]
+        self.batches = [batches[turn] for turn in range(done * self.together, self.number)]
 
     def padding(self) -> float:
         """Part of this epoch's batches that is padding, 0..1."""

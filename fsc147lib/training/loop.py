@@ -1,7 +1,7 @@
 """The loop: a run is put together, trains epoch by epoch, validates after each, and leaves a checkpoint.
 
-The same seed on the same machine gives the same run, and a run that was stopped goes on with `resume` at
-the last whole epoch to the very same end.
+The same seed on the same machine gives the same run, and a run that was stopped goes on with `resume` to the very
+same end: from the step at which a signal reached it, or from the last whole epoch where it was killed.
 
 Left out: what a loss is (`losses`), what a step does with it (`step`), and what the folder holds (`run`).
 """
@@ -31,8 +31,9 @@ from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import Precision, need
 from .batches import training_loader, windows
+from .interrupt import Interrupted, Signals
 from .losses import DualLoss
-from .run import RunFolder, TrainResult
+from .run import RunFolder, TrainResult, locked
 from .schedule import lazy_weight, learning_rate_factor
 from .step import TrainingStep, make_optimizer
 from .tracker import start_tracker
@@ -124,7 +125,7 @@ class TrainConfig:
     tracking: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases; offline needs no account and no network."""
     resume: bool = False
-    """Go on from `out`/last."""
+    """Go on from `out`/last, to the same end."""
     overwrite: bool = False
     """Remove an earlier run in `out`."""
 
@@ -200,7 +201,7 @@ class Run:
         self.folder.writes = self.accelerator.is_main_process
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         self.images = fingerprint(self.samples)
-        self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
+        self.model = load_model(self.folder.checkpoint if config.resume else config.model, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe)
         network = self.model.network
         if config.lora:
@@ -220,11 +221,12 @@ class Run:
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
         self.total_steps = math.ceil(len(self.loader) / self.batches.per_step) * config.epochs
-        self.step, self.epoch = 0, 0  # done so far
+        self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs done so far, and the checkpoint's steps
+        self.signals = Signals(self.accelerator.num_processes == 1)  # several would stop at different steps
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
         images = {split: len(listed) for split, listed in counts.items()}
         self.result = TrainResult(config.out, constant_baselines(counts["train"], counts["val"]), images)
-        self.tracker = None
+        self.tracker, self.validation = None, None  # type: ignore[var-annotated]
 
     def open_loader(self, pixels: bool) -> None:
         """Open the loader of training batches, with room for all pixels unless the vision cache takes their place."""
@@ -243,6 +245,7 @@ class Run:
         if config.resume:
             optimizer = self.training_step.optimizer
             self.step, self.epoch = self.folder.restore(self.result, optimizer, self.images)
+            self.saved = self.step
         self.folder.start()
         if self.folder.writes:
             self.tracker = start_tracker(config.out, config.tracking, json.loads(config.to_json()))
@@ -281,14 +284,14 @@ class Run:
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
 
     def train_epoch(self, progress: tqdm) -> None:
-        """Train on each image once, with a line of the log every few steps."""
+        """Train on each image once, with a line of the log every few steps; an epoch that was interrupted goes on."""
         config, step = self.config, self.training_step
         trains_vision = config.vision_trains(self.epoch)
         freeze_vision(self.model.network, not trains_vision)
         if trains_vision and self.store is None:  # kept image features are about to be wrong
             step.cache = None
             self.open_loader(pixels=True)
-        self.batches.shuffle(self.epoch)
+        self.batches.shuffle(self.epoch, self.step - self.epoch * self.total_steps // config.epochs)
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
         for window in windows(self.loader, self.batches.per_step):
@@ -311,13 +314,32 @@ class Run:
                 })  # fmt: skip
                 images, started = 0, time.perf_counter()
                 progress.set_postfix({name: f"{value:.3f}" for name, value in line.items() if value is not None})
+            self.signals.check()
         step.check()
         self.epoch += 1
 
     def save(self) -> None:
-        """Write last/, and best/ if the validation MAE is the lowest so far."""
+        """Write last/, and best/ if it is a whole epoch whose validation MAE is the lowest so far."""
         if self.folder.writes:
-            self.folder.save(self.model, self.training_step.optimizer, self.result, self.images, self.validation)
+            validated = self.result.epochs[-1]["step"] == self.step
+            self.folder.save(
+                self.model, self.training_step.optimizer, self.result, self.images, self.step,
+                self.validation if validated else None,
+            )  # fmt: skip
+        self.saved = self.step
+
+    def stop(self, interrupted: Interrupted) -> Interrupted:
+        """Save what is not saved yet, and say how to go on."""
+        if self.step > self.saved:
+            self.training_step.check()
+            self.save()
+        how = "go on with the same command and --resume (in Python: resume=True)"
+        if not self.step:
+            how = "before the first step: start it again"
+        elif self.config.lora:
+            how = "its adapters are merged: it cannot go on, but last/ is a model"
+        name, where = interrupted.signal.name, f"after step {self.step} of {self.total_steps}"
+        return Interrupted(interrupted.signal, f"{name} {where}, all of it in {self.folder.out}/last: {how}")
 
 
 def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:
@@ -333,17 +355,24 @@ def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> 
     Raises:
         ConfigError, DataError, ModelError: before the first step, with the cure in the message.
         NonFiniteLoss: during training; `last/` holds the last whole epoch.
+        Interrupted: after Ctrl-C, SIGTERM or a notebook's interrupt; `last/` holds all steps.
     """
-    run = Run(config, on_log)
-    try:
-        run.open()
-        if run.epoch == 0:
-            run.validate()
-        with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
-            while run.epoch < config.epochs:
-                run.train_epoch(progress)
-                run.validate()
-                run.save()
-    finally:
-        run.close()
+    with locked(config.out):
+        run = Run(config, on_log)
+        try:
+            with run.signals:
+                run.open()
+                if not run.result.epochs:
+                    run.validate()
+                with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
+                    while run.epoch < config.epochs:
+                        with run.signals.hold():
+                            run.train_epoch(progress)
+                        run.validate()
+                        with run.signals.hold():
+                            run.save()
+        except Interrupted as interrupted:
+            raise run.stop(interrupted) from None
+        finally:
+            run.close()
     return run.result

@@ -1,7 +1,8 @@
 """The folder of a run: who may use it, what it holds, and how a run comes back from it.
 
 `config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `summary.json` (validation
-before, best and last), `best.csv` (the best one, image by image), `best/` and `last/` (checkpoints), `wandb/`.
+before, best and last), `best.csv` (the best one, image by image), `best/` and `last/` (checkpoints), `last.old/`
+(the checkpoint before, used where the last is damaged), `run_id`, `wandb/`.
 
 Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`).
 """
@@ -9,16 +10,22 @@ Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`)
 import json
 import math
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from uuid import uuid4
 
 import torch
+from accelerate import PartialState
+from filelock import FileLock, Timeout
 
 from ..evaluation.answering import Evaluation, to_csv
-from ..files import recover_folder, set_aside, write_text
-from ..model.network import CountingModel
+from ..files import MANIFEST, recover_folder, set_aside, write_json, write_text
+from ..model.network import CountingModel, ModelError
 from ..options import ConfigError
-from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
+from .checkpoint import VALIDATION, fault_of, link_checkpoint, load_training_state, save_checkpoint
 
 MAY_CHANGE = {
     "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite",
@@ -76,10 +83,35 @@ def need_same_run(config) -> None:
             )
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder; the lock, a file beside it, ends with the process that holds it.
+
+    Raises:
+        ConfigError: another run is at work there.
+    """
+    if not PartialState().is_main_process:
+        yield
+        return
+    lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(f"another run is at work in {out}: wait for its end, or name another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class RunFolder:
-    """A run's folder, which an earlier run cannot be lost from and no two runs share.
+    """A run's folder, which an earlier run cannot be lost from and no two runs share (`locked`).
 
     Several processes of one run read it; the one with `writes` writes it.
+
+    Attributes:
+        checkpoint: that a resumed run goes on from.
 
     Args:
         config: a `TrainConfig`.
@@ -91,6 +123,7 @@ class RunFolder:
 
     def __init__(self, config):
         self.config, self.out, self.writes = config, config.out, True
+        self.run, self.checkpoint = uuid4().hex, self.out / "last"
         recover_folder(self.out / "last")
         started = (self.out / "config.json").is_file() and (self.out / "metrics.jsonl").is_file()
         finished_epoch = (self.out / "last").is_dir()
@@ -98,12 +131,35 @@ class RunFolder:
             if not finished_epoch:
                 raise ConfigError(f"there is nothing to resume in {self.out}: no epoch of a run was finished there")
             need_same_run(config)
+            self._find_checkpoint()
         elif finished_epoch and not config.overwrite:
             raise ConfigError(
                 f"{self.out} holds a run already: name another --out, go on with --resume, or --overwrite it"
             )
         elif not started and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"{self.out} holds something that is no run: name another --out (it is left alone)")
+
+    def _find_checkpoint(self) -> None:
+        """Choose last/, or the one before where last/ is damaged or another run's.
+
+        Raises:
+            ModelError: neither is sound.
+        """
+        last, before, run_id = self.out / "last", self.out / "last.old", self.out / "run_id"
+        run = run_id.read_text().strip() if run_id.is_file() else ""
+        fault = fault_of(last, run)
+        if fault and (not before.is_dir() or fault_of(before, run)):
+            raise ModelError(
+                f"{fault}: the checkpoint is damaged, and there is none before it; train again from its weights, with "
+                f"--model {last} and another --out, or from best/"
+            )
+        if fault:
+            print(f"{fault}: going on from the checkpoint before it, {before}", file=sys.stderr)
+            self.checkpoint = before
+        elif not (last / MANIFEST).is_file():
+            print(f"{last} is of an older version, without {MANIFEST}: its files are not checked", file=sys.stderr)
+        manifest = self.checkpoint / MANIFEST
+        self.run = run or (json.loads(manifest.read_text())["run"] if manifest.is_file() else self.run)
 
     def start(self) -> None:
         """Begin to write; an earlier run is set aside until this one's first checkpoint."""
@@ -122,7 +178,7 @@ class RunFolder:
         Returns:
             Steps and epochs done.
         """
-        state = load_training_state(self.out / "last", optimizer)
+        state = load_training_state(self.checkpoint, optimizer)
         if state["data"] != images:
             raise ConfigError(
                 f"the training or validation images in {self.config.data} are not those that the run in "
@@ -130,16 +186,17 @@ class RunFolder:
             )
         result.steps, result.epochs = state["steps"], state["epochs"]
         if self.writes:
-            if result.last_is_best():  # a crash may have come between last/ and best/
-                link_checkpoint(self.out / "last", self.out / "best")
+            whole = state["step"] == state["epochs"][-1]["step"]  # and not of an interrupted epoch
+            if whole and result.last_is_best():  # a crash may have come between last/ and best/
+                self._publish_best()
             lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
-            write_text(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(self.out / "metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
         return state["step"], state["epoch"]
 
     def append(self, line: dict) -> None:
         """Add a line to metrics.jsonl."""
         with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def save(
         self,
@@ -147,17 +204,35 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         result: TrainResult,
         images: str,
-        validation: Evaluation,
+        step: int,
+        validation: Evaluation | None,
     ) -> None:
-        """Write last/ and summary.json after an epoch's validation; best/ and best.csv if its MAE is the lowest."""
-        state = {"step": result.epochs[-1]["step"], "epoch": result.epochs[-1]["epoch"], "data": images,
+        """Write last/; after an epoch's validation also summary.json, and best/ and best.csv if its MAE is the lowest.
+
+        Args:
+            step: done so far; within an epoch the one before counts as the last whole one.
+            validation: of the epoch that has just ended; None within one.
+        """
+        state = {"step": step, "epoch": result.epochs[-1]["epoch"], "data": images,
                  "steps": result.steps, "epochs": result.epochs}  # fmt: skip
-        save_checkpoint(self.out / "last", model, optimizer, state)
-        if result.last_is_best():
-            link_checkpoint(self.out / "last", self.out / "best")
-            write_text(self.out / "best.csv", to_csv([asdict(image) for image in validation.images]))
+        if self.checkpoint != self.out / "last":  # the last is damaged, and the one before must not make room for it
+            (self.out / "last").rename(self.out / f"damaged-{uuid4().hex[:8]}")
+            recover_folder(self.out / "last")
+            self.checkpoint = self.out / "last"
+        listed = None if validation is None else to_csv([asdict(image) for image in validation.images])
+        save_checkpoint(self.out / "last", model, optimizer, state, self.run, listed)
+        write_text(self.out / "run_id", self.run)
+        if validation is not None:
+            if result.last_is_best():
+                self._publish_best()
+            write_json(self.out / "summary.json", result.summary())
         shutil.rmtree(self.out.with_name(self.out.name + ".old"), ignore_errors=True)
-        write_text(self.out / "summary.json", json.dumps(result.summary(), indent=1))
+
+    def _publish_best(self) -> None:
+        """Make best/ and best.csv those of the checkpoint at hand."""
+        link_checkpoint(self.checkpoint, self.out / "best")
+        if (self.checkpoint / VALIDATION).is_file():  # an older version has none
+            write_text(self.out / "best.csv", (self.checkpoint / VALIDATION).read_text())
 
     def close(self) -> None:
         """Give the folder back to the run that it was to replace, if this one came to nothing."""
