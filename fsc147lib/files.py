@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 MAX_BYTES = 2**30
@@ -49,6 +51,16 @@ def write_json(path: str | Path, value) -> None:
         write_text(path, json.dumps(value, indent=1, allow_nan=False))
     except ValueError as error:
         raise ValueError(f"{path} is not written: {error}") from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A draft to fill, put in the folder's place at the end; FileExistsError if that holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty: name a new folder, or remove it first")
+    draft = new_draft(folder)
+    yield draft
+    replace_folder(draft, folder)
 
 
 def new_draft(folder: Path) -> Path:
@@ -107,7 +119,7 @@ def write_manifest(folder: Path, **about) -> None:
     (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
 
 
-def read_manifest(folder: Path, whole: bool = False) -> dict | None:
+def read_manifest(folder: str | Path, whole: bool = False) -> dict | None:
     """A folder's manifest, after its files were compared with it; None where the folder has none.
 
     Args:
@@ -116,7 +128,7 @@ def read_manifest(folder: Path, whole: bool = False) -> dict | None:
     Raises:
         DamagedFolder: a file of the manifest is another, or is missing though `whole` is asked for.
     """
-    path = folder / MANIFEST
+    folder, path = Path(folder), Path(folder) / MANIFEST
     if not path.is_file():
         return None
     try:
@@ -129,9 +141,7 @@ def read_manifest(folder: Path, whole: bool = False) -> dict | None:
             if size != known["bytes"]:
                 raise DamagedFolder(f"{file} has {size:,} bytes, but {known['bytes']:,} were written")
             if _sha256(file, START) != known["start"] or whole and _sha256(file) != known["sha256"]:
-                raise DamagedFolder(
-                    f"{file} holds other bytes than were written (if on purpose: remove {path})"
-                )
+                raise DamagedFolder(f"{file} holds other bytes than were written (if on purpose: remove {path})")
     except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DamagedFolder(f"{path} cannot be used ({type(error).__name__}: {error})") from error
     return manifest

@@ -1,7 +1,7 @@
 """Draw one object of a composed category, a look and a shape: "blue stars", "striped bricks".
 
-The pairs of validation and test never occur in training, not even as distractors, while each of
-their words occurs there with six others.  Left out: whole pictures (`scenes`).
+The pairs of validation and test never occur in training, not even as distractors, while each of their words occurs
+there with six others.  Left out: whole pictures (`scenes`).
 """
 
 import math
@@ -10,31 +10,23 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {
-    "red": (214, 40, 46),
-    "orange": (246, 132, 30),
-    "yellow": (248, 218, 56),
-    "green": (46, 158, 66),
-    "blue": (42, 104, 222),
-    "purple": (146, 62, 190),
-}
-"""RGB, 0..255."""
-
-LOOKS = (*COLOURS, "striped", "dotted")
-"""A colour, or a white pattern on any of the colours."""
-
+COLOURS = {  # RGB, 0..255
+    "red": (214, 40, 46), "orange": (246, 132, 30), "yellow": (248, 218, 56),
+    "green": (46, 158, 66), "blue": (42, 104, 222), "purple": (146, 62, 190),
+}  # fmt: skip
+LOOKS = (*COLOURS, "striped", "dotted")  # a colour, or a white pattern on any of the colours
 SHAPES = ("stars", "hearts", "leaves", "bricks", "buttons", "rings", "drops", "arrows")
-
-HELD_OUT = {
+HELD_OUT = {  # the pairs of each held-out split: every look and every shape once
     "val": {(look, SHAPES[i]) for i, look in enumerate(LOOKS)},
     "test": {(look, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, look in enumerate(LOOKS)},
 }
-"""The pairs of each held-out split: every look and every shape once."""
-
 TRAINED = {(look, shape) for look in LOOKS for shape in SHAPES} - HELD_OUT["val"] - HELD_OUT["test"]
+FINENESS = 3  # an object is drawn this much larger and averaged down, for smooth edges
 
-FINENESS = 3
-"""An object is drawn this much larger and averaged down, for smooth edges."""
+
+def any_colour(rng: np.random.Generator) -> np.ndarray:
+    """One of the COLOURS, [3]."""
+    return np.array(list(COLOURS.values())[rng.integers(len(COLOURS))])
 
 
 class Shapes:
@@ -56,13 +48,9 @@ class Shapes:
         return [" ".join(group[rng.integers(len(group))]) for group in groups], [0.45, 0.45, 0.1]
 
     def cut_out(self, rng: np.random.Generator, category: str, radius: float) -> tuple[Image.Image, Image.Image]:
-        """Draw one object, turned and tinted.
-
-        Returns:
-            RGB pixels and an L mask of one size, at most 2 * radius + 2 pixels and trimmed to the object.
-        """
+        """One object, turned and tinted: RGB pixels and an L mask, trimmed, at most 2 * radius + 2 wide and high."""
         look, shape = category.split(" ")
-        base = np.array(COLOURS[look] if look in COLOURS else list(COLOURS.values())[rng.integers(len(COLOURS))])
+        base = np.array(COLOURS[look]) if look in COLOURS else any_colour(rng)
         base = np.clip(base * rng.uniform(0.9, 1.1) + rng.normal(0, 5, 3), 0, 255)
         side = 2 * math.ceil(radius) + 2
         turn = rng.uniform(0, 2 * np.pi)
@@ -84,9 +72,8 @@ class Shapes:
             stencil.polygon(place(_HOLE), fill=0)
             edges.append(_HOLE)
         for edge in edges:  # half of the line lies outside the mask
-            pen.line(
-                place(np.concatenate([edge, edge[:2]])), fill=_rgb(base * 0.5), width=round(0.2 * radius * FINENESS)
-            )
+            closed = place(np.concatenate([edge, edge[:2]]))
+            pen.line(closed, fill=_rgb(base * 0.5), width=round(0.2 * radius * FINENESS))
         pixels, mask = pixels.reduce(FINENESS), mask.reduce(FINENESS)
         box = mask.getbbox()
         pixels, mask = pixels.crop(box), mask.crop(box)

@@ -1,19 +1,23 @@
 """`import`: pictures of one's own, with dots from CSV or boxes from COCO JSON, as a root in FSC147's layout.
 
-Left out: labelling; a root may as well be written by hand (docs/data.md), `check` finds what is wrong with it.
+A root may as well be written by hand (docs/data.md).  Left out: labelling, and faults of the root (`checking`).
 """
 
 import csv
 import json
 import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from ..files import need_file, new_draft, replace_folder
+from ..files import need_file, new_folder
 from ..options import need
 from .faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS, DataError, is_category, is_plain
 from .picture import SHORT_SIDE, open_picture, shrunk
@@ -61,44 +65,39 @@ class Labels:
 
 
 def import_pictures(config: ImportConfig) -> dict[str, int]:
-    """Write the root; `fsc147lib import` calls this.
-
-    Returns:
-        The number of pictures in each split.
+    """Write the root; `fsc147lib import` calls this.  Returns the number of pictures in each split.
 
     Raises:
         DataError: labels or a picture that cannot be used; the message names the file and the place in it.
         FileExistsError: the root's folder holds something already.
     """
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise FileExistsError(f"{config.out} is not empty: name a new folder, or remove it first")
-    labels = read_points(config.points, config.category) if config.points else read_coco(config.coco, config.category)
-    if not labels:
-        raise DataError(f"{config.points or config.coco} names no picture to count {config.category or 'anything'} in")
-    draft = new_draft(config.out)
-    (draft / IMAGES).mkdir(parents=True)
-    entries: dict[str, dict] = {}
-    sources: dict[str, Path] = {}
-    for name, label in tqdm(labels.items(), desc="import", leave=False):
-        source = find_picture(config.images, name)
-        stored = f"{source.stem}.jpg"
-        if not is_plain(stored):
-            raise DataError(f"{stored!r} cannot be the name of a picture: rename {source}")
-        if stored in sources:
-            raise DataError(f"{source} and {sources[stored]} would both become {stored}: rename one of them")
-        sources[stored] = source
-        image = open_picture(source)
-        _need_fitting(source, label, image.size)
-        small = shrunk(image, config.short_side)
-        small.save(draft / IMAGES / stored, quality=95)
-        scale = np.array(small.size) / image.size
-        entries[stored] = {"points": (np.array(label.points).reshape(-1, 2) * scale).round(3).tolist()}
-    splits = choose_splits(list(entries), config.val, config.test, config.seed)
-    (draft / ANNOTATIONS).write_text(json.dumps(entries, indent=1))
-    (draft / SPLITS).write_text(json.dumps(splits, indent=1))
-    lines = (f"{name}\t{label.category}\n" for name, label in zip(entries, labels.values(), strict=True))
-    (draft / CLASSES).write_text("".join(lines))
-    replace_folder(draft, config.out)
+    with new_folder(config.out) as draft:
+        file, read = (config.points, read_points) if config.points else (config.coco, read_coco)
+        labels = read(file, config.category)
+        if not labels:
+            raise DataError(f"{file} names no picture to count {config.category or 'anything'} in")
+        (draft / IMAGES).mkdir(parents=True)
+        entries: dict[str, dict] = {}
+        sources: dict[str, Path] = {}
+        for name, label in tqdm(labels.items(), desc="import", leave=False):
+            source = find_picture(config.images, name)
+            stored = f"{source.stem}.jpg"
+            if not is_plain(stored):
+                raise DataError(f"{stored!r} cannot be the name of a picture: rename {source}")
+            if stored in sources:
+                raise DataError(f"{source} and {sources[stored]} would both become {stored}: rename one of them")
+            sources[stored] = source
+            image = open_picture(source)
+            _need_fitting(source, label, image.size)
+            small = shrunk(image, config.short_side)
+            small.save(draft / IMAGES / stored, quality=95)
+            scale = np.array(small.size) / image.size
+            entries[stored] = {"points": (np.array(label.points).reshape(-1, 2) * scale).round(3).tolist()}
+        splits = choose_splits(list(entries), config.val, config.test, config.seed)
+        (draft / ANNOTATIONS).write_text(json.dumps(entries, indent=1))
+        (draft / SPLITS).write_text(json.dumps(splits, indent=1))
+        lines = (f"{name}\t{label.category}\n" for name, label in zip(entries, labels.values(), strict=True))
+        (draft / CLASSES).write_text("".join(lines))
     return {split: len(names) for split, names in splits.items()}
 
 
@@ -119,23 +118,19 @@ def choose_splits(names: list[str], val: float, test: float, seed: int) -> dict[
     sizes = {split: max(1, round(part * len(names))) for split, part in (("val", val), ("test", test)) if part}
     if sum(sizes.values()) >= len(names):
         raise DataError(f"too few pictures for train and {' and '.join(sizes)}: there is {len(names)}, label more")
-    splits: dict[str, list[str]] = {"train": []}
-    start = 0
-    for split, size in sizes.items():
-        splits[split], start = sorted(order[start : start + size]), start + size
-    splits["train"] = sorted(order[start:])
-    return splits
+    parts = iter(order)
+    held_out = {split: sorted(islice(parts, size)) for split, size in sizes.items()}
+    return {"train": sorted(parts), **held_out}
 
 
 def _need_fitting(path: Path, label: Labels, size: tuple[int, int]) -> None:
     """Refuse points that cannot belong to a picture of this (width, height)."""
+    it_is = f"{path} is {size[0]} x {size[1]} pixels, but"
     if label.size not in (None, size):
-        raise DataError(
-            f"{path} is {size[0]} x {size[1]} pixels, but its labels are of {label.size[0]} x {label.size[1]}"
-        )
+        raise DataError(f"{it_is} its labels are of {label.size[0]} x {label.size[1]}")
     for x, y in label.points:
         if not (0 <= x <= size[0] and 0 <= y <= size[1]):
-            raise DataError(f"{path} is {size[0]} x {size[1]} pixels, but has a dot at ({x:g}, {y:g})")
+            raise DataError(f"{it_is} has a dot at ({x:g}, {y:g})")
     if len(label.points) > 1 and max(map(max, label.points)) <= 1:
         raise DataError(f"all dots of {path} lie within one pixel: give x and y in pixels, not as parts of the picture")
 
@@ -144,28 +139,22 @@ def _need_fitting(path: Path, label: Labels, size: tuple[int, int]) -> None:
 
 
 def read_points(path: Path, category: str | None = None) -> dict[str, Labels]:
-    """Dots from CSV, by picture.
+    """Dots from CSV, by picture.  A DataError says the file, the line and what is wrong with it.
 
     Args:
         path: a file with the columns `image`, `x`, `y` and perhaps `category`; or a folder of files with `x` and
             `y`, each named after its picture.  A line whose x and y are empty, or a file without lines, says that
             there is nothing to count.
         category: what is counted; needed where there is no such column.
-
-    Raises:
-        DataError: the file, the line and what is wrong with it.
     """
-    labels: dict[str, Labels] = {}
-    if path.is_dir():
-        for file in sorted(path.glob("*.csv")):
-            labels[file.stem] = Labels(_need_category(category, file), [])
-            _read_csv(file, labels, category, file.stem)
-    else:
-        _read_csv(path, labels, category, None)
-    return labels
+    if not path.is_dir():
+        return _read_csv(path, category)
+    files = sorted(path.glob("*.csv"))
+    return {file.stem: _read_csv(file, _need_category(category, file), file.stem)[file.stem] for file in files}
 
 
-def _read_csv(path: Path, labels: dict[str, Labels], category: str | None, image: str | None) -> None:
+def _read_csv(path: Path, category: str | None, image: str | None = None) -> dict[str, Labels]:
+    """The labels in one file; `image`: all its lines are of this picture."""
     try:
         with need_file(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -175,18 +164,21 @@ def _read_csv(path: Path, labels: dict[str, Labels], category: str | None, image
     columns = {"x", "y"} if image else {"image", "x", "y"}
     if columns - set(reader.fieldnames or ()):
         raise DataError(f"{path} must begin with a line that names the columns {', '.join(sorted(columns))}")
+    labels = {image: Labels(category, [])} if image else {}
     for number, row in rows:
-        place, name = f"{path}, line {number}", image or (row["image"] or "").strip()
+        place, name, kind = f"{path}, line {number}", image or _cell(row, "image"), _cell(row, "category")
         if not name:
             raise DataError(f"{place}: no image is named")
-        kind = (row.get("category") or "").strip()
-        label = labels.setdefault(name, Labels(_need_category(kind or category, place), []))
+        label = labels.setdefault(name, Labels(category or _need_category(kind or None, place), []))
         if category is None and label.category != kind:
             raise DataError(f"{place}: {name} shows {label.category!r} and {kind!r}: choose one with --category")
         if (row["x"] or row["y"]) and category in (None, kind or category):
             label.points.append((_number(row["x"], "x", place), _number(row["y"], "y", place)))
-    for label in labels.values():
-        label.category = category or label.category
+    return labels
+
+
+def _cell(row: dict, column: str) -> str:
+    return (row.get(column) or "").strip()
 
 
 def _number(text: str | None, name: str, place: str) -> float:
@@ -206,16 +198,12 @@ def _need_category(text: str | None, place) -> str:
 
 
 def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
-    """The centres of a COCO file's boxes, by picture.
+    """The centres of a COCO file's boxes, by picture.  A DataError says in which image or annotation what is wrong.
 
     Args:
-        path: JSON with `images` (id, file_name, width, height), `annotations` (image_id, category_id, bbox as x, y,
-            width, height) and `categories` (id, name).
+        path: JSON as docs/data.md describes it.
         category: what is counted; None where each picture shows one category.  A picture without it has a count
             of 0; one with a crowd of it (`iscrowd`) is left out, for its count is not known.
-
-    Raises:
-        DataError: what is wrong, and in which image or annotation.
     """
     try:
         content = json.loads(need_file(path).read_text("utf-8-sig"))
@@ -227,30 +215,33 @@ def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
     if category not in (None, *names.values()):
         raise DataError(f"{path} has no category {category!r}, only {', '.join(sorted(names.values()))}")
     only = next(iter(names.values())) if len(names) == 1 else None
-    found: dict = {number: {} for number in pictures}  # category -> its points, or None where it is a crowd
+    found: dict = {number: defaultdict(list) for number in pictures}  # category -> its boxes' centres
+    crowds = set()
     for entry in annotations:
-        try:
+        with _named(path, "an annotation", entry):
             kind, (x, y, width, height) = names[entry["category_id"]], map(float, entry["bbox"])
-            kinds = found[entry["image_id"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: an annotation cannot be used ({error!r}): {entry!r:.200}") from error
-        if entry.get("iscrowd"):
-            kinds[kind] = None
-        elif kinds.setdefault(kind, []) is not None:
-            kinds[kind].append((x + width / 2, y + height / 2))
+            found[entry["image_id"]][kind].append((x + width / 2, y + height / 2))
+            if entry.get("iscrowd"):
+                crowds.add((entry["image_id"], kind))
     labels: dict[str, Labels] = {}
     for number, kinds in found.items():
-        try:
-            entry = pictures[number]
-            name, size = Path(entry["file_name"]).name, (int(entry["width"]), int(entry["height"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: an image cannot be used ({error!r}): {pictures[number]!r:.200}") from error
+        with _named(path, "an image", pictures[number]):
+            name = Path(pictures[number]["file_name"]).name
+            size = int(pictures[number]["width"]), int(pictures[number]["height"])
         if name in labels:
             raise DataError(f"{path}: two images are called {name}: rename one, and its file")
         if category is None and len(kinds) > 1:
             raise DataError(f"{path}: {name} shows {', '.join(sorted(kinds))}: choose one with --category")
         kind = category or next(iter(kinds), only)
-        points = kinds.get(kind, [])
-        if kind is not None and points is not None:
-            labels[name] = Labels(_need_category(kind, path), points, size)
+        if kind is not None and (number, kind) not in crowds:
+            labels[name] = Labels(_need_category(kind, path), kinds[kind], size)
     return labels
+
+
+@contextmanager
+def _named(path: Path, what: str, entry) -> Iterator[None]:
+    """Say of which entry of a file an error is."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: {what} cannot be used ({error!r}): {entry!r:.200}") from error

@@ -1,6 +1,6 @@
 """A picture from anywhere: opened upright in RGB, or refused in a sentence, and shrunk to FSC147's size.
 
-Left out: the images of a root, whose annotations refer to the pixels as they are stored (`fsc147`).
+Left out: a root's images, whose annotations refer to the pixels as they are stored (`fsc147`).
 """
 
 from pathlib import Path
@@ -11,22 +11,18 @@ from PIL import Image, ImageOps
 from .faults import DataError, is_category, size_problem
 from .fsc147 import Sample, open_image, to_rgb
 
-SHORT_SIDE = 384
-"""Height of FSC147's images, which are wider than high."""
+SHORT_SIDE = 384  # height of FSC147's images, which are wider than high
 
 
 def open_picture(picture: str | Path | Image.Image) -> Image.Image:
-    """A picture in RGB, as a viewer shows it: turned as its EXIF data say, transparent parts white.
-
-    Args:
-        picture: a JPEG, PNG or other file of `fsc147.FORMATS`, or an image in memory.
+    """A file of `fsc147.FORMATS` or an image in memory, in RGB as a viewer shows it: upright, transparent parts white.
 
     Raises:
         DataError: it cannot be read, or is too large; the message names the file.
     """
-    name = picture if isinstance(picture, (str, Path)) else "the image given"
+    path = None if isinstance(picture, Image.Image) else Path(picture)
     try:
-        image = open_image(picture) if isinstance(picture, (str, Path)) else picture
+        image = picture if isinstance(picture, Image.Image) else open_image(picture)
         if problem := size_problem(*image.size):
             raise ValueError(problem)
         image = ImageOps.exif_transpose(image)
@@ -35,23 +31,17 @@ def open_picture(picture: str | Path | Image.Image) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return to_rgb(image)
     except Exception as error:  # Pillow raises many types on damaged files
-        reason = "the file is empty" if _is_empty(picture) else f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"{name} cannot be used as a picture ({reason}): give a whole JPEG, PNG or other image file"
-        ) from error
-
-
-def _is_empty(picture) -> bool:
-    return isinstance(picture, (str, Path)) and Path(picture).is_file() and Path(picture).stat().st_size == 0
+        empty = path and path.is_file() and path.stat().st_size == 0
+        reason = "the file is empty" if empty else f"{type(error).__name__}: {error}"
+        problem = f"cannot be used as a picture ({reason}): give a whole JPEG, PNG or other image file"
+        raise DataError(f"{path or 'the image given'} {problem}") from error
 
 
 def shrunk(image: Image.Image, short_side: int = SHORT_SIDE) -> Image.Image:
     """The image with its shorter side brought down to `short_side` pixels, or the image itself if it is not longer."""
     scale = short_side / min(image.size)
-    if scale >= 1:
-        return image
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image if scale >= 1 else image.resize(size, Image.Resampling.LANCZOS)
 
 
 class InMemory(Sample):

@@ -1,51 +1,37 @@
 """Draw a small data set in FSC147's own layout: something to learn on, with no download.
 
-Each picture shows one counted category among distractors that share its look or its shape, on its own
-cluttered background and under its own uneven light; a few show distractors alone.  Everything that the
-annotation says is exact: a dot in the middle of each object and up to three exemplar boxes.  A seed
-gives the same bytes again (with the same version of Pillow).
-
-Left out: what an object looks like (`drawing`, and `sprites` for cut-outs), and photographs.
+Each picture shows one counted category among distractors that share its look or its shape, on its own cluttered
+background and under its own uneven light; a few show distractors alone.  The annotation is exact: a dot in the middle
+of each object, up to three exemplar boxes.  A seed gives the same bytes again (with the same version of Pillow).
+Left out: what an object looks like (`drawing`, and `sprites` for cut-outs).
 """
 
 import json
 import math
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tyro.conf import Positional
 
-from ..files import new_draft, replace_folder
-from .drawing import COLOURS, Shapes
+from ..files import new_folder
+from .drawing import Shapes, any_colour
 from .faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
-from .sprites import read_sprites
+from .sprites import Sprites, read_sprites
 
 HEIGHT = 384
 WIDTHS = (384, 432, 480, 512, 576, 640)
-COUNTS = (1, 60)
-"""Fewest and most objects of the counted category in a picture that has any; drawn log-uniformly between."""
-
-EMPTY = 0.04
-"""Part of the pictures that show distractors alone: the answer is 0."""
-
-MAX_DISTRACTORS = 10
-"""Most distractors: drawn log-uniformly from none, whatever the count is, so that the total tells little."""
-
+COUNTS = (1, 60)  # objects of the counted category in a picture that has any: drawn log-uniformly between
+EMPTY = 0.04  # part of the pictures that show distractors alone: the answer is 0
+MAX_DISTRACTORS = 10  # drawn log-uniformly from none, whatever the count is, so that the total tells little
 DRAWN = ("train", "val", "test", "val_seen", "test_seen")
 """The splits; the last two hold new pictures of training's categories, as many as `val` and `test`."""
-
-RADII = (16, 44)
-"""Smallest and largest radius of an object, in pixels."""
-
-OVERLAP = 0.85
-"""Least distance of two objects, in sums of their radii."""
-
+RADII = (16, 44)  # smallest and largest of an object, in pixels
+OVERLAP = 0.85  # least distance of two objects, in sums of their radii
 _SHADOW = [round(0.42 * value) for value in range(256)]  # of a mask's values
 
 
@@ -68,28 +54,15 @@ class SynthConfig:
     category, or files named by what they show."""
 
 
-class Stock(Protocol):
-    """What scenes are made of: `drawing.Shapes` or `sprites.Sprites`."""
-
-    def categories(self, split: str) -> list[str]: ...
-
-    def rivals(self, rng: np.random.Generator, category: str, split: str) -> tuple[list[str], list[float]]: ...
-
-    def cut_out(self, rng: np.random.Generator, category: str, radius: float) -> tuple[Image.Image, Image.Image]: ...
+Stock = Shapes | Sprites  # what scenes are made of
 
 
 def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | None = None) -> tuple[Image.Image, dict]:
-    """Draw one picture.
-
-    Args:
-        rng: decides everything.
-        split: one of DRAWN; decides which categories there are.
-        stock: None for composed shapes.
+    """Draw one picture of a split, of composed shapes or from a stock of cut-outs; `rng` decides everything.
 
     Returns:
-        The RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points`
-        [N, 2] x, y, `boxes` [min(N, 3), 4] x1 y1 x2 y2, in pixels; and for figures and tests
-        `distractors`, their categories, and `distractor_points`.
+        The RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points` [N, 2] x, y,
+        `boxes` [min(N, 3), 4] x1 y1 x2 y2, in pixels; `distractors`, their categories, and `distractor_points`.
     """
     stock = stock or Shapes()
     size = (HEIGHT, int(rng.choice(WIDTHS)))
@@ -149,18 +122,16 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     base = rng.uniform(120, 240) + rng.uniform(-16, 16, 3)
     coarse = base + rng.normal(0, 7, (5, 7, 1)) + rng.normal(0, 4, (5, 7, 3))
     for _ in range(rng.integers(0, 4)):  # a blotch: some colour, far thinner than an object's
-        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
-        coarse[rng.integers(5), rng.integers(7)] += rng.uniform(0.15, 0.4) * (np.array(colour) - base)
-    soft = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(
-        (width // 6, height // 6), Image.Resampling.BICUBIC
-    )
+        colour = any_colour(rng)
+        coarse[rng.integers(5), rng.integers(7)] += rng.uniform(0.15, 0.4) * (colour - base)
+    small = width // 6, height // 6
+    soft = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(small, Image.Resampling.BICUBIC)
     rough = np.asarray(soft) + rng.normal(0, rng.uniform(0.5, 6), (height // 6, width // 6, 1))
     ground = Image.fromarray(rough.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(ground)
 
     def ink() -> tuple[int, ...]:
-        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
-        return tuple(int(v) for v in 0.45 * np.array(colour) + 0.55 * base * rng.uniform(0.6, 1.1))
+        return tuple(int(v) for v in 0.45 * any_colour(rng) + 0.55 * base * rng.uniform(0.6, 1.1))
 
     for _ in range(int(rng.integers(0, 13))):
         steps = rng.normal(0, 9, 2) + rng.normal(0, 5, (24, 2)).cumsum(axis=0)
@@ -203,11 +174,8 @@ def _save_scene(folder: Path, seed: int, stock: Stock, job: tuple[str, int, int]
     name = f"{number}.jpg"
     image.save(folder / name, quality=90)
     corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in scene["boxes"].tolist()]
-    entry = {
-        "box_examples_coordinates": corners,
-        "img_path": f"{IMAGES}/{name}",
-        "points": scene["points"].tolist(),
-    }
+    points = scene["points"].tolist()
+    entry = {"box_examples_coordinates": corners, "img_path": f"{IMAGES}/{name}", "points": points}
     return name, scene["category"], entry
 
 
@@ -220,29 +188,18 @@ def make_dataset(
     workers: int | None = None,
     sprites: str | Path | None = None,
 ) -> Path:
-    """Draw a whole root in FSC147's official layout.
+    """Draw a whole root in FSC147's official layout, and return it; it appears only when it is complete.
 
-    The folder appears only when it is complete: it is drawn beside its place and renamed.  Categories of
-    `val` and `test` never occur in `train`; `val_seen` and `test_seen` hold new pictures of training's.
-    A split's picture depends on the seed, the split and its place there alone.
+    A picture depends on the seed, its split and its place there alone.
 
     Args:
-        out: the root to make; must not exist, or be an empty folder.
-        train, val, test: pictures in each split, at least 1.
-        seed: the same seed draws the same bytes.
+        out, train, val, test, seed, sprites: as in `SynthConfig`.
         workers: processes that draw, None for one per core; the result does not depend on it.
-        sprites: a folder of cut-outs to draw with instead of shapes; see `sprites`.
-
-    Returns:
-        The root.
 
     Raises:
         FileExistsError: `out` holds something already.
         ValueError: a split without pictures, a negative seed, or cut-outs that cannot be used.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is not empty: name a new folder, or remove it first")
     for split, number in (("train", train), ("val", val), ("test", test)):
         if number < 1:
             raise ValueError(f"--{split} is {number}: each split needs at least one picture")
@@ -251,14 +208,14 @@ def make_dataset(
     stock = Shapes() if sprites is None else read_sprites(sprites, seed)
     sizes = dict(zip(DRAWN, (train, val, test, val, test), strict=True))
     jobs = [(split, index) for split, number in sizes.items() for index in range(number)]
-    draft = new_draft(out)
-    (draft / IMAGES).mkdir(parents=True)
-    draw = partial(_save_scene, draft / IMAGES, seed, stock)
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        drawn = list(pool.map(draw, [(*job, n) for n, job in enumerate(jobs, start=1)], chunksize=8))
-    splits = {split: [name for (s, _), (name, _, _) in zip(jobs, drawn, strict=True) if s == split] for split in DRAWN}
-    (draft / ANNOTATIONS).write_text(json.dumps({name: entry for name, _, entry in drawn}))
-    (draft / SPLITS).write_text(json.dumps(splits, indent=1))
-    (draft / CLASSES).write_text("".join(f"{name}\t{category}\n" for name, category, _ in drawn))
-    replace_folder(draft, out)
-    return out
+    with new_folder(Path(out)) as draft:
+        (draft / IMAGES).mkdir(parents=True)
+        draw = partial(_save_scene, draft / IMAGES, seed, stock)
+        with ProcessPoolExecutor(workers) as pool:
+            drawn = list(pool.map(draw, [(*job, n) for n, job in enumerate(jobs, start=1)], chunksize=8))
+        names = iter(drawn)
+        splits = {split: [name for name, _, _ in islice(names, number)] for split, number in sizes.items()}
+        (draft / ANNOTATIONS).write_text(json.dumps({name: entry for name, _, entry in drawn}))
+        (draft / SPLITS).write_text(json.dumps(splits, indent=1))
+        (draft / CLASSES).write_text("".join(f"{name}\t{category}\n" for name, category, _ in drawn))
+    return Path(out)

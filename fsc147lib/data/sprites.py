@@ -21,13 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .faults import is_category
+
 ENDINGS = (".png", ".webp")
-HELD_OUT_PART = 0.15
-"""Part of the nouns that each of val and test gets."""
-
-LEAST = 2
-"""Nouns that a split needs: one to count, one to distract."""
-
+HELD_OUT_PART = 0.15  # of the nouns, for each of val and test
+LEAST = 2  # nouns that a split needs: one to count, one to distract
 _THUMBNAIL = 96  # pixels; objects are smaller
 _EMOJI = re.compile(r"(1f[0-9a-f]{3}|[23][0-9a-f]{3}|[0-9a-f]{2,4}(?=-fe0f|-20e3))(?:-fe0f)?(-[0-9a-f-]+)?")
 _FAINT = [255 if value > 24 else 0 for value in range(256)]  # a trace of alpha is no part of the object
@@ -37,10 +35,8 @@ _FAINT = [255 if value > 24 else 0 for value in range(256)]  # a trace of alpha 
 class Sprites:
     """A stock of cut-outs that scenes are made of, like `drawing.Shapes`."""
 
-    pictures: dict[str, list[Path]]
-    """Files by category."""
-    splits: dict[str, list[str]]
-    """Categories of train, val and test."""
+    pictures: dict[str, list[Path]]  # files by category
+    splits: dict[str, list[str]]  # categories of train, val and test
 
     def categories(self, split: str) -> list[str]:
         """The categories that may be counted in a split, in order; `val_seen` and `test_seen` have training's."""
@@ -53,11 +49,7 @@ class Sprites:
         return [others[i] for i in chosen], [1 / len(chosen)] * len(chosen)
 
     def cut_out(self, rng: np.random.Generator, category: str, radius: float) -> tuple[Image.Image, Image.Image]:
-        """One of the category's pictures, turned a little, its larger side 2 * radius.
-
-        Returns:
-            RGB pixels and an L mask of one size, trimmed to the object.
-        """
+        """One picture of a category, turned a little: RGB pixels and an L mask, trimmed, the larger side 2 * radius."""
         files = self.pictures[category]
         picture = _load(files[rng.integers(len(files))])
         picture = picture.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR, expand=True)
@@ -69,18 +61,13 @@ class Sprites:
 
 
 def read_sprites(folder: str | Path, seed: int = 0) -> Sprites:
-    """Find, check and name the cut-outs below a folder and deal their categories to the splits.
+    """Find, check and name the cut-outs below a folder (see the module) and deal their categories to the splits.
 
-    Categories that end in one word (red apple, green apple) go to one split, so that a noun of val or
-    test is new.
-
-    Args:
-        folder: see the module for its layout.
-        seed: decides which split gets what.
+    Categories that end in one word (red apple, green apple) go to one split, so that a noun of val or test is new.
 
     Raises:
-        ValueError: no folder, nothing to use in it, too few categories, a name that a prompt cannot
-            hold, or a picture that is damaged or fully transparent.
+        ValueError: no folder, nothing to use in it, too few categories, a name that a prompt cannot hold, or a
+            picture that is damaged or fully transparent.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -91,7 +78,7 @@ def read_sprites(folder: str | Path, seed: int = 0) -> Sprites:
     for path in files:
         name = _words(path.parent.name) if a_folder_each else _name(path)
         if name and _is_cut_out(path):
-            if "<" in name or not name.isprintable():
+            if not is_category(name):
                 raise ValueError(f"--sprites: {str(path)!r} would be called {name!r}, which a prompt cannot hold")
             pictures[name].append(path)
     if not pictures:
@@ -102,10 +89,8 @@ def read_sprites(folder: str | Path, seed: int = 0) -> Sprites:
 def _deal(folder: Path, categories: list[str], seed: int) -> dict[str, list[str]]:
     nouns = sorted({name.split()[-1] for name in categories})
     if len(nouns) < 3 * LEAST:
-        raise ValueError(
-            f"--sprites {folder}: {len(nouns)} different nouns ({', '.join(nouns)}), but three splits need "
-            f"{LEAST} each, {3 * LEAST} in all: name a folder with more"
-        )
+        problem = f"{len(nouns)} different nouns ({', '.join(nouns)}), but three splits need {LEAST} each"
+        raise ValueError(f"--sprites {folder}: {problem}, {3 * LEAST} in all: name a folder with more")
     nouns = [nouns[i] for i in np.random.default_rng(seed).permutation(len(nouns))]
     each = max(LEAST, round(HELD_OUT_PART * len(nouns)))
     parts = {"val": nouns[:each], "test": nouns[each : 2 * each], "train": nouns[2 * each :]}

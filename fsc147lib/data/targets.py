@@ -1,44 +1,24 @@
-"""Dots to density to target heatmap, and maps from one grid to another.
+"""Dots to density to target heatmap, maps from one grid to another, and the divergence between two.
 
-The density of an image follows Ranjan et al., "Learning To Count Everything" (CVPR 2021): one
-Gaussian on each dot, in a window as wide as the image's mean nearest-neighbour distance, with a
-standard deviation of a quarter of that window.  The window is square, so a Gaussian is the product
-of a row profile and a column profile: a whole density map is one matrix product, and its 14x14
-heatmap never needs the pixels at all.
-
-Left out: anything that knows a model.  The same area weights move a model's map from its token
-grid to 14x14; that happens in `heatmaps`, with `area_weights` from here.
+The density of an image follows Ranjan et al., "Learning To Count Everything" (CVPR 2021): one Gaussian on each dot, in
+a window as wide as the image's mean nearest-neighbour distance, with a standard deviation of a quarter of that window.
+The window is square, so a Gaussian is the product of a row profile and a column profile: a whole density map is one
+matrix product, and its 14x14 heatmap never needs the pixels at all.  Left out: anything that knows a model.
 """
 
 import numpy as np
 import torch
 from scipy.spatial import KDTree
 
-GRID = 14
-"""Rows and columns of the target heatmap, as in the first script of this project."""
-
-TINY_MASS = 1e-8
-"""Floor under a heatmap's cells inside the logarithm of the KL divergence."""
-
-LONE_WINDOW = 0.25
-"""Window of an image with a single dot, as a part of its shorter side: a lone dot has no neighbour."""
-
-MIN_WINDOW = 2.0
-"""Smallest window, in pixels: at least one pixel centre lies in it, even where dots coincide."""
-
-CHUNK = 4096
-"""Dots whose Gaussians are in memory at once; more than FSC147's largest count."""
+GRID = 14  # rows and columns of the target heatmap, as in the first script of this project
+TINY_MASS = 1e-8  # floor under a heatmap's cells inside the logarithm of the KL divergence
+LONE_WINDOW = 0.25  # of the image's shorter side, where a lone dot has no neighbour
+MIN_WINDOW = 2.0  # pixels: at least one pixel centre lies in it, even where dots coincide
+CHUNK = 4096  # dots whose Gaussians are in memory at once; more than FSC147's largest count
 
 
 def nearest_neighbour_distance(points: np.ndarray) -> float:
-    """Mean distance from each dot to its nearest other dot.
-
-    Args:
-        points: [N, 2] x, y in pixels.
-
-    Returns:
-        Pixels; NaN with fewer than two dots.
-    """
+    """Mean distance in pixels from each dot, [N, 2] x, y, to its nearest other; NaN with fewer than two dots."""
     if len(points) < 2:
         return float("nan")
     places, place, times = np.unique(
@@ -52,17 +32,14 @@ def nearest_neighbour_distance(points: np.ndarray) -> float:
 
 def gaussian_window(points: np.ndarray, size: tuple[int, int]) -> float:
     """Width in pixels of the window that every Gaussian of this image gets (std = window / 4)."""
-    window = nearest_neighbour_distance(points)
-    if np.isnan(window):
-        window = LONE_WINDOW * min(size)
-    return max(window, MIN_WINDOW)
+    return max(nearest_neighbour_distance(points) if len(points) > 1 else LONE_WINDOW * min(size), MIN_WINDOW)
 
 
 def _profiles(centres: np.ndarray, length: int, window: float) -> np.ndarray:
     """One truncated Gaussian per dot along one axis, each summing to 1 inside the image: [N, length].
 
-    Dots outside are moved onto the border, and the part of a Gaussian that would fall outside is
-    given back to the part inside: this is what keeps the sum of the density equal to the count.
+    Dots outside are moved onto the border, and the part of a Gaussian that would fall outside is given back to the
+    part inside: this keeps the sum of the density equal to the count.
     """
     centres = np.clip(np.asarray(centres, dtype=np.float64), 0, length)[:, None]
     offsets = np.arange(length) + 0.5 - centres  # [N, length], from the dot to each pixel's centre
@@ -72,48 +49,35 @@ def _profiles(centres: np.ndarray, length: int, window: float) -> np.ndarray:
 
 
 def density_map(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The density of dots over an image.
-
-    Args:
-        points: [N, 2] x, y in pixels; their order does not matter, dots outside count on the border.
-        size: (height, width) of the image in pixels.
+    """The density of dots [N, 2] x, y in pixels over an image of (height, width) pixels.
 
     Returns:
-        [height, width] float32, objects per pixel, summing to N.
+        [height, width] float32, objects per pixel, summing to N; dots outside count on the border.
     """
+    return _summed(points, size).astype(np.float32)
+
+
+def _summed(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] | None = None) -> np.ndarray:
+    """The sum of all dots' Gaussians over the pixels, or over a grid of (rows, columns) instead; float64."""
     points = np.asarray(points).reshape(-1, 2)
-    if len(points) == 0:
-        return np.zeros(size, dtype=np.float32)
-    window, density = gaussian_window(points, size), np.zeros(size)
+    window, total = gaussian_window(points, size), np.zeros(grid or size)
     for start in range(0, len(points), CHUNK):
         x, y = points[start : start + CHUNK].T
-        density += _profiles(y, size[0], window).T @ _profiles(x, size[1], window)
-    return density.astype(np.float32)
+        rows, columns = _profiles(y, size[0], window), _profiles(x, size[1], window)
+        if grid:
+            rows, columns = rows @ area_weights(size[0], grid[0]).T, columns @ area_weights(size[1], grid[1]).T
+        total += rows.T @ columns
+    return total
 
 
 def target_heatmap(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] = (GRID, GRID)) -> np.ndarray:
-    """Where the objects are: the density on a coarse grid stretched over the image.
-
-    Equal to `resample_map(density_map(points, size), grid)` divided by its sum, without the pixels.
-
-    Args:
-        points: [N, 2] x, y in pixels.
-        size: (height, width) of the image in pixels.
-        grid: (rows, columns) of the heatmap.
+    """Where the objects are: the density of `density_map` on a coarse grid stretched over the image, over its sum.
 
     Returns:
-        [rows, columns] float32, non-negative, summing to 1; zeros without a dot, for then there is no
+        [rows, columns] of the grid, float32, non-negative, summing to 1; zeros without a dot, for then there is no
         distribution to aim at: losses and metrics leave such an image out.
     """
-    points = np.asarray(points).reshape(-1, 2)
-    if len(points) == 0:
-        return np.zeros(grid, dtype=np.float32)
-    window, mass = gaussian_window(points, size), np.zeros(grid)
-    for start in range(0, len(points), CHUNK):
-        x, y = points[start : start + CHUNK].T
-        rows = _profiles(y, size[0], window) @ area_weights(size[0], grid[0]).T  # [N, rows]
-        mass += rows.T @ (_profiles(x, size[1], window) @ area_weights(size[1], grid[1]).T)
-    return (mass / len(points)).astype(np.float32)
+    return (_summed(points, size, grid) / max(1, len(points))).astype(np.float32)
 
 
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
@@ -130,11 +94,7 @@ def area_weights(n_in: int, n_out: int) -> np.ndarray:
 
 
 def resample_map(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Move a map of masses to another grid over the same image, by exact areas.
-
-    Args:
-        values: [..., h, w], masses (not densities): a cell's value is what lies in that cell.
-        grid: (rows, columns) wanted.
+    """Move a map of masses (not densities) [..., h, w] to another grid over the same image, by exact areas.
 
     Returns:
         [..., rows, columns] with the same sum.

@@ -64,7 +64,8 @@ class EvaluateConfig:
     """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     precision: Precision = "auto"
     heatmap: str = "attention"
-    """What is held against the target: attention, token_gradient, input_gradient, attention_x_gradient, or your own."""
+    """What is held against the target: attention, relative_attention, token_gradient, input_gradient,
+    attention_x_gradient, occlusion (slow), or your own."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
     attention_layers: tuple[int, ...] | None = None
@@ -123,12 +124,16 @@ class Evaluation:
 
 
 def to_csv(rows: list[dict]) -> str:
-    """Rows with the same keys as CSV text, with a header."""
+    """Rows with the same keys as CSV text, with a header; a ' goes before a text that a spreadsheet would compute."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows({key: _plain_cell(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _plain_cell(value):
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 @torch.no_grad()
@@ -229,9 +234,7 @@ def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Eva
         **maps,
     }
     if wrong := [f"{name} is {value}" for name, value in metrics.items() if not np.isfinite(value or 0)]:
-        raise ValueError(
-            f"{', '.join(wrong)}: the model is broken, or its images are; look with `verify`"
-        )
+        raise ValueError(f"{', '.join(wrong)}: the model is broken, or its images are; look with `verify`")
     return Evaluation(metrics, metrics_by_bin(*counts), images)
 
 

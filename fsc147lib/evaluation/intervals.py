@@ -13,15 +13,8 @@ from .metrics import bootstrap_interval
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
-def calibration(
-    predictions: Sequence[Prediction], counts: Sequence[int], levels: Sequence[float] = LEVELS
-) -> list[dict]:
-    """How often true counts lie in the predictions' central intervals.
-
-    Args:
-        predictions: of `predict_samples`.
-        counts: the true ones.
-        levels: how much probability an interval is to hold.
+def calibration(predictions: Sequence[Prediction], counts: Sequence[int], levels=LEVELS) -> list[dict]:
+    """How often true counts lie in the predictions' central intervals that are to hold so much probability.
 
     Returns:
         For each level: `level`; `claimed`, the mean probability of the intervals, which end at whole numbers and so

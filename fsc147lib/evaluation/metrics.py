@@ -1,7 +1,4 @@
-"""Numbers: how far counts are off, whether two runs differ, and how well a heatmap lies on the objects.
-
-Left out: answering a data set (`answering`).
-"""
+"""Numbers: how far counts are off, whether two runs differ, and how well a heatmap lies on the objects."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,16 +13,13 @@ BINS = ((0, 0), (1, 20), (21, 50), (51, 100), (101, 200), (201, None))
 
 
 def absolute_errors(predicted, target, empty_cost: float | None = None) -> np.ndarray:
-    """How far each count is off; an answer without a number is never scored as right.
+    """How far each count is off, [N] float64 in objects; an answer without a number is never scored as right.
 
     Args:
         predicted: [N] counts; None or NaN where the answer does not parse.  That costs the true count.
         target: [N] true counts, at least 0.
-        empty_cost: what it costs on an empty scene, whose true count is free: the mean count of the
-            training images.  None for the mean of `target`; at least 1.
-
-    Returns:
-        [N] float64, in objects.
+        empty_cost: what it costs on an empty scene, at least 1: the mean count of the training images; None for
+            the mean of `target`.
 
     Raises:
         ValueError: lengths differ, there is nothing to measure, or a target is no count.
@@ -42,16 +36,12 @@ def absolute_errors(predicted, target, empty_cost: float | None = None) -> np.nd
 def counting_metrics(predicted, target, empty_cost: float | None = None) -> dict[str, float | None]:
     """Errors of predicted counts, as in Ranjan et al. and the crowd-counting literature, and how many are right.
 
-    Args:
-        predicted, target, empty_cost: of `absolute_errors`.
+    Args and errors are those of `absolute_errors`.
 
     Returns:
         `mae` and `rmse` in objects; `nae`, the mean error relative to the target, and `sre`, the root of the
         mean squared error relative to the target, both over the images with objects and None without any;
         `exact`, `within_1` and `within_10_percent`, the parts of all images (0..1) so close to the target.
-
-    Raises:
-        ValueError: as `absolute_errors`.
     """
     error = absolute_errors(predicted, target, empty_cost)
     target, parsed = np.asarray(target), ~np.isnan(np.asarray(predicted, dtype=np.float64))
@@ -68,13 +58,9 @@ def counting_metrics(predicted, target, empty_cost: float | None = None) -> dict
 
 
 def metrics_by_bin(predicted, target, empty_cost: float | None = None) -> dict[str, dict[str, float | None]]:
-    """`counting_metrics` of each of BINS that has images, with their number and the rate of unparsed answers.
+    """`counting_metrics` of each of BINS that has images, their number and the rate of unparsed answers, by its name.
 
-    Args:
-        predicted, target, empty_cost: of `absolute_errors`.
-
-    Returns:
-        For example {"21-50": {"images": 12, "unparsed": 0.25, "mae": ...}}.
+    For example {"21-50": {"images": 12, "unparsed": 0.25, "mae": ...}}.
     """
     predicted, target = np.asarray(predicted, dtype=np.float64), np.asarray(target)
     empty_cost = target.mean() if empty_cost is None else empty_cost  # of all, not of the bin
@@ -93,22 +79,15 @@ def metrics_by_bin(predicted, target, empty_cost: float | None = None) -> dict[s
 
 def constant_baselines(training_counts, target) -> dict[str, dict[str, float | None]]:
     """What a model that never looks achieves: always the training mean, or always its median."""
-    constants = {"mean": np.mean(training_counts), "median": np.median(training_counts)}
-    return {
-        name: {"constant": float(value), **counting_metrics(np.full(len(target), value), target)}
-        for name, value in constants.items()
-    }
+    constants = {"mean": float(np.mean(training_counts)), "median": float(np.median(training_counts))}
+    return {k: {"constant": v, **counting_metrics(np.full(len(target), v), target)} for k, v in constants.items()}
 
 
 def answer_histogram(predicted, target) -> dict[int, tuple[int, int]]:
     """How often each number is the right answer and how often it is said: shows what answers cluster on.
 
-    Args:
-        predicted, target: [N] counts; None where an answer does not parse, which is left out.
-
     Returns:
-        Number: (times true, times said), in ascending order, of all that are true or said.  A number that
-        is never said has a 0 there.
+        Number: (times true, times said), ascending, of all that are one or the other; without unparsed answers (None).
     """
     true, said = Counter(map(int, target)), Counter(int(number) for number in predicted if number is not None)
     return {number: (true[number], said[number]) for number in sorted(true.keys() | said.keys())}
@@ -135,14 +114,11 @@ def paired_difference(first, second, draws: int = 2000) -> tuple[float, float, f
     """By how much errors of one model are above another's on the same images: the mean of `first - second`.
 
     Args:
-        first, second: `absolute_errors` [N] of the same images in the same order, or [R, N] of R runs each,
-            run by run with the same seed.
+        first, second: `absolute_errors` [N] of the same images in the same order, or [R, N] of R runs each, run by
+            run with the same seed; a ValueError where their shapes differ.
 
     Returns:
         Low end of the 95 % interval, mean difference, high end.  An interval above 0: `second` is better.
-
-    Raises:
-        ValueError: the two are not of the same images and runs.
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape or first.size == 0:
@@ -151,18 +127,15 @@ def paired_difference(first, second, draws: int = 2000) -> tuple[float, float, f
 
 
 def alignment(heatmap: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How well each heatmap A lies on its target P.
+    """How well each heatmap A lies on its target P: [B, 14, 14], each non-negative and summing to 1.
 
     Cells with objects are those whose share of the objects is at least the average, 1 / cells.
-
-    Args:
-        heatmap, target: [B, 14, 14], each non-negative and summing to 1; a target of zeros is an empty
-            scene's, which has none, and all its measures are NaN.
 
     Returns:
         [B] each: `kl`, KL(P || A) in nats, 0 is perfect; `mass_on_objects`, the part of A on cells with
         objects, 0..1; `pearson`, correlation over cells, -1..1, 0 for a constant map; `pointing`, 1 where
-        the largest cell of A has objects (the pointing game of Zhang et al., ECCV 2016), else 0.
+        the largest cell of A has objects (the pointing game of Zhang et al., ECCV 2016), else 0.  All are NaN
+        for an empty scene, whose target is zeros.
     """
     a, p = heatmap.flatten(1).float(), target.flatten(1).float()  # [B, 196]
     on_objects = p >= 1 / p.shape[1]

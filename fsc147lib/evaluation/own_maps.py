@@ -1,8 +1,6 @@
 """How much a map changes when the digits are the model's own instead of the true ones.
 
 Training and `evaluate` hold the map of the true answer against the target; a picture shows that of the model's own.
-
-Left out: the maps themselves (`model.looking`).
 """
 
 import torch
@@ -15,11 +13,7 @@ from .metrics import alignment
 def own_against_true(
     model: CountingModel, samples: list[Sample], layers: tuple[int, ...] | None = None, batch_size: int = 16
 ) -> dict[str, dict[str, float]]:
-    """Attention maps of the same images under both answers.
-
-    Args:
-        samples: with objects.
-        layers: whose attention is averaged; None for `default_layers`.
+    """Attention maps of the same images (with objects) under both answers; `layers` as in `look`.
 
     Returns:
         For all images, those answered exactly and those that are not (where there are any): `images`;
@@ -42,10 +36,8 @@ def own_against_true(
 
 def own_against_true_table(groups: dict[str, dict[str, float]]) -> str:
     """The groups of `own_against_true` side by side, as text."""
-    names = list(next(iter(groups.values())))
     lines = [f"{'':24}" + "".join(f"{group:>16}" for group in groups)]
-    for name in names:
-        form = "d" if name == "images" else "z.3f"
-        cells = (format(row[name], form) for row in groups.values())
-        lines.append(f"{name:24}" + "".join(f"{cell:>16}" for cell in cells))
+    for name in next(iter(groups.values())):
+        form = "16d" if name == "images" else "z16.3f"
+        lines.append(f"{name:24}" + "".join(format(row[name], form) for row in groups.values()))
     return "\n".join(lines)

@@ -1,34 +1,25 @@
 """A baseline that must fail: counts from colours and edges alone, by ridge regression.
 
 If it does well on a data set, the pictures give the count away without anybody looking at objects.
-Left out: everything that looks at objects.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-BINS = 6
-"""Bins of the colour histogram along each of red, green and blue."""
-
+BINS = 6  # of the colour histogram along each of red, green and blue
 ORIENTATIONS = 8
-EDGES = (6, 16, 40)
-"""Gradients, in grey levels a pixel, above which a pixel is part of an edge, from faint to strong."""
-
-STRENGTHS = 10.0 ** np.arange(-1, 6)
+EDGES = (6, 16, 40)  # grey levels a pixel above which a gradient is an edge, from faint to strong
+STRENGTHS = 10.0 ** np.arange(-1, 6)  # of the regularisation
 
 
 def ridge_baseline(train: Sequence, val: Sequence) -> dict[str, float]:
-    """Count the pictures of `val` by what is known of `train` about colours, edges and names.
+    """Count the samples of `val` by what is known of `train` (at least 10) about colours, edges and names.
 
     The strength of the regularisation is chosen on the last fifth of `train`.
 
-    Args:
-        train, val: samples, with `image`, `category` and `count`; at least 10 to train on.
-
     Returns:
-        Mean absolute errors on `val`: "ridge", "mean" and "median", the last two of the constants that
-        `train` gives.
+        Mean absolute errors on `val`: "ridge"; "mean" and "median", of the constants that `train` gives.
     """
     words = sorted({word for sample in train for word in sample.category.split()})
     x, y = _features(train, words), np.array([sample.count for sample in train], dtype=float)
@@ -40,11 +31,8 @@ def ridge_baseline(train: Sequence, val: Sequence) -> dict[str, float]:
 
     tried = [error(_ridge(x[:part], y[:part], x[part:], strength), y[part:]) for strength in STRENGTHS]
     best = STRENGTHS[int(np.argmin(tried))]
-    return {
-        "ridge": error(_ridge(x, y, unseen, best), right),
-        "mean": error(y.mean(), right),
-        "median": error(float(np.median(y)), right),
-    }
+    counts = {"ridge": _ridge(x, y, unseen, best), "mean": y.mean(), "median": float(np.median(y))}
+    return {name: error(predicted, right) for name, predicted in counts.items()}
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, unseen: np.ndarray, strength: float) -> np.ndarray:

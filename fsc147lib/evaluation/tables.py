@@ -1,7 +1,4 @@
-"""Metrics as a table that a person understands: words, units, which end is good, and what not looking achieves.
-
-Left out: the numbers (`metrics`).
-"""
+"""Metrics as a table that a person understands: words, units, which end is good, and what not looking achieves."""
 
 MEASURES = {  # key of `counting_metrics` or `alignment`: words, which end is good, format
     "mae": ("MAE, mean error (objects)", "low", "{:.2f}"),
@@ -26,11 +23,10 @@ BIN_MEASURES = {"mae": "MAE", "nae": "NAE", "exact": "exact", "unparsed": "no nu
 def metrics_table(
     title: str, columns: dict[str, dict], baselines: dict[str, dict], bins: dict[str, dict] | None = None
 ) -> str:
-    """Metrics of one split side by side, a line each, beside those of models that never look.
+    """Metrics of models (heading -> metrics) on one split, a line each, beside those of models that never look.
 
     Args:
         title: what was measured on what, the first line.
-        columns: heading -> metrics of a model.
         baselines: of `constant_baselines`; may be empty.
         bins: of `metrics_by_bin`, printed below.
     """
@@ -42,10 +38,7 @@ def metrics_table(
         if any(key in metrics for metrics in columns.values()):
             lines.append(f"{words:40}{good:>6}" + _row((_cell(row, key, form) for row in columns.values()), widths))
     if constants:
-        lines += [
-            "",
-            "mean, median: a model that never looks and always answers so; one that counts beats both",
-        ]
+        lines += ["", "mean, median: a model that never looks and always answers so; one that counts beats both"]
     if bins:
         headings = ["images", *BIN_MEASURES.values()]
         widths = [max(9, len(heading)) + 2 for heading in headings]

@@ -19,14 +19,14 @@ from .heatmaps import (
 from .load import load_model
 from .looking import Look, corner_share, look, mean_map
 from .network import CountingModel, ModelError
-from .occlusion import count_without
+from .occlusion import Occlusion, count_without, occlude
 from .pixels import PixelStore
 from .prediction import Prediction, predict, predict_samples
 from .vision_cache import VisionCache
 
 __all__ = [
-    "METHODS", "Batch", "Collate", "CountingModel", "Heatmap", "Look", "ModelError", "PixelStore", "Prediction",
-    "Trace", "VisionCache", "answer_logits", "corner_share", "count_loss", "count_without", "default_layers",
-    "default_workers", "load_model", "look", "make_accelerator", "mean_map", "method_names", "predict",
-    "predict_samples", "register", "select_rows", "to_device", "visual_mass",
+    "METHODS", "Batch", "Collate", "CountingModel", "Heatmap", "Look", "ModelError", "Occlusion", "PixelStore",
+    "Prediction", "Trace", "VisionCache", "answer_logits", "corner_share", "count_loss", "count_without",
+    "default_layers", "default_workers", "load_model", "look", "make_accelerator", "mean_map", "method_names",
+    "occlude", "predict", "predict_samples", "register", "select_rows", "to_device", "visual_mass",
 ]  # fmt: skip

@@ -12,11 +12,9 @@ def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> Non
 
 
 def add_lora(network: Qwen3VLForConditionalGeneration, rank: int, narrow: bool) -> None:
-    """Put low-rank adapters (Hu et al., "LoRA", 2021) beside the language model's linear layers; all else is frozen.
+    """Put low-rank adapters (Hu et al., "LoRA", 2021), which start as no change, beside the language model's layers.
 
-    Args:
-        rank: of the adapters; they start as no change.
-        narrow: keep the frozen weights in bfloat16.
+    All else is frozen; `narrow` keeps it in bfloat16.
     """
     if narrow:
         network.to(torch.bfloat16)

@@ -1,6 +1,6 @@
 """The model's own answer: greedy decoding that goes on where the forced pass stops agreeing; and the loss of an answer.
 
-Left out: parsing (`prompt`), and the pass itself (`forward`).
+Left out: parsing (`prompt`), and the pass (`forward`).
 """
 
 import torch
@@ -30,14 +30,9 @@ class DeferredCopy:
 
 
 def agreement(batch: Batch, logits: torch.Tensor, end: int) -> DeferredCopy:
-    """How many of the answer's tokens are predicted right before the first that is not, or that ends the answer.
+    """How many tokens of all the right answers are predicted right in a forward pass over them, logits [B, A, V].
 
-    Args:
-        logits: [B, A, V] of a forward pass over the right answers.
-        end: token that ends an answer.
-
-    Returns:
-        The least number of all rows, [].
+    The first that is not, or that ends an answer (`end`), is no longer counted.
     """
     predicted, target = logits.argmax(dim=-1), batch["answer_labels"]  # [B, A]
     return DeferredCopy(((predicted == target) & (target != end)).cumprod(dim=1).sum(dim=1).min())
@@ -60,13 +55,9 @@ def greedy_tokens(
     least, once it is trained.  The keys of the right answer after that are masked out.
 
     Args:
-        batch: on the network's device.
-        logits: [B, A, V] of its `answer_logits` pass.
-        past: the keys and values of that pass; they are used up.
-        agreed: its `agreement`.
+        logits, past, agreed: [B, A, V], keys and values (which are used up), and `agreement` of the forced pass.
         longest: tokens at the most.
         end: token that ends an answer.
-        compiled: compile the layers.
 
     Returns:
         [B, up to longest] tokens; after an end only ends.
@@ -93,34 +84,25 @@ def longest_answer(tokenizer) -> int:
 
 @torch.no_grad()
 def own_answers(
-    model: CountingModel, batch: Batch, compiled: bool = False
+    model: CountingModel, batch: Batch, compiled: bool = False, longest: int | None = None
 ) -> tuple[list[list[int]], torch.Tensor, Trace]:
-    """What a model answers to the prompts of a batch, whatever answers the batch holds.
-
-    Args:
-        model: its network in eval mode, on the batch's device.
+    """What a model (in eval mode) answers to the prompts of a batch, whatever answers the batch holds.
 
     Returns:
-        Of each image the tokens up to the end of the answer or to the length of the longest that parses, never
-        none; logits [B, A, V] and trace, with all keys, of the pass over the batch's answers.
+        Of each image the tokens up to the end of the answer or to `longest` (None: as long as parses), never none;
+        logits [B, A, V] and trace, with all keys, of the pass over the batch's answers.
     """
     end = model.tokenizer.eos_token_id
     logits, trace = answer_logits(model.network, batch, keep_keys=True, compiled=compiled)
     agreed = agreement(batch, logits, end)
-    longest = longest_answer(model.tokenizer)
+    longest = longest or longest_answer(model.tokenizer)
     tokens = greedy_tokens(model.network, batch, logits, list(trace.keys_values), agreed, longest, end, compiled)
     return [row[: row.index(end) + 1] if end in row else row for row in tokens.tolist()], logits, trace
 
 
 def count_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the answer's tokens.
+    """Cross-entropy of the answer's tokens in nats, *summed*: logits [B, A, V], labels [B, A] with -100 where unused.
 
-    Args:
-        logits: [B, A, V] at the positions that predict the answer.
-        labels: [B, A] the answer's tokens, -100 where an answer is shorter.
-
-    Returns:
-        Scalar in nats, *summed* over tokens: the caller divides by the tokens of the whole step, which
-        is more than one batch when gradients are accumulated.
+    The caller divides by the tokens of the whole step, which is more than one batch when gradients are accumulated.
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")

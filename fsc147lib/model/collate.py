@@ -1,10 +1,7 @@
 """Samples to tensors: a `Batch` is what the model and the losses take.
 
-`Collate` works with the tokenizer and the image processor that it is given, and does once per batch what
-a forward pass would otherwise do per image, or wait for: positions, places of visual tokens in the
-sequence, and their places on the 14x14 grid.
-
-Left out: the model itself, and pixels (`pixels`).
+`Collate` does once per batch what a forward pass would otherwise do per image, or wait for: positions, places of
+visual tokens in the sequence, and their places on the 14x14 grid.  Left out: the model itself, and pixels (`pixels`).
 """
 
 from collections.abc import Sequence
@@ -17,17 +14,15 @@ import torch
 
 from ..data import GRID, Sample, area_weights
 from .pixels import PixelStore, resized_size
-from .prompt import IMAGE_TOKEN, Tokens, tokenize, with_answer
+from .prompt import IMAGE_TOKEN, Tokens, neutral_tail, tokenize, with_answer
 
 
 class Batch(TypedDict, total=False):
     """A plain dict of tensors; B images, T positions, A answer tokens at the most, P patches, V visual tokens in all.
 
     Beside each field stands its layout: the sizes of its axes.  One of B, P and V is the axis that runs over images,
-    their patches or their visual tokens; a field with none of them belongs to all images.
-
-    Sequences end with the answer and are padded on the right; there the causal mask alone keeps padding
-    out of sight.
+    their patches or their visual tokens; a field with none of them belongs to all images.  Sequences end with the
+    answer and are padded on the right; there the causal mask alone keeps padding out of sight.
     """
 
     names: Annotated[list[str], "B"]
@@ -51,6 +46,7 @@ class Batch(TypedDict, total=False):
     row_weights: Annotated[torch.Tensor, "B 14 T"]  # how much of a visual token's height lies in each heatmap row
     column_weights: Annotated[torch.Tensor, "B 14 T"]  # and of its width in each column; 0 on all other tokens
     target: Annotated[torch.Tensor, "B 14 14"]  # target heatmaps
+    neutral_tail: Annotated[torch.Tensor, "S"]  # tokens of a question that could follow the image instead
 
 
 LAYOUTS = {
@@ -73,6 +69,7 @@ class Collate:
         self.tokenizer, self.image_processor, self.pixels = tokenizer, image_processor, pixels
         self.store = store or PixelStore([], image_processor)
         self._tokens: dict[tuple[str, int], Tokens] = {}
+        self.neutral_tail = torch.tensor(neutral_tail(tokenizer))
         self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def tokens(self, sample: Sample) -> Tokens:
@@ -90,11 +87,7 @@ class Collate:
         return rows, columns, text + rows * columns // processor.merge_size**2
 
     def __call__(self, samples: Sequence[Sample], answers: Sequence[list[int]] | None = None) -> Batch:
-        """The batch of some samples.
-
-        Args:
-            answers: tokens of an answer to each in place of the true one, for example `answers.own_answers`.
-        """
+        """The batch of some samples; `answers` are the tokens of one to each in place of the true one."""
         tokens = [self.tokens(sample) for sample in samples]
         if answers is not None:
             tokens = [with_answer(self.tokenizer, *pair) for pair in zip(tokens, answers, strict=True)]
@@ -119,18 +112,16 @@ class Collate:
             row_weights=torch.zeros(rows, GRID, length),
             column_weights=torch.zeros(rows, GRID, length),
             target=torch.from_numpy(np.stack([sample.target for sample in samples])),
+            neutral_tail=self.neutral_tail,
         )
         merge = self.image_processor.merge_size
         for i, (parts, (height, breadth)) in enumerate(zip(tokens, sizes, strict=True)):
             self._write_row(batch, i, parts, height // merge, breadth // merge, lengths[i])
         batch["visual_index"] = batch["mm_token_type_ids"].flatten().nonzero()[:, 0]
         if self.pixels:
-            batch |= self._pixels(samples)
+            batch["pixel_values"] = torch.cat([self.store.patches(sample) for sample in samples])
+            batch["pixel_scale"] = torch.tensor([self.image_processor.image_mean, self.image_processor.image_std])
         return batch
-
-    def _pixels(self, samples: Sequence[Sample]) -> Batch:
-        scale = torch.tensor([self.image_processor.image_mean, self.image_processor.image_std])
-        return Batch(pixel_values=torch.cat([self.store.patches(s) for s in samples]), pixel_scale=scale)
 
     def _write_row(self, batch: Batch, i: int, parts: Tokens, height: int, width: int, length: int) -> None:
         """Fill row i: head, height x width visual tokens, tail and answer."""
@@ -175,11 +166,8 @@ def need_right_padding(batch: Batch) -> None:
 def to_device(batch: Batch, device) -> Batch:
     """The batch with its tensors on a device; all else stays as it is.  One padded on the left is a ValueError."""
     need_right_padding(batch)
-    moved = {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
-    return cast(Batch, moved)
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    return cast(Batch, {**batch, **{key: value.to(device, non_blocking=True) for key, value in tensors.items()}})
 
 
 def select_rows(batch: Batch, rows: list[int]) -> Batch:

@@ -13,19 +13,12 @@ from .forward import next_token_logits
 from .layers import KeysValues
 from .network import CountingModel, ModelError
 
-COUNT_DIGITS = 4
-"""Digits of the largest number that is followed; FSC147's largest count is 3,701."""
-
-FOLLOWED = 128
-"""Prefixes of each length that are followed further: the most probable ones.  900 follows all up to 999."""
+COUNT_DIGITS = 4  # of the largest number that is followed; FSC147's largest count is 3,701
+FOLLOWED = 128  # prefixes of each length that are followed further, the most probable; 900 follows all up to 999
 
 
 def number_tokens(tokenizer) -> tuple[list[int], list[int]]:
-    """Tokens of "COUNT: ", and of the ten digits.
-
-    Raises:
-        ModelError: the tokenizer does not write each digit as a token of its own.
-    """
+    """Tokens of "COUNT: ", and of the ten digits; a ModelError where a digit is no token of its own."""
     prefix = tokenizer.encode("COUNT: ", add_special_tokens=False)
     digits = [token for digit in "0123456789" for token in tokenizer.encode(digit, add_special_tokens=False)]
     if tokenizer.encode("COUNT: 9876543210", add_special_tokens=False) != [*prefix, *reversed(digits)]:
@@ -47,12 +40,10 @@ def count_log_probabilities(
     Args:
         batch: on the network's device; its answers begin with "COUNT: " and a number.
         logits, past: [B, A, V] and all layers' keys of a pass over the batch.
-        digits: of the largest number.
-        followed: prefixes of each length that are followed; with 9 * 10 ** (digits - 1) all numbers are,
-            with fewer those that are not reached get -inf.
 
     Returns:
-        [B, 10 ** digits] float64 on the CPU.  Spellings such as "007" belong to no number.
+        [B, 10 ** digits] float64 on the CPU, -inf where fewer prefixes are followed than lead to the number.
+        Spellings such as "007" belong to none.
     """
     prefix, digit_tokens = number_tokens(model.tokenizer)
     chosen = torch.tensor([*digit_tokens, model.tokenizer.eos_token_id], device=logits.device)

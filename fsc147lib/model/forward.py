@@ -3,10 +3,7 @@
 The sums are those of `network(...)` in transformers, against which the tests hold them.  What differs is what
 stands between the layers: visual tokens are put in their places by an index that `collate` computed, images of one
 size share one attention call, the last layer and the wide output head see the answer's positions alone, and nothing
-waits for the GPU.
-
-Left out: the layers themselves (`layers`), what attention rows mean (`heatmaps`), keeping image features
-(`vision_cache`).
+waits for the GPU.  Left out: the layers themselves (`layers`), what attention rows mean (`heatmaps`).
 """
 
 from dataclasses import dataclass, field
@@ -20,8 +17,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from .collate import Batch, need_right_padding
 from .layers import KeysValues, run_layer, select_positions, text_layer, vision_block
 
-VISION = -1
-"""The vision encoder's place among the layers: below the language model's layer 0."""
+VISION = -1  # the vision encoder's place among the layers: below the language model's layer 0
 
 
 @dataclass
@@ -69,7 +65,6 @@ def answer_logits(
         shift: moves what enters the layers from `gradient_from` on; a tensor for each of the trace's `inputs`, which
             stay as they were before.
         keep_keys: trace all layers' keys and values.
-        compiled: compile the layers, at the first pass of each kind.
 
     Returns:
         [B, A, V] logits of the tokens in `batch["answer_labels"]`, and the trace.
@@ -120,22 +115,29 @@ def next_token_logits(
     """Going on after a pass that kept its keys: by one token in decoding, or by several that are alternatives.
 
     Args:
-        tokens: [B, S].
-        position_ids: [3, B, S] of these.
+        tokens: [B, S]; position_ids: [3, B, S] of these.
         seen: [B, 1, S, K + S] which of the past's K positions, and of the tokens, are attended to.
         past: keys and values of each layer; those of the tokens are put behind them.
 
     Returns:
         [B, S, V].
     """
-    model = network.model.language_model
+    hidden, _ = run_on(network, tokens, position_ids, seen, past, compiled=compiled)
+    return network.lm_head(network.model.language_model.norm(hidden))
+
+
+def run_on(network, tokens, position_ids, seen, past, *, rows_of: tuple[int, ...] = (), compiled: bool = False):
+    """The layers of `next_token_logits`: hidden [B, S, C], and of some layers the rows [B, H, S, K + S]."""
+    model, rows = network.model.language_model, {}
     hidden = _embed_tokens(network, tokens)
     cos, sin = model.rotary_emb(hidden, position_ids)
     for i, layer in enumerate(model.layers):
-        hidden, _, past[i] = run_layer(
+        hidden, found, past[i] = run_layer(
             text_layer, layer, hidden, cos, sin, compiled=compiled, past=past[i], seen=seen, keep_keys=True
         )
-    return network.lm_head(model.norm(hidden))
+        if i in rows_of:
+            rows[i] = found
+    return hidden, rows
 
 
 def _embed_tokens(network, tokens: torch.Tensor) -> torch.Tensor:
@@ -170,11 +172,7 @@ def normalised_pixels(batch: Batch) -> torch.Tensor:
 def encode_images(network, batch: Batch, *, create_graph: bool = False, compiled: bool = False) -> list[torch.Tensor]:
     """Outputs of the vision encoder for a batch's V visual tokens, or those that the batch brings along.
 
-    Args:
-        network: from `load_model`.
-        batch: from `collate.Collate`, on the network's device.
-        create_graph: make it differentiable twice.
-        compiled: compile the blocks, where they need no gradient.
+    Compiled only where the blocks need no gradient.
 
     Returns:
         1 + D times [V, C]: the embeddings that stand in the sequence, and the deepstack features that are added
@@ -211,10 +209,7 @@ def _embed_patches(tower, batch: Batch) -> torch.Tensor:
 
 
 def _patch_positions(tower, sizes: list[tuple[int, int]], hidden: torch.Tensor):
-    """Position embeddings of all patches, as `hidden` [P, hidden] is: learned [P, hidden], rotary cos and sin [P, D].
-
-    Computed once for all images of one size.
-    """
+    """Position embeddings of all patches: learned [P, hidden], as `hidden` is, rotary cos and sin [P, D]."""
     distinct = list(dict.fromkeys(sizes))
     tables = [_tables_of_one(*size, tower.num_grid_per_side, hidden.device) for size in distinct]
     indices, weights, places = (torch.cat(parts) for parts in zip(*tables, strict=True))

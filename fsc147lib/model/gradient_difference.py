@@ -107,7 +107,7 @@ def _still(network):
 
 
 def digits_score(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Log-probability of each answer's digits: [B]."""
+    """Log-probability of each answer's digits, or of the word chosen (`looking.with_word`): [B], in nats."""
     log_probability = logits.float().log_softmax(dim=-1)
     labels = batch["answer_labels"].clamp_min(0).unsqueeze(-1)
     digits = batch["digit_weights"] > 0  # [B, A]

@@ -1,9 +1,9 @@
 """Where the model looks: several methods, one signature, each a [B, 14, 14] heatmap that sums to 1.
 
 `attention` is the probability mass that goes from the positions which predict the count's digits to the
-visual tokens.  The gradient methods ask which visual tokens (or pixels) the log-probability of the digits
-depends on.  All are moved to 14x14 by exact areas and renormalised, and all but `attention_x_gradient`
-can keep their graph, so that a loss on them trains the network.
+visual tokens; `relative_attention` is that over the attention for another question.  The gradient methods ask
+which visual tokens (or pixels) the log-probability of the digits depends on.  All are moved to 14x14 by exact areas
+and renormalised, and those that are `trainable` can keep their graph, so that a loss on them trains the network.
 
 A new method is a function given to `register`, from any file.
 
@@ -17,7 +17,7 @@ import torch
 
 from ..options import ConfigError
 from .collate import Batch
-from .forward import VISION, Trace, answer_logits, normalised_pixels
+from .forward import VISION, Trace, answer_logits, normalised_pixels, run_on
 from .gradient_difference import digits_score, gradients_by_difference
 
 
@@ -191,6 +191,31 @@ def attention_mass(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs)
     return logits, visual_mass(_on_digits(rows, batch), batch), trace
 
 
+def relative_attention(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
+    """`attention` over that for a neutral question (`prompt.NEUTRAL`), cell by cell: what is there anyhow cancels.
+
+    After Zhang et al., "MLLMs Know Where to Look" (ICLR 2025).  The neutral attention is that of the position where
+    an answer would begin.  The image comes before the question, so its keys are the same, and only the
+    question is computed anew.
+    """
+    logits, mass, trace = attention_mass(heatmap, batch, create_graph, **{**kwargs, "keep_keys": True})
+    length = batch["input_ids"].shape[1]
+    places = torch.arange(length, device=mass.device)
+    end = (places * batch["mm_token_type_ids"]).amax(dim=1, keepdim=True) + 1  # [B, 1] the first place after the image
+    tail = batch["neutral_tail"].expand(len(end), -1)  # [B, S]
+    steps = torch.arange(tail.shape[1], device=mass.device)
+    position_ids = batch["position_ids"].gather(2, end.expand(3, -1, -1)) + steps  # [3, B, S]
+    image = (places < end)[:, None].expand(-1, len(steps), -1)  # [B, S, T]
+    seen = torch.cat([image, (steps <= steps[:, None]).expand(len(end), -1, -1)], dim=2)[:, None]
+    with torch.no_grad():
+        _, rows = run_on(
+            heatmap.network, tail, position_ids, seen, list(trace.keys_values), rows_of=heatmap.layers,
+            compiled=heatmap.compiled,
+        )  # fmt: skip
+    neutral = visual_mass(_chosen_rows(rows, heatmap)[..., -1, :length].mean(dim=(0, 2)), batch)
+    return logits, mass / neutral.clamp_min(torch.finfo(neutral.dtype).tiny), trace
+
+
 def token_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
     """|g * e| of each visual token, summed over channels: its state e entering a layer, and the digits' gradient g.
 
@@ -249,6 +274,7 @@ def attention_x_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **k
 
 # Spread over K steps the gradient methods cost at most 6.5 % (notebook 02); more images would not fit beside a batch.
 register("attention", attention_mass)
+register("relative_attention", relative_attention, trainable=False)
 register("token_gradient", token_gradient, every=32, images=8)
 register("input_gradient", input_gradient, every=64, images=4)
 register("attention_x_gradient", attention_x_gradient, trainable=False)

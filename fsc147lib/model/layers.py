@@ -2,9 +2,7 @@
 
 transformers' own forward methods return neither attention rows nor keys, compute all positions of the last layer,
 and attend to images one by one.  These are all that is restated of transformers; `tests/model/test_forward.py`
-holds outputs and gradients against the plain network.
-
-Left out: the pass through all layers (`forward`).
+holds outputs and gradients against the plain network.  Left out: the pass through all layers (`forward`).
 """
 
 from contextlib import nullcontext
@@ -17,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision, rotate_half
 
-KeysValues = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of a layer, [B, Hk, T, D] each."""
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # of a layer, [B, Hk, T, D] each
 
 
 def run_layer(function, layer, *inputs, compiled: bool = False, **kwargs):
@@ -57,13 +54,11 @@ def text_layer(
 
     Args:
         layer: its module; hidden: [B, T, C]; cos, sin: [B, T, D] of the positions.
-        only_at: [B, A] positions whose output is wanted; keys and values are those of all positions, queries
-            and all that comes after the attention are few.  None for all.
+        only_at: [B, A] positions whose output is wanted, of few queries over all keys; None for all.
         rows_at: [B, R] positions whose attention rows are returned; with `only_at` its rows are returned anyway.
-        rows_in_output: compute these positions' output from the rows, so that it has a gradient with respect to
-            them.  The numbers stay the same.
+        rows_in_output: compute these positions' output from the rows: the same numbers, with a gradient with
+            respect to the rows.
         create_graph: let the attention have a second derivative.
-        keep_keys: return keys and values.
         past: keys and values that come before those of `hidden`, which is then a few new tokens.
         seen: with `past`: [B, 1, T, K + T] True where attended.
 
@@ -147,9 +142,7 @@ def attention_rows(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, s
     where the model looks.
 
     Args:
-        query: [B, H, R, D]; key: [B, Hk, T, D], each for H / Hk heads.
-        seen: [B, 1, R, T] True where attended.
-        scaling: of the products, before the softmax.
+        query: [B, H, R, D]; key: [B, Hk, T, D], each for H / Hk heads; seen: [B, 1, R, T] True where attended.
 
     Returns:
         [B, H, R, T] float32, each row summing to 1.
@@ -175,15 +168,12 @@ def weigh_values(rows: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def vision_block(
     block, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bounds: torch.Tensor, *, create_graph=False
 ) -> torch.Tensor:
-    """A block of the vision encoder: attention within each image and an MLP, each added to its input.
+    """A block of the vision encoder: attention within each image and an MLP, each added to its input; [P, C].
 
     Args:
         block: its module; hidden: [P, C] of all images; cos, sin: [P, D] of the patches.
         bounds: [images + 1] where each image begins and the last ends, on the CPU.
         create_graph: let the attention have a second derivative.
-
-    Returns:
-        [P, C].
     """
     attention = block.attn
     heads = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))  # [P, 3, H, D]
@@ -196,15 +186,7 @@ def vision_block(
 
 
 def attention_by_size(query, key, value, bounds: torch.Tensor, scaling: float, create_graph: bool = False):
-    """Attention within each image: one call for each run of images of one size, none for each image.
-
-    Args:
-        query, key, value: [H, P, D], the patches of all images one after the other.
-        bounds, create_graph: as in `vision_block`.
-
-    Returns:
-        [P, H, D].
-    """
+    """Attention within each image, [H, P, D] each -> [P, H, D]; one call for each run of images of one size."""
     if torch.compiler.is_compiling():  # sizes are data to a compiled block, or each mix would be compiled anew
         return _by_size_op(query, key, value, bounds, scaling)
     with sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():

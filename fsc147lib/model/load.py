@@ -57,8 +57,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
     name, verbosity = _find(name), logging.get_verbosity()
     logging.set_verbosity_error()  # what else is to be said of the weights is said below
     try:
-        if Path(name).is_dir():
-            read_manifest(Path(name))
+        read_manifest(name)
         kind = Qwen3VLConfig.get_config_dict(name)[0].get("model_type")
         if kind != "qwen3_vl":
             raise ModelError(f"this is a {kind!r} model: this library knows Qwen3-VL (model_type 'qwen3_vl') only")

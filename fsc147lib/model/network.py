@@ -30,11 +30,7 @@ class Recipe:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Recipe":
-        """The recipe in a model's folder; without the file, that of a large trained model.
-
-        Raises:
-            ModelError: the file is damaged.
-        """
+        """The recipe in a model's folder, or a ModelError; without the file, that of a large trained model."""
         path = Path(folder) / cls.FILE
         if not path.is_file():
             return cls()
@@ -59,8 +55,7 @@ class CountingModel:
     def save(self, folder: str | Path) -> None:
         """Write weights (safetensors), config, tokenizer and image processor, all or nothing.
 
-        The folder loads again with `load_model`, and in plain transformers with
-        `AutoModelForImageTextToText.from_pretrained`.
+        The folder loads again with `load_model`, and in plain transformers.
         """
         draft = new_draft(Path(folder))
         self.write_into(draft)

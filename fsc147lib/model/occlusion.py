@@ -1,16 +1,39 @@
-"""Hide a part of a picture and ask again: what the model counts without it.
+"""Hide a part of a picture and ask again: what the model counts without it, and how sure of its answer it stays.
+
+Slow, for the whole network sees each hidden part anew; but it uses no gradient and no attention, so the other
+heatmaps can be held against it.
 
 Left out: hiding itself (`data.hiding`).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import torch
 from PIL import Image
+from tqdm import tqdm
 
-from ..data import Fill, Picture, Sample, hide
+from ..data import GRID, Fill, Picture, Sample, hide
+from ..data.hiding import covers, hide_cells
+from ..options import ConfigError
+from .collate import Batch, select_rows
+from .counts import count_log_probabilities, number_tokens
+from .device import make_accelerator
+from .forward import answer_logits
+from .gradient_difference import digits_score
+from .heatmaps import Heatmap, register
+from .looking import Whose, answer_texts, answered_batches
 from .network import CountingModel
+from .pixels import from_patches, to_patches
 from .prediction import Prediction, predict_samples
+
+WINDOW = 2
+"""Rows and columns of cells that are hidden at once."""
+
+AT_ONCE = 16
+"""Hidden pictures in a batch."""
 
 
 def count_without(
@@ -39,3 +62,139 @@ def count_without(
     if not isinstance(sample, Sample):
         sample = Picture(sample, category or "")
     return predict_samples(model, [hide(sample, cells, fill, category)])[0]
+
+
+def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
+    """Square windows of cells over the 14x14 grid, row by row: [W, 14, 14] bool.
+
+    Args:
+        size: rows and columns of a window.
+        step: cells from one window to the next; None for windows side by side.  The last ones end with the grid.
+    """
+    starts = sorted({*range(0, GRID - size, step or size), GRID - size})
+    covered = torch.zeros(len(starts), GRID, dtype=torch.bool)
+    for row, start in zip(covered, starts, strict=True):
+        row[start : start + size] = True
+    return (covered[:, None, :, None] & covered[None, :, None, :]).flatten(0, 1)
+
+
+def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fill = "grey") -> Batch:
+    """One image of a batch and its answer, once for each choice of hidden cells [N, rows, columns].
+
+    The cells are those of the picture as the network gets it.
+
+    Raises:
+        ConfigError: the batch has image features in place of pixels.
+    """
+    if "pixel_values" not in batch:
+        raise ConfigError("occlusion hides pixels, and this batch brings kept image features: use it without a cache")
+    patch, merge = network.config.vision_config.patch_size, network.config.vision_config.spatial_merge_size
+    one = select_rows(batch, [row])
+    image = from_patches(one["pixel_values"], *one["image_sizes"][0], patch, merge)
+    hidden = hide_cells(image, cells.to(image.device), fill)
+    pixels = torch.cat([to_patches(picture, patch, merge) for picture in hidden])
+    return cast(Batch, {**select_rows(one, [0] * len(cells)), "pixel_values": pixels})
+
+
+@torch.no_grad()
+def hidden_log_probabilities(
+    network, batch: Batch, cells: list[torch.Tensor], fill: Fill = "grey", compiled: bool = False
+) -> list[torch.Tensor]:
+    """Log-probability of each image's answer (`digits_score`) when cells of the image are hidden.
+
+    Args:
+        cells: of each image [N, rows, columns] bool.
+
+    Returns:
+        Of each image [N].
+    """
+    found = []
+    for row, choices in enumerate(cells):
+        hidden = [hide_in_batch(network, batch, row, chunk, fill) for chunk in choices.split(AT_ONCE)]
+        scores = [digits_score(answer_logits(network, one, compiled=compiled)[0], one) for one in hidden]
+        found.append(torch.cat(scores))
+    return found
+
+
+def occlusion_mass(
+    heatmap: Heatmap, batch: Batch, create_graph: bool, fill: Fill = "grey", window: int = WINDOW, **kwargs
+):
+    """How far the log-probability of the digits falls when a window of cells is hidden, 0 where it rises.
+
+    A cell has the mean of the windows that cover it (Zeiler and Fergus, "Visualizing and Understanding
+    Convolutional Networks", ECCV 2014).  To hide otherwise, register `partial(occlusion_mass, fill="blur", window=4)`.
+    """
+    logits, trace = answer_logits(heatmap.network, batch, **kwargs)
+    hidden = windows(window)
+    without = hidden_log_probabilities(heatmap.network, batch, [hidden] * len(logits), fill, heatmap.compiled)
+    falls = digits_score(logits, batch)[:, None] - torch.stack(without)  # [B, W]
+    covered = hidden.flatten(1).to(falls)
+    mass = falls.clamp_min(0) @ covered / covered.sum(dim=0)
+    return logits, mass.unflatten(1, (GRID, GRID)) + torch.finfo(mass.dtype).tiny, trace
+
+
+register("occlusion", occlusion_mass, trainable=False)
+
+
+@dataclass
+class Occlusion:
+    """What happened when each of W windows of each of N pictures was hidden.
+
+    Attributes:
+        windows: [W, 14, 14] bool.
+        log_probability: [N, W] by how much that of the answer's digits fell, in nats.
+        count: [N, W] by how much the expected count fell, in objects; NaN where an answer is not "COUNT: ...".
+        objects: [N, W] dots under the window.
+        answers: what was said of the whole pictures.
+    """
+
+    windows: np.ndarray
+    log_probability: np.ndarray
+    count: np.ndarray
+    objects: np.ndarray
+    answers: list[str]
+
+
+@torch.no_grad()
+def occlude(
+    model: CountingModel,
+    samples: list[Sample],
+    window: int = WINDOW,
+    step: int | None = None,
+    fill: Fill = "grey",
+    answer: Whose = "own",
+) -> Occlusion:
+    """Hide window after window of each picture: what becomes of the answer, and of the expected count?
+
+    Args:
+        model: as in `look`.
+        samples: with images and dots.
+        window, step: of `windows`.
+        fill: of `hide`.
+        answer: whose log-probability.
+    """
+    accelerator = make_accelerator("auto")
+    hidden = windows(window, step)
+    whole_first = torch.cat([torch.zeros_like(hidden[:1]), hidden])
+    scores, answers = [], []
+    batches = answered_batches(model, samples, accelerator, 1, answer)
+    for batch in tqdm(batches, desc="occlude", leave=False, total=len(samples)):
+        parts = (hide_in_batch(model.network, batch, 0, cells, fill) for cells in whole_first.split(AT_ONCE))
+        with accelerator.autocast():
+            scores.append(torch.cat([_log_probability_and_count(model, part) for part in parts]))
+        answers += answer_texts(model, batch)
+    found = torch.stack(scores).numpy()  # [N, 1 + W, 2]
+    falls = found[:, :1] - found[:, 1:]
+    objects = [covers(hidden.numpy(), sample.points, sample.size).sum(axis=1) for sample in samples]
+    return Occlusion(hidden.numpy(), falls[..., 0], falls[..., 1], np.stack(objects), answers)
+
+
+def _log_probability_and_count(model: CountingModel, batch: Batch) -> torch.Tensor:
+    """Log-probability of each answer, and the expected count: [B, 2] float64 on the CPU."""
+    logits, trace = answer_logits(model.network, batch, keep_keys=True)
+    score = digits_score(logits, batch).double().cpu()
+    prefix, _ = number_tokens(model.tokenizer)
+    if batch["answer_labels"][0, : len(prefix)].tolist() != prefix:
+        return torch.stack([score, torch.full_like(score, torch.nan)], dim=1)
+    counts = count_log_probabilities(model, batch, logits, trace.keys_values).softmax(dim=1)
+    return torch.stack([score, counts @ torch.arange(counts.shape[1], dtype=counts.dtype)], dim=1)

@@ -1,9 +1,7 @@
 """Photographs as the vision encoder takes them: resized once, kept as bytes, cut into patches.
 
-The bytes are those that the library's PIL processor has before it scales them; scaling is left to the
-device (`forward.normalised_pixels`), because bytes travel at a quarter of the cost.
-
-Left out: decoding (`data`), token ids (`collate`).
+The bytes are those that transformers' PIL processor has before it scales them; scaling is left to the device
+(`forward.normalised_pixels`), because bytes travel at a quarter of the cost.  Left out: decoding (`data`).
 """
 
 import shutil
@@ -20,8 +18,7 @@ from ..data.faults import DataError
 from ..data.fsc147 import Sample
 from ..data.picture import InMemory
 
-SHARED_MEMORY = Path("/dev/shm")
-"""Where Linux keeps memory that processes share; a container may have little of it."""
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps memory that processes share; a container may have little of it
 
 
 def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
@@ -38,17 +35,23 @@ def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
         raise DataError(f"the image processor refuses {sample.image_path}: {error}") from error
 
 
-def resized(sample: Sample, image_processor) -> np.ndarray:
-    """The decoded image at that size, [H, W, 3] uint8."""
+def resized_patches(sample: Sample, image_processor) -> torch.Tensor:
+    """The decoded image at that size, in patches."""
     height, width = resized_size(sample, image_processor)
-    return np.asarray(sample.image.resize((width, height), Image.Resampling(image_processor.resample)))
+    image = sample.image.resize((width, height), Image.Resampling(image_processor.resample))
+    return to_patches(torch.from_numpy(np.array(image)), image_processor.patch_size, image_processor.merge_size)
 
 
 def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
-    """[H, W, 3] uint8 -> [P, 3 * patch * patch], the merge x merge patches of each visual token together."""
-    height, width, _ = image.shape
-    blocks = image.view(height // (merge * patch), merge, patch, width // (merge * patch), merge, patch, 3)
+    """[H, W, 3] uint8 -> [P, 3 * patch * patch], the merge x merge patches of a token together."""
+    blocks = image.unflatten(1, (-1, merge, patch)).unflatten(0, (-1, merge, patch))
     return blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
+
+
+def from_patches(patches: torch.Tensor, rows: int, columns: int, patch: int, merge: int) -> torch.Tensor:
+    """The image that `to_patches` cut into so many rows and columns of patches."""
+    blocks = patches.view(rows // merge, columns // merge, merge, merge, 3, patch, patch)
+    return blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
 
 
 def mirrored(patches: torch.Tensor, width: int, patch: int, merge: int) -> torch.Tensor:
@@ -98,10 +101,10 @@ class PixelStore:
             _, width = resized_size(sample.mirror_of, processor)
             return mirrored(self.patches(sample.mirror_of), width, patch, merge)
         if isinstance(sample, InMemory) or sample.image_path not in self.places:
-            return to_patches(torch.from_numpy(resized(sample, processor).copy()), patch, merge)
+            return resized_patches(sample, processor)
         number, start, end = self.places[sample.image_path]
         kept = self.bytes[start:end].view(-1, 3 * patch * patch)
         if not self.filled[number]:
-            kept.copy_(to_patches(torch.from_numpy(resized(sample, processor).copy()), patch, merge))
+            kept.copy_(resized_patches(sample, processor))
             self.filled[number] = True  # last: another worker may be looking
         return kept

@@ -1,7 +1,6 @@
 """`predict`: one picture from anywhere, and what to count in it; no root and no dots.
 
 What comes back is what the model says, how probable it finds each number, and where it looked while it said so.
-
 Left out: drawing (`report`), and whether its probabilities are right (`evaluation.intervals`).
 """
 
@@ -60,23 +59,14 @@ class PredictConfig:
 
 @dataclass
 class Prediction:
-    """What a model says of one picture.
+    """What a model says of one picture."""
 
-    Attributes:
-        sample: the picture, and what was counted in it.
-        answer: its greedy answer, raw.
-        count: the number in it; None where it does not parse.
-        distribution: [10000] float64, summing to 1: how probable each number is, if the answer is a number.
-        covered: probability that the answer is one of the numbers that were followed, in the form "COUNT: 37".
-        heatmap: [14, 14] float32, summing to 1: where it looked during its own answer.
-    """
-
-    sample: Sample
-    answer: str
-    count: int | None
-    distribution: np.ndarray
-    covered: float
-    heatmap: np.ndarray
+    sample: Sample  # the picture, and what was counted in it
+    answer: str  # greedy, raw
+    count: int | None  # the number in it; None where it does not parse
+    distribution: np.ndarray  # [10000] float64, summing to 1: how probable each number is, if the answer is a number
+    covered: float  # probability that the answer is one of the numbers that were followed, in the form "COUNT: 37"
+    heatmap: np.ndarray  # [14, 14] float32, summing to 1: where it looked during its own answer
 
     @property
     def mode(self) -> int:
@@ -120,15 +110,10 @@ class Prediction:
 
 
 def predict(model: CountingModel, image: str | Path | Image.Image, category: str) -> Prediction:
-    """Count in one picture.
+    """Count in one picture: a file, or an image in memory; what to count is, for example, "apples".
 
-    Args:
-        model: is moved to this machine's accelerator, if it has one, and put in eval mode.
-        image: a file, or an image in memory; it is turned upright and shrunk to 384 pixels on its shorter side.
-        category: what to count, for example "apples".
-
-    Raises:
-        DataError: the picture or the category cannot be used.
+    The picture is turned upright and shrunk to 384 pixels on its shorter side.  The model is moved to this machine's
+    accelerator, if it has one, and put in eval mode.  A DataError says why picture or category cannot be used.
     """
     return predict_samples(model, [Picture(image, category)])[0]
 
@@ -152,12 +137,9 @@ def predict_samples(
     heatmap: Heatmap | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[Prediction]:
-    """`predict` for many.
+    """`predict` for many `Picture`s, or samples of a root, whose true counts do not enter.
 
-    Args:
-        samples: `Picture`s, or samples of a root; their true counts do not enter.
-        heatmap: where it looked; None for `Heatmap(model.network)`, the attention.
-        accelerator: gives device and precision; None for `make_accelerator("auto")`.
+    `heatmap` is where it looked, None for the attention; `accelerator` gives device and precision.
     """
     accelerator = accelerator or make_accelerator("auto")
     network = model.network.to(accelerator.device).eval()

@@ -1,7 +1,6 @@
 """The question, the answer "COUNT: 37", its tokens, and parsing of what comes back: strict, and leniently beside it.
 
-Left out: padding and tensors (`collate`), and the model's chat template, which belongs to its
-tokenizer.
+Left out: padding and tensors (`collate`), and the chat template, which belongs to the tokenizer.
 """
 
 import re
@@ -9,11 +8,11 @@ from dataclasses import dataclass
 
 QUESTION = "How many {category} are in this image? Answer with COUNT: and the number."
 ANSWER = "COUNT: {count}"
+NEUTRAL = "Write a general description of the image."
+"""A question that asks for no objects: Zhang et al., "MLLMs Know Where to Look" (ICLR 2025)."""
 IMAGE_TOKEN = "<|image_pad|>"
 
-MAX_DIGITS = 6
-"""Longest number that counts as an answer; FSC147's largest count, 3,701, has four digits."""
-
+MAX_DIGITS = 6  # of the longest number that counts as an answer; FSC147's largest count, 3,701, has four
 _PARSED = re.compile(rf"COUNT: ([0-9]{{1,{MAX_DIGITS}}})")
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _WITH_DIGITS = r"[\w.,+-]*[0-9][\w.,+-]*"  # "37.", "1,234", and "3.7" or "IMG2", which are no whole numbers
@@ -37,23 +36,26 @@ def chat_text(tokenizer, category: str) -> str:
     Raises:
         ValueError: the category holds the text of a control token, such as "<think>".
     """
-    control = [token for token in tokenizer.get_added_vocab() if token in category]
-    if control:
-        raise ValueError(
-            f"the category {category!r:.60} holds {control[0]}, which the model reads as a control token: "
-            "name the objects in words"
-        )
-    content = [{"type": "image"}, {"type": "text", "text": question(category)}]
+    for token in tokenizer.get_added_vocab():
+        if token in category:
+            problem = f"the category {category!r:.60} holds {token}, which the model reads as a control token"
+            raise ValueError(f"{problem}: name the objects in words")
+    return _in_template(tokenizer, question(category))
+
+
+def neutral_tail(tokenizer) -> list[int]:
+    """Tokens of the neutral question from after the image up to where an answer begins."""
+    return _around_image(tokenizer, _in_template(tokenizer, NEUTRAL))[1]
+
+
+def _in_template(tokenizer, text: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def parse_count(text: str) -> int | None:
-    """The number in an answer, or None.
-
-    Strict: the whole text, but for white space around it, must be "COUNT: " and 1 to MAX_DIGITS
-    digits.  A number that has to be guessed out of other words is no answer.
-    """
+    """The number in an answer, or None: strictly, a text of "COUNT: " and 1 to MAX_DIGITS digits, white space aside."""
     match = _PARSED.fullmatch(text.strip())
     return int(match.group(1)) if match else None
 
@@ -63,11 +65,8 @@ def parse_count_leniently(text: str, complete: bool = True) -> int | None:
 
     Read beside `parse_count`, to tell a model that counts in words of its own from one that does not count.
     What stands between <think> and </think> is skipped.  Of the rest, numbers after a "COUNT" go before others;
-    there must be one number, though it may be repeated.  Numbers in words are not read.
-
-    Args:
-        complete: False where the answer was cut off: one with a number at its very end is then not read, since
-            the number may have had more digits.
+    there must be one number, though it may be repeated.  Numbers in words are not read, nor one at the very end of
+    an answer that is not complete, since it may have had more digits.
     """
     text = _THOUGHT.sub("", text).rstrip()
     if not complete and re.search(rf"{_WITH_DIGITS}\Z", text):
@@ -88,27 +87,24 @@ class Tokens:
 
 
 def tokenize(tokenizer, category: str, count: int) -> Tokens:
-    """Put question and answer into the model's own chat template.
+    """Put question and right answer into the model's own chat template.
 
     Prompt and answer are tokenised apart, as they are when the model answers by itself.
-
-    Args:
-        tokenizer: a tokenizer with a chat template and an end-of-turn token (`eos_token`).
-        category: what to count, for example "apples".
-        count: the right answer.
 
     Raises:
         ValueError: as `chat_text`, or the chat template does not put exactly one image token into the prompt.
     """
-    text = chat_text(tokenizer, category)
-    if text.count(IMAGE_TOKEN) != 1:
-        raise ValueError(
-            f"the tokenizer's chat template made {text.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of one image: "
-            "use the tokenizer that belongs to a Qwen3-VL model"
-        )
-    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in text.split(IMAGE_TOKEN))
+    head, tail = _around_image(tokenizer, chat_text(tokenizer, category))
     ids = tokenizer.encode(answer(count), add_special_tokens=False)
     return Tokens(head, tail, *_answer_tokens(tokenizer, [*ids, tokenizer.eos_token_id]))
+
+
+def _around_image(tokenizer, text: str) -> list[list[int]]:
+    """Tokens before and after the image."""
+    if text.count(IMAGE_TOKEN) != 1:
+        made = f"the tokenizer's chat template made {text.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of one image"
+        raise ValueError(f"{made}: use the tokenizer that belongs to a Qwen3-VL model")
+    return [tokenizer.encode(part, add_special_tokens=False) for part in text.split(IMAGE_TOKEN)]
 
 
 def with_answer(tokenizer, tokens: Tokens, ids: list[int]) -> Tokens:

@@ -1,15 +1,12 @@
 """The checks of `verify`: what this library computes in ways of its own, held against plain transformers.
 
 Inputs of plain transformers are built without the library's collate.  A check returns whether it passed, and a
-sentence; None where there is nothing to check.
-
-Left out: which checks there are, what cures what, and where the pictures come from (`verify`).
+sentence; None where there is nothing to check.  Left out: what cures what, and where pictures come from (`verify`).
 """
 
 import tempfile
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +17,7 @@ from ..data.targets import resample_map
 from ..files import DamagedFolder, read_manifest
 from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
 from ..model.adapt import add_lora, freeze_vision, merged_weights
-from ..model.answers import agreement, greedy_tokens
+from ..model.answers import own_answers
 from ..model.load import RANDOM
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..training import DualLoss
@@ -30,12 +27,7 @@ from .timing import peak_memory, seconds_of
 
 
 class Subject:
-    """A model that is checked, and what it is given.
-
-    Args:
-        config: a `VerifyConfig`.
-        samples: with images; the first four are of different sizes.
-    """
+    """A model that is checked by a `VerifyConfig`, and the samples it is given, the first four of different sizes."""
 
     def __init__(self, config, samples: list[Sample]):
         self.config, self.samples = config, samples
@@ -54,42 +46,31 @@ class Subject:
 
     @cached_property
     def plain(self) -> list[tuple[dict[str, torch.Tensor], int]]:
-        """The same as transformers takes them, one by one: inputs with the right answer, and the prompt's length."""
-        return [self._plain_inputs(sample) for sample in self.samples[:4]]
+        """The same as transformers takes them, one by one: inputs with the right answer, and the prompt's length.
 
-    def _plain_inputs(self, sample: Sample) -> tuple[dict[str, torch.Tensor], int]:
-        """The chat as one string, its image token repeated, and the image processor's own call."""
-        processor = self.model.image_processor
-        images = processor(images=[sample.image], return_tensors="pt")
-        visual = int(images["image_grid_thw"].prod()) // processor.merge_size**2
-        prompt = chat_text(self.tokenizer, sample.category).replace(IMAGE_TOKEN, IMAGE_TOKEN * visual)
-        prompt_ids, ids = (
-            self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            for text in (prompt, prompt + answer(sample.count) + self.tokenizer.eos_token)
-        )
-        on_image = ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        inputs = {"input_ids": ids, "mm_token_type_ids": on_image.int(), **images}
-        return {key: value.to(self.device) for key, value in inputs.items()}, prompt_ids.shape[1]
+        The chat as one string, its image token repeated, and the image processor's own call.
+        """
+        processor, found = self.model.image_processor, []
+        for sample in self.samples[:4]:
+            images = processor(images=[sample.image], return_tensors="pt")
+            visual = int(images["image_grid_thw"].prod()) // processor.merge_size**2
+            prompt = chat_text(self.tokenizer, sample.category).replace(IMAGE_TOKEN, IMAGE_TOKEN * visual)
+            texts = prompt, prompt + answer(sample.count) + self.tokenizer.eos_token
+            start, ids = (self.tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"] for x in texts)
+            on_image = ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+            inputs = {"input_ids": ids, "mm_token_type_ids": on_image.int(), **images}
+            found.append(({key: value.to(self.device) for key, value in inputs.items()}, start.shape[1]))
+        return found
 
     def plain_logits(self) -> torch.Tensor:
         """[answer tokens of all four, V] float32, as transformers computes them."""
-        keep = [inputs["input_ids"].shape[1] - start + 1 for inputs, start in self.plain]
-        passes = zip(self.plain, keep, strict=True)
-        logits = [self.network(**inputs, logits_to_keep=number).logits[0, :-1] for (inputs, _), number in passes]
+        logits = [self.network(**inputs).logits[0, start - 1 : -1] for inputs, start in self.plain]
         return torch.cat(logits).float()
 
     def our_logits(self) -> torch.Tensor:
         """The same as the library computes them."""
         logits, _ = answer_logits(self.network, self.batch)
         return logits[self.batch["answer_labels"] >= 0].float()
-
-    def greedy_rows(self, batch: Batch, longest: int) -> list[list[int]]:
-        """The answers to a batch's prompts, each up to its end."""
-        end = self.tokenizer.eos_token_id
-        logits, trace = answer_logits(self.network, batch, keep_keys=True)
-        agreed = agreement(batch, logits, end)
-        rows = greedy_tokens(self.network, batch, logits, trace.keys_values, agreed, longest, end).tolist()
-        return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 @contextmanager
@@ -125,10 +106,8 @@ def special_tokens(subject: Subject):
 
 def rendered_prompt(subject: Subject):
     text = chat_text(subject.tokenizer, subject.samples[0].category)
-    ours = [
-        ids[mask > 0] for ids, mask in zip(subject.batch["input_ids"], subject.batch["attention_mask"], strict=True)
-    ]
-    same = [torch.equal(ids, inputs["input_ids"][0]) for ids, (inputs, _) in zip(ours, subject.plain, strict=True)]
+    rows = zip(subject.batch["input_ids"], subject.batch["attention_mask"], subject.plain, strict=True)
+    same = [torch.equal(ids[mask > 0], inputs["input_ids"][0]) for ids, mask, (inputs, _) in rows]
     return all(same), f"{text!r}: ids are those of the text encoded in one piece on {sum(same)} of {len(same)} pictures"
 
 
@@ -164,28 +143,19 @@ def logits_in_training_precision(subject: Subject, allowed: float = 2):
     ours, plain = errors
     return ours <= allowed * plain, (
         f"{subject.accelerator.mixed_precision}: RMS error against float32 {ours:.4f}, transformers' {plain:.4f} under "
-        f"autocast; {allowed} times that is allowed: the sum that runs through all layers is as narrow here as their "
-        "products, autocast leaves it wide"
+        f"autocast; {allowed} times that is allowed, for the sum through all layers is narrow here, wide under autocast"
     )
 
 
 def eager_rows(network, layers: tuple[int, ...], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Attention probabilities [L, H, T, T] of one picture, from transformers' eager attention."""
-    rows, before = {}, network.config._attn_implementation
-    hooks = [
-        network.model.language_model.layers[i].self_attn.register_forward_hook(
-            lambda module, inputs, outputs, i=i: rows.update({i: outputs[1][0]})
-        )
-        for i in layers
-    ]
+    before = network.config._attn_implementation
     network.set_attn_implementation("eager")
     try:
-        network(**inputs, logits_to_keep=1)
+        rows = network(**inputs, logits_to_keep=1, output_attentions=True).attentions
     finally:
         network.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
-    return torch.stack([rows[i] for i in layers])
+    return torch.stack([rows[i][0] for i in layers])
 
 
 @full_float32()
@@ -217,7 +187,7 @@ def greedy_answers(subject: Subject, longest: int = 12):
         max_new_tokens=longest, do_sample=False, repetition_penalty=1.0,
         eos_token_id=subject.tokenizer.eos_token_id, pad_token_id=subject.tokenizer.pad_token_id,
     )  # fmt: skip
-    ours, different = subject.greedy_rows(subject.batch, longest), []
+    (ours, *_), different = own_answers(subject.model, subject.batch, longest=longest), []
     for row, (inputs, start) in zip(ours, subject.plain, strict=True):
         prompts = {key: x[:, :start] if key in ("input_ids", "mm_token_type_ids") else x for key, x in inputs.items()}
         generated = subject.network.generate(**prompts, generation_config=how)[0, start:].tolist()
@@ -229,7 +199,7 @@ def greedy_answers(subject: Subject, longest: int = 12):
 @torch.no_grad()
 def raw_answers(subject: Subject, longest: int = 64):
     with subject.accelerator.autocast():
-        rows = subject.greedy_rows(subject.batch_of(subject.samples), longest)
+        rows, *_ = own_answers(subject.model, subject.batch_of(subject.samples), longest=longest)
     texts = subject.tokenizer.batch_decode(rows, skip_special_tokens=True)
     end = subject.tokenizer.eos_token_id
     leniently = [parse_count_leniently(text, complete=end in row) for row, text in zip(rows, texts, strict=True)]
@@ -278,7 +248,7 @@ def _some(weight: torch.Tensor) -> torch.Tensor:
 def files_as_written(subject: Subject):
     """All bytes of a checkpoint, of which a start alone is compared when it is loaded."""
     try:
-        manifest = read_manifest(Path(subject.config.model), whole=True)
+        manifest = read_manifest(subject.config.model, whole=True)
     except DamagedFolder as error:
         return False, str(error)
     return manifest and (True, f"{len(manifest['files'])} files have the SHA-256 that they were written with")
@@ -287,11 +257,9 @@ def files_as_written(subject: Subject):
 def saved_model(subject: Subject):
     expected = merged_weights(subject.network) or subject.network.state_dict()
     with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "model"
+        folder, how = f"{parent}/model", {"dtype": subject.network.dtype, "trust_remote_code": False}
         subject.model.save(folder)
-        plain, report = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=subject.network.dtype, output_loading_info=True, trust_remote_code=False
-        )
+        plain, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **how)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found, head, first = plain.state_dict(), plain.get_output_embeddings(), plain.get_input_embeddings()
     wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}

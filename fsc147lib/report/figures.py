@@ -34,7 +34,7 @@ def show_dots(axes, sample: Sample, boxes: bool = True) -> None:
     axes.scatter(*sample.points.T, s=14, c="#ff2d2d", edgecolors="white", linewidths=0.5)
     for x1, y1, x2, y2 in sample.boxes if boxes else ():
         axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="#00e5ff", linewidth=1.6))
-    axes.set_title(f"{sample.count} {sample.category}", fontsize=9)
+    axes.set_title(f"{sample.count} {sample.category}", fontsize=9, parse_math=False)
     axes.axis("off")
 
 
@@ -52,7 +52,7 @@ def show_map(axes, image: Image.Image, values: np.ndarray, title: str = "", stre
         extent=(0, image.width, image.height, 0), interpolation="nearest",
         vmin=0, vmax=largest,
     )  # fmt: skip
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, parse_math=False)
     axes.axis("off")
 
 
@@ -107,7 +107,7 @@ def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
     names, numbers = np.unique([sample.category for sample in samples], return_counts=True)
     order = np.argsort(numbers)[-most:]
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.24 * len(order)), layout="constrained")
-    axes.barh(names[order], numbers[order], color=COUNT_COLOUR)
+    axes.barh([name.replace("$", r"\$") for name in names[order]], numbers[order], color=COUNT_COLOUR)
     axes.set(xlabel="images")
     return figure
 
@@ -199,7 +199,7 @@ def map_comparison(
         image = sample.image
         show_dots(axes[i, 0], sample, boxes=False)
         if captions:
-            axes[i, 0].set_title(captions[i], fontsize=9)
+            axes[i, 0].set_title(captions[i], fontsize=9, parse_math=False)
         show_map(axes[i, 1], image, sample.target, NO_TARGET if not sample.count else "target" if i == 0 else "")
         for j, (title, values) in enumerate(maps.items(), start=2):
             titles = [title] * (i == 0) + ([values.titles[i]] if isinstance(values, Look) else [])
@@ -224,7 +224,7 @@ def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int],
             name = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
             show_map(axes[i, j], image, maps[i, j], name)
             axes[i, j].title.set_fontsize(7)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return figure
 
 

@@ -1,7 +1,4 @@
-"""The table and the figure of a sweep: runs that differ in their seed alone are one line, with mean and range.
-
-Left out: running one (`training.sweep`).
-"""
+"""The table and the figure of a sweep: runs that differ in their seed alone are one line, with mean and range."""
 
 from collections.abc import Sequence
 
@@ -22,10 +19,7 @@ COLUMNS = {
 
 
 def sweep_groups(rows: Sequence[dict]) -> list[dict]:
-    """Runs that differ in their seed alone, put together.
-
-    Args:
-        rows: of `run_sweep`.
+    """The rows of `run_sweep` that differ in their seed alone, put together.
 
     Returns:
         Of each group `name` (its options), `runs` (how many have finished), `error` (of one that failed), and over
@@ -52,11 +46,9 @@ def sweep_groups(rows: Sequence[dict]) -> list[dict]:
 
 
 def epoch_curves(runs: dict[str, Sequence[dict]], baseline: float | None = None) -> Figure:
-    """Validation MAE and alignment of several runs, epoch by epoch.
+    """Validation MAE and alignment of several runs (name -> its `TrainResult.epochs`), epoch by epoch.
 
-    Args:
-        runs: name -> its `TrainResult.epochs`.
-        baseline: MAE of always the training mean, drawn as a line if given.
+    `baseline`, the MAE of always the training mean, is drawn as a line if given.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
     for place, key, label in ((axes[0], "mae", "validation MAE, objects"), (axes[1], "kl", "KL(P || A), nats")):
@@ -76,11 +68,7 @@ def sweep_table(rows: Sequence[dict]) -> str:
 
 
 def sweep_figure(rows: Sequence[dict]) -> Figure:
-    """Validation MAE epoch by epoch, and best MAE and last KL of each group: lines and bars are means, bands ranges.
-
-    Args:
-        rows: of `run_sweep`; runs that have not finished are left out.
-    """
+    """Validation MAE by epoch, best MAE and last KL of each group of finished runs: means, with their ranges."""
     groups = [group for group in sweep_groups(rows) if group["runs"]]
     figure, axes = plt.subplots(1, 3, figsize=(14, 1.5 + max(2.5, 0.35 * len(groups))), layout="constrained")
     names = [f"{group['name']} ({group['runs']})" for group in groups]

@@ -1,7 +1,6 @@
 """Does this model work on this machine?  A list of lines that passed, and of lines that failed with their cure.
 
-Left out: what a check does (`checks`), faults of the data (`check`), how well the model counts (`evaluate`), and speed
-(`overhead`, `throughput`).
+Left out: what a check does (`checks`), faults of the data (`check`), how well the model counts (`evaluate`), and speed.
 """
 
 import tempfile
@@ -17,9 +16,10 @@ from ..options import Precision, need, need_report
 from . import checks
 from .timing import machine, write_report
 
-TRIED = {"torch": ("2.11", "2.13"), "transformers": ("5.23",)}
-"""Versions that the tests, or this command on a GPU, were run with."""
-
+TRIED = {
+    "torch": ("2.11", "2.13"),
+    "transformers": ("5.23",),
+}  # versions that the tests, or this command, were run with
 _VERSIONS = "install the versions of requirements.lock: transformers may compute something else by now"
 CHECKS = (  # a check, and what to do where it fails
     (checks.files_as_written, "copy the folder anew, or go on from another checkpoint: its bytes have changed on disk"),
@@ -119,7 +119,7 @@ def eight_samples(root: Path) -> list[Sample]:
     """Eight training images (or all, of a root with fewer), the first four of sizes as different as there are."""
     samples = open_split(root, "train", 64)
     first_of_size = {sample.size: sample for sample in reversed(samples)}
-    by_shape = [first_of_size[size] for size in sorted(first_of_size, key=lambda size: size[0] / size[1])]
+    by_shape = sorted(first_of_size.values(), key=lambda sample: sample.size[0] / sample.size[1])
     places = np.linspace(0, len(by_shape) - 1, 4).round().astype(int)
     chosen = [by_shape[place] for place in sorted(set(places.tolist()))]
     return [*chosen, *(sample for sample in samples if sample not in chosen)][:8]

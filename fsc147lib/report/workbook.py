@@ -1,10 +1,8 @@
 """What the notebooks share: where data, model and results are; and the runner behind `make run`.
 
-The runner executes the notebooks in order with no window, writes them and their HTML to
-`runs/workbook/`, and sums up their results in `summary.json`.  The results themselves are where JupyterLab
-looks for them too: after `make run` each notebook opens on what the others made.
-
-Left out: everything that a notebook shows.
+The runner executes the notebooks in order with no window, writes them and their HTML to `runs/workbook/`, and sums up
+their results in `summary.json`.  The results themselves are where JupyterLab looks for them too: after `make run` each
+notebook opens on what the others made.  Left out: everything that a notebook shows.
 """
 
 import json
@@ -25,19 +23,14 @@ from ..data.scenes import make_dataset
 from ..files import write_json, write_text
 from .timing import table
 
-PICTURES = {"train": 800, "val": 100, "test": 50}
-"""Size of the drawn data set that the notebooks use when no root is given."""
-
-RESULTS = Path("runs/notebooks")
-"""Data, runs and timings of the notebooks, in the project's folder."""
-
-COLUMNS = {
+PICTURES = {"train": 800, "val": 100, "test": 50}  # the drawn data set that notebooks use when no root is given
+RESULTS = Path("runs/notebooks")  # data, runs and timings of the notebooks, in the project's folder
+COLUMNS = {  # of the summary that `make run` ends with
     "mae": ("MAE (objects)", "{mae:.2f}"),
     "rmse": ("RMSE (objects)", "{rmse:.2f}"),
     "kl": ("KL (nats)", "{kl:.3f}"),
     "mass_on_objects": ("attention on objects", "{mass_on_objects:.3f}"),
 }
-"""Of the summary that `make run` ends with."""
 
 
 class WorkbookError(RuntimeError):
@@ -73,11 +66,7 @@ class Settings:
         return self.out / "overhead.json"
 
     def trained(self) -> Path:
-        """The best checkpoint of notebook 03's last run with both losses.
-
-        Raises:
-            WorkbookError: it has not been run with this data and model.
-        """
+        """The best checkpoint of notebook 03's last run with both losses, or a WorkbookError that says to run it."""
         found = sorted(self.runs.glob("both-[0-9]*/best"), key=lambda best: int(best.parent.name.rpartition("-")[2]))
         if not found:
             raise WorkbookError(f"there is no trained model in {self.runs}: run 03_dual_loss_finetuning.ipynb first")
@@ -85,14 +74,9 @@ class Settings:
 
 
 def settings(data: str | Path | None = None, model: str = "tiny", out: str | Path | None = None) -> Settings:
-    """Settle where things are, and draw the default data set if it is needed and not there.
+    """Settle where data root (None: drawn ones), model and results (None: RESULTS) are; draw what is not there.
 
     The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT win over the arguments.
-
-    Args:
-        data: a root in FSC147's official layout; None for a drawn one in `out`.
-        model: "tiny", a folder or a hub id.
-        out: folder of results; None for RESULTS.
     """
     if "ipykernel" in sys.modules:  # photographs as PNG would make megabytes of a notebook
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
@@ -109,10 +93,7 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
 
 
 def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
-    """Execute a notebook in its own folder and write it, with its HTML, to `out`.
-
-    Returns:
-        Seconds it took.
+    """Execute a notebook in its own folder and write it, with its HTML, to `out`; returns the seconds it took.
 
     Raises:
         WorkbookError: naming the notebook and quoting the failed cell; what ran before is written.
@@ -143,13 +124,9 @@ def summarise(where: Settings, seconds: dict[str, float]) -> dict:
     found = json.loads(where.comparison.read_text())
     rows = {row["name"]: row for row in json.loads(where.overhead.read_text())["rows"]}
     both = rows["attention, trained"]
-    return {
-        "data": str(where.data),
-        "model": where.model,
-        "test": found["rows"],
-        "attention_loss_overhead": {key: both[f"overhead_{key}"] for key in ("low", "median", "high")},
-        "seconds": seconds,
-    }
+    overhead = {key: both[f"overhead_{key}"] for key in ("low", "median", "high")}
+    about = {"data": str(where.data), "model": where.model, "test": found["rows"]}
+    return {**about, "attention_loss_overhead": overhead, "seconds": seconds}
 
 
 def summary_text(summary: dict) -> str:

@@ -1,7 +1,4 @@
-"""Which training images make a batch, the loader that brings them, and which batches make a step.
-
-Left out: what a batch holds (`collate`).
-"""
+"""Which training images make a batch, the loader that brings them, and which batches make a step."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -39,13 +36,9 @@ class SizeBatches(Sampler):
 
     Args:
         lengths: of each sample (rows, columns, tokens), see `Collate.lengths`.
-        batch_size: at the most.
         by_size: False takes the samples as they come.
-        accumulation: batches of a step, at the most.
-        processes: that share out the batches.
-
-    Attributes:
-        per_step: batches of a step of one process.
+        batch_size, accumulation: images of a batch and batches of a step, at the most.
+        processes: that share out the batches; `per_step` are those of a step of one.
     """
 
     drop_last = False  # accelerate asks
@@ -71,8 +64,7 @@ class SizeBatches(Sampler):
     def shuffle(self, epoch: int, done: int = 0) -> None:
         """Choose the batches of an epoch, without those of its first steps that an interrupted run has done.
 
-        Not called `set_epoch`: accelerate calls a method of that name with its own count of epochs, which
-        starts anew when a run is resumed.
+        Not called `set_epoch`: accelerate calls that with a count of its own, which starts anew in a resumed run.
         """
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
@@ -113,12 +105,10 @@ def training_loader(
     accumulation: int = 1,
     processes: int = 1,
 ) -> DataLoader:
-    """Batches of a run; `loader.batch_sampler.shuffle(epoch)` chooses the epoch.
+    """Batches of a run, see `SizeBatches`; `loader.batch_sampler.shuffle(epoch)` chooses the epoch.
 
-    Args:
-        store: of the images' bytes; None leaves pixels out, where image features come from a cache.
-        workers: processes that read images.
-        accumulation, processes: as in `SizeBatches`.
+    `store` holds the images' bytes; None leaves pixels out, where image features come from a cache.  `workers` are
+    processes that read images.
     """
     collate = Collate(model.tokenizer, model.image_processor, store, pixels=store is not None)
     lengths = [collate.lengths(sample) for sample in samples]

@@ -118,9 +118,7 @@ def load_training_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
         ) from error
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(i >= len(parameters) for i in moments):
-        raise ModelError(
-            f"{folder / TENSORS} is of a model with more parameters than this one's {len(parameters)}"
-        )
+        raise ModelError(f"{folder / TENSORS} is of a model with more parameters than this one's {len(parameters)}")
     for i, row in moments.items():
         for key, value in row.items():
             if value.ndim and value.shape != parameters[i].shape:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class Interrupted(KeyboardInterrupt):
@@ -63,3 +64,13 @@ class Signals:
         finally:
             self.held = False
         self.check()
+
+
+def how_to_go_on(out: Path, step: int, steps: int, resumable: bool) -> str:
+    """What to do after a run was stopped."""
+    where = f"after step {step} of {steps}, all of it in {out}/last"
+    if not step:
+        return "before the first step: start it again"
+    if not resumable:
+        return f"{where}: its adapters are merged, so it cannot go on, but last/ is a model"
+    return f"{where}: go on with the same command and --resume (in Python: resume=True)"

@@ -31,7 +31,7 @@ from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import Precision, need
 from .batches import training_loader, windows
-from .interrupt import Interrupted, Signals
+from .interrupt import Interrupted, Signals, how_to_go_on
 from .losses import DualLoss
 from .run import RunFolder, TrainResult, locked
 from .schedule import lazy_weight, learning_rate_factor
@@ -277,11 +277,11 @@ class Run:
     def validate(self) -> None:
         """Evaluate the validation split and log it."""
         batch_size = answering_batch_size(self.config.batch_size, self.heatmap)
-        self.validation = evaluate_samples(
+        self.validation = validation = evaluate_samples(
             self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
             self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
         )  # fmt: skip
-        self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
+        self.log({"step": self.step, "epoch": self.epoch, "val": validation.metrics})
 
     def train_epoch(self, progress: tqdm) -> None:
         """Train on each image once, with a line of the log every few steps; an epoch that was interrupted goes on."""
@@ -322,10 +322,9 @@ class Run:
         """Write last/, and best/ if it is a whole epoch whose validation MAE is the lowest so far."""
         if self.folder.writes:
             validated = self.result.epochs[-1]["step"] == self.step
-            self.folder.save(
-                self.model, self.training_step.optimizer, self.result, self.images, self.step,
-                self.validation if validated else None,
-            )  # fmt: skip
+            validation = self.validation if validated else None
+            optimizer = self.training_step.optimizer
+            self.folder.save(self.model, optimizer, self.result, self.images, self.step, validation)
         self.saved = self.step
 
     def stop(self, interrupted: Interrupted) -> Interrupted:
@@ -333,13 +332,8 @@ class Run:
         if self.step > self.saved:
             self.training_step.check()
             self.save()
-        how = "go on with the same command and --resume (in Python: resume=True)"
-        if not self.step:
-            how = "before the first step: start it again"
-        elif self.config.lora:
-            how = "its adapters are merged: it cannot go on, but last/ is a model"
-        name, where = interrupted.signal.name, f"after step {self.step} of {self.total_steps}"
-        return Interrupted(interrupted.signal, f"{name} {where}, all of it in {self.folder.out}/last: {how}")
+        how = how_to_go_on(self.folder.out, self.step, self.total_steps, self.config.lora is None)
+        return Interrupted(interrupted.signal, f"{interrupted.signal.name} {how}")
 
 
 def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:

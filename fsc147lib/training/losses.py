@@ -1,7 +1,6 @@
 """The two losses and their sum: is the predicted count right, and does the model look at the objects?
 
-`DualLoss` holds the network so that one module is all that a loop, a mixed precision wrapper or a distributed
-wrapper has to call.  Left out: the loop.
+`DualLoss` holds the network, so that one module is all that a loop or a wrapper for several processes has to call.
 """
 
 import math
@@ -59,13 +58,11 @@ class DualLoss(nn.Module):
     The attention loss leaves out images without objects: there is no target to hold their heatmap against.
 
     Args:
-        network: Qwen3-VL from `load_model`.
         weight: of the attention loss; 0 leaves it out altogether, its heatmap included.
-        kind: "kl" or "mse".
+        kind, attention_target: names of ATTENTION_LOSSES and ATTENTION_TARGETS.
         heatmap: what is held against the target; None for `Heatmap(network)`, the attention.
         heatmap_images: look at so many images of a batch only, chosen at random among those with objects, in a
             pass of their own; the mean over all choices is the loss of the whole batch.  None looks at all.
-        attention_target: a name of ATTENTION_TARGETS.
     """
 
     def __init__(
@@ -92,10 +89,9 @@ class DualLoss(nn.Module):
         """The losses of a batch.  Nothing here waits for the GPU: `check_finite` looks at them later.
 
         Args:
-            batch: from `Collate`, on the network's device.
-            tokens, images: answer tokens and images with objects, to divide the sums by; None for this
-                batch's own.  With gradient accumulation these are the numbers of the whole window, so
-                that every answer token weighs the same and the parts of the window add up.
+            tokens, images: answer tokens and images with objects, to divide the sums by; None for this batch's own.
+                With gradient accumulation these are the numbers of the whole window, so that every answer token
+                weighs the same and the parts of the window add up.
             weight: of this step's attention loss; None for the loss's own.
         """
         with_objects = [row for row, count in enumerate(batch["count"]) if count]
@@ -126,21 +122,10 @@ class DualLoss(nn.Module):
 
 
 def check_finite(steps: list[tuple[list[str], dict[str, torch.Tensor]]]) -> None:
-    """Fetch the numbers of some steps at once, and stop at the first that is NaN or infinite.
-
-    Args:
-        steps: of each the names of its images, and its numbers by name.
-
-    Raises:
-        NonFiniteLoss: naming the number and the images of that step.
-    """
-    if not steps:
-        return
-    values = torch.stack([torch.stack(list(numbers.values())) for _, numbers in steps]).tolist()
-    for (images, numbers), row in zip(steps, values, strict=True):
-        for name, value in zip(numbers, row, strict=True):
-            if not math.isfinite(value):
-                raise NonFiniteLoss(
-                    f"the {name} is {value} on {', '.join(images)}: "
-                    "lower the learning rate, or look at these images with `check`"
-                )
+    """Fetch the numbers of some steps (names of its images, numbers by name) at once; raise at one that is infinite."""
+    labels = [(name, images) for images, numbers in steps for name in numbers]
+    values = torch.stack([value for _, numbers in steps for value in numbers.values()]).tolist() if steps else []
+    for (name, images), value in zip(labels, values, strict=True):
+        if not math.isfinite(value):
+            cure = "lower the learning rate, or look at these images with `check`"
+            raise NonFiniteLoss(f"the {name} is {value} on {', '.join(images)}: {cure}")

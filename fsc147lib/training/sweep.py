@@ -1,9 +1,7 @@
 """A grid of runs over any of `train`'s options, several at once; what is finished is not run again.
 
 Each run is a process of `train` with a folder of its own below the sweep's, its output in `logs/`, and a row of
-`sweep.json`, which is written after each run.
-
-Left out: what a run does (`loop`), and the table and the figure of a sweep (`report.sweeps`).
+`sweep.json`, which is written after each run.  Left out: what a run does (`loop`), table and figure (`report.sweeps`).
 """
 
 import json
@@ -84,16 +82,14 @@ class GridRun:
 
 
 def grid_runs(config: SweepConfig) -> list[GridRun]:
-    """Every combination of the grid, checked as `train` checks its options.
-
-    Raises:
-        SystemExit: one is no option of `train`, or its value cannot be; the message is printed.
-    """
-    axes = [(name, values.split(",")) for name, _, values in (axis.partition("=") for axis in config.grid)]
+    """Every combination of the grid, checked as `train` checks its options: SystemExit, its message printed."""
+    axes = [
+        [(name, value) for value in values.split(",")] for name, _, values in (x.partition("=") for x in config.grid)
+    ]
     runs = []
-    for values in product(*(values for _, values in axes)):
-        point = dict(zip((name for name, _ in axes), values, strict=True))
-        name = ",".join(f"{key}={value.replace(' ', '+').replace('/', '-')}" for key, value in point.items())
+    for pairs in product(*axes):
+        point = dict(pairs)
+        name = ",".join(f"{key}={value.replace(' ', '+').replace('/', '-')}" for key, value in pairs)
         words = [*config.train]
         for key, value in point.items():
             flag = key.replace("_", "-")

@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from fsc147lib.evaluation.answering import (
     forced_passes,
     generate_answers,
     one_ahead,
+    to_csv,
 )
 from fsc147lib.evaluation.metrics import counting_metrics
 from fsc147lib.model import forward
@@ -198,3 +200,11 @@ def test_one_ahead_is_one_ahead():
     for item in one_ahead(made.append(i) or i for i in range(4)):
         assert item == len(made) - 2 or made == [0, 1, 2, 3]
     assert list(one_ahead(iter("abc"))) == ["a", "b", "c"] and list(one_ahead(iter(""))) == []
+
+
+def test_a_cell_of_a_csv_is_no_formula():
+    """A spreadsheet would compute what begins so; numbers stay numbers."""
+    rows = [{"name": "=1+1", "answer": "+cmd", "count": -5}, {"name": "@a", "answer": "-3\n", "count": 2}]
+    rows.append({"name": "a=b", "answer": "\t=1", "count": None})
+    written = list(csv.reader(io.StringIO(to_csv(rows))))
+    assert written[1:] == [["'=1+1", "'+cmd", "-5"], ["'@a", "'-3\n", "2"], ["a=b", "'\t=1", ""]]

@@ -14,9 +14,10 @@ from fsc147lib.data.targets import resample_map
 from fsc147lib.evaluation import EvaluateConfig
 from fsc147lib.model import heatmaps
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.forward import answer_logits
+from fsc147lib.model.forward import answer_logits, normalised_pixels
 from fsc147lib.model.heatmaps import Heatmap, default_layers, layer_head_maps, visual_mass
 from fsc147lib.model.looking import corner_share, look, mean_map
+from fsc147lib.model.prompt import IMAGE_TOKEN, NEUTRAL
 from fsc147lib.options import ConfigError
 from fsc147lib.training import TrainConfig
 
@@ -44,17 +45,23 @@ def test_traced_rows_are_eager_attention(tiny, batch):
             )
 
 
+def digit_maps(eager, batch, layers, heads):
+    """Mean rows of the digits' positions on the 14x14 grid, not renormalised, image by image."""
+    maps = []
+    for i in range(len(batch["count"])):
+        digits = batch["answer_positions"][i, batch["digit_weights"][i] > 0]
+        rows = torch.stack([eager[layer][i][list(heads)][:, digits] for layer in layers]).mean(dim=(0, 1, 2))
+        visual = rows[batch["mm_token_type_ids"][i].bool()].double()
+        _, height, width = (batch["image_grid_thw"][i] // 2).tolist()
+        maps.append(torch.from_numpy(resample_map(visual.reshape(height, width).numpy(), (14, 14))))
+    return maps
+
+
 @torch.no_grad()
 def test_heatmap_from_eager_attention_by_hand(tiny, batch):
     """Layers 1 and 3, heads 0 and 2, image by image: cut out the visual tokens, fold them, move them to 14x14."""
     got = Heatmap(tiny.network, layers=(1, 3), heads=(0, 2))(batch)
-    eager = eager_attentions(tiny.network, batch)
-    for i in range(len(batch["count"])):
-        digits = batch["answer_positions"][i, batch["digit_weights"][i] > 0]
-        rows = torch.stack([eager[layer][i][[0, 2]][:, digits] for layer in (1, 3)]).mean(dim=(0, 1, 2))
-        visual = rows[batch["mm_token_type_ids"][i].bool()].double()
-        _, height, width = (batch["image_grid_thw"][i] // 2).tolist()
-        moved = torch.from_numpy(resample_map(visual.reshape(height, width).numpy(), (14, 14)))
+    for i, moved in enumerate(digit_maps(eager_attentions(tiny.network, batch), batch, (1, 3), (0, 2))):
         torch.testing.assert_close(got[i].double(), moved / moved.sum(), atol=1e-6, rtol=1e-4)
 
 
@@ -183,5 +190,28 @@ def test_a_user_s_own_file_trains_and_evaluates_with_its_method(root, tmp_path):
 
 @pytest.mark.parametrize(("config", "absent"), [(TrainConfig, "attention_x_gradient"), (EvaluateConfig, "saliency")])
 def test_a_method_that_a_command_cannot_use_is_refused(config, absent):
-    with pytest.raises(ConfigError, match=rf"heatmap \(--heatmap\) is {absent}, but must be one of attention, token"):
+    with pytest.raises(ConfigError, match=rf"heatmap \(--heatmap\) is {absent}, but must be one of attention, "):
         config(data=Path("root"), heatmap=absent)
+
+
+@torch.no_grad()
+def test_relative_attention_from_eager_attention_by_hand(tiny, mixed_samples, batch):
+    """Two whole sequences of transformers' own: with the question, and with a neutral one."""
+    got = Heatmap(tiny.network, "relative_attention", layers=(1, 3), heads=(0, 2))(batch)
+    attention = digit_maps(eager_attentions(tiny.network, batch), batch, (1, 3), (0, 2))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": NEUTRAL}]}]
+    text = tiny.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for i, sample in enumerate(mixed_samples):
+        alone = Collate(tiny.tokenizer, tiny.image_processor)([sample])
+        visual = int(alone["mm_token_type_ids"].sum())
+        ids = tiny.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * visual), return_tensors="pt").input_ids
+        on_image = ids[0] == tiny.network.config.image_token_id
+        eager = tiny.network(
+            input_ids=ids, pixel_values=normalised_pixels(alone), image_grid_thw=alone["image_grid_thw"],
+            mm_token_type_ids=on_image[None].int(), output_attentions=True,
+        ).attentions  # fmt: skip
+        rows = torch.stack([eager[layer][0, [0, 2], -1] for layer in (1, 3)]).mean(dim=(0, 1))
+        _, height, width = (alone["image_grid_thw"][0] // 2).tolist()
+        neutral = resample_map(rows[on_image].double().reshape(height, width).numpy(), (14, 14))
+        ratio = attention[i] / torch.from_numpy(neutral)
+        torch.testing.assert_close(got[i].double(), ratio / ratio.sum(), atol=1e-6, rtol=1e-3)

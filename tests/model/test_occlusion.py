@@ -1,12 +1,17 @@
 """What is counted without a part of the picture is what is counted in a picture edited by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fsc147lib.data import DataError, Picture
-from fsc147lib.model import count_without, load_model, predict, predict_samples
+from fsc147lib.data import DataError, Picture, hide
+from fsc147lib.model import Collate, count_without, heatmaps, load_model, look, occlude, predict, predict_samples
+from fsc147lib.model.forward import normalised_pixels
+from fsc147lib.model.occlusion import hide_in_batch, occlusion_mass, windows
+from fsc147lib.options import ConfigError
 
 CELLS = np.zeros((14, 14), bool)
 CELLS[3:6, 2:9] = True
@@ -58,3 +63,77 @@ def test_pictures_in_memory_of_one_name_are_not_taken_for_one_another(dual, mixe
     alone = [predict_samples(dual, [picture])[0].distribution for picture in pictures]
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert not torch.allclose(*map(torch.from_numpy, alone), atol=1e-3)
+
+
+def test_windows():
+    side_by_side = windows(4)
+    assert len(side_by_side) == 16 and (side_by_side.sum(dim=0) >= 1).all()
+    assert side_by_side[5].nonzero().amin(dim=0).tolist() == [4, 4]
+    assert side_by_side[-1].nonzero().amin(dim=0).tolist() == [10, 10], "the last one ends with the grid"
+    assert len(windows(2)) == 49 and (windows(2).sum(dim=0) == 1).all()
+    assert len(windows(3, 1)) == 144 and (windows(3).sum(dim=(1, 2)) == 9).all()
+
+
+@pytest.fixture(scope="module")
+def whole(mixed_samples):
+    """Two drawn pictures of multiples of 32 pixels, which the network gets as they are, of 3 and 12 dots."""
+    sizes, rng = ((256, 192), (224, 224)), np.random.default_rng(0)
+    made = [Picture(mixed_samples[i].image.resize(size), "apples") for i, size in enumerate(sizes)]
+    for picture, count in zip(made, (3, 12), strict=True):
+        object.__setattr__(picture, "points", rng.uniform(0, 190, (count, 2)).astype(np.float32))
+    return made
+
+
+def log_probability_by_hand(model, image, text):
+    """Of the digits of an answer to "How many apples ...", by transformers' own forward pass."""
+    batch = Collate(model.tokenizer, model.image_processor)([Picture(image, "apples")],
+                                                            [model.tokenizer.encode(text)])  # fmt: skip
+    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+    with torch.no_grad():
+        logits = model.network(**{key: batch[key] for key in keys}, pixel_values=normalised_pixels(batch)).logits[0]
+    log_p = logits.log_softmax(dim=-1)
+    tokens = model.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    digits = [place for place, token in enumerate(tokens) if token.isdigit()]
+    return sum(log_p[place - 1, batch["input_ids"][0, place]].item() for place in digits)
+
+
+@pytest.mark.parametrize("fill", ["grey", "blur"])
+def test_occlusion_is_the_fall_in_pictures_edited_by_hand(dual, whole, fill):
+    """A user's own window and filling, registered; image by image and window by window."""
+    heatmaps.METHODS["mine"] = heatmaps.Method(partial(occlusion_mass, fill=fill, window=7), False, 1, None)
+    try:
+        seen = look(dual, whole, answer="true", method="mine").maps
+    finally:
+        del heatmaps.METHODS["mine"]
+    for sample, got in zip(whole, seen, strict=True):
+        text = f"COUNT: {sample.count}"
+        before, falls = log_probability_by_hand(dual, sample.image, text), np.zeros((14, 14))
+        for rows in (slice(0, 7), slice(7, 14)):
+            for columns in (slice(0, 7), slice(7, 14)):
+                cells = np.zeros((14, 14), bool)
+                cells[rows, columns] = True
+                after = log_probability_by_hand(dual, hide(sample, cells, fill).image, text)
+                falls[rows, columns] = max(0.0, before - after)
+        assert falls.std() > 0, "no window of this picture matters, so nothing is tested"
+        np.testing.assert_allclose(got, falls / falls.sum(), atol=1e-5)
+
+
+def test_the_count_s_fall_is_that_of_predictions(dual, whole):
+    found = occlude(dual, whole, window=6, step=4)
+    assert found.windows.shape == (9, 14, 14) and found.count.shape == found.objects.shape == (2, 9)
+    for i, sample in enumerate(whole):
+        before = predict_samples(dual, [sample])[0]
+        assert found.answers[i] == before.answer
+        for w in (0, 4, 8):
+            after = count_without(dual, sample, found.windows[w])
+            assert found.count[i, w] == pytest.approx(before.mean - after.mean, abs=1e-3)
+            assert found.objects[i, w] == sample.count - after.sample.count
+            fall = log_probability_by_hand(dual, sample.image, before.answer)
+            fall -= log_probability_by_hand(dual, after.sample.image, before.answer)
+            assert found.log_probability[i, w] == pytest.approx(fall, abs=1e-3)
+
+
+def test_occlusion_needs_pixels(dual, whole):
+    batch = Collate(dual.tokenizer, dual.image_processor, pixels=False)(whole)
+    with pytest.raises(ConfigError, match="occlusion hides pixels.*without a cache"):
+        hide_in_batch(dual.network, batch, 0, windows(7))

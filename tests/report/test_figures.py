@@ -183,3 +183,17 @@ def test_browser_redraws_what_is_chosen(samples):
     menu.value, slider.value = "val", 3
     assert before.startswith(b"\x89PNG") and widget.children[1].value != before
     assert drawn == [("train", 0), ("val", 0), ("val", 3)] and slider.max == 4
+
+
+@pytest.mark.parametrize("words", [r"$\frac{$ bolts", "$5 and $10 bills", r"\alpha", "100 % {_}^"])
+def test_categories_and_answers_are_no_formulas(samples, words):
+    """Drawn letter by letter: an odd formula would raise when the figure is saved."""
+    named = [replace(sample, category=words) for sample in samples]
+    maps, image = np.full((1, 14, 14), 1 / 196), named[0].image
+    for figure in (
+        figures.gallery(named), figures.category_bars(named), figures.map_comparison(named[:1], {words: maps}, [words]),
+        figures.layer_head_grid(maps[None], image, [0], words),
+    ):  # fmt: skip
+        figure.savefig(io.BytesIO(), format="png")
+        shown = {text._preprocess_math(text.get_text()) for text in figure.findobj(plt.Text) if text.get_text()}
+        assert any(words in string and math is False for string, math in shown)

@@ -106,9 +106,9 @@ def test_logged_validation_is_that_of_the_checkpoint(config):
 
 @pytest.mark.slow
 def test_a_run_decodes_each_image_once(config, monkeypatch):
-    read, decode = [], pixels.resized
+    read, decode = [], pixels.resized_patches
     monkeypatch.setattr(
-        pixels, "resized", lambda sample, processor: read.append(sample.name) or decode(sample, processor)
+        pixels, "resized_patches", lambda sample, processor: read.append(sample.name) or decode(sample, processor)
     )
     settings = config(epochs=2)
     train(settings)

@@ -13,20 +13,8 @@ from fsc147lib.training.sweep import SweepConfig, grid_runs, run_sweep
 @pytest.fixture
 def config(root, tmp_path):
     def make(*grid, parallel=1, words=()):
-        shared = (
-            "--data",
-            str(root),
-            "--model",
-            "tiny-random",
-            "--limit",
-            "8",
-            "--batch-size",
-            "4",
-            "--tracking",
-            "disabled",
-            *words,
-        )
-        return SweepConfig(shared, grid, tmp_path / "sweep", parallel)
+        shared = f"--data {root} --model tiny-random --limit 8 --batch-size 4 --tracking disabled".split()
+        return SweepConfig((*shared, *words), grid, tmp_path / "sweep", parallel)
 
     return make
 
