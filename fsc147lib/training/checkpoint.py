@@ -10,6 +10,7 @@ Left out: when to save (`train`).
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from ..files import MANIFEST, DamagedFolder, new_draft, read_manifest, replace_f
 from ..model.network import CountingModel, ModelError
 
 TENSORS, STATE, VALIDATION = "training_state.safetensors", "training_state.json", "validation.csv"
+
+RUN_ID = "run_id"
+"""File of a run's folder that says whose its checkpoints must be."""
 
 
 def save_checkpoint(
@@ -62,12 +66,33 @@ def save_checkpoint(
         ) from error
 
 
-def fault_of(folder: Path, run: str) -> str:
-    """What is wrong with a checkpoint's files, or "".
+def sound_checkpoint(out: Path, new_run: str) -> tuple[Path, str]:
+    """Which checkpoint a run goes on from: last/, or the one before where last/ is damaged or another run's.
 
-    Args:
-        run: whose it must be; "" where that is not known, of a run of an older version.
+    Returns:
+        The checkpoint, and whose it is: `new_run` where an older version wrote it, which did not say.
+
+    Raises:
+        ModelError: neither is sound.
     """
+    last, before, run_id = out / "last", out / "last.old", out / RUN_ID
+    run = run_id.read_text().strip() if run_id.is_file() else ""
+    fault = _fault_of(last, run)
+    if fault and (not before.is_dir() or _fault_of(before, run)):
+        raise ModelError(
+            f"{fault}: the checkpoint is damaged, and there is none before it; train again from its weights, with "
+            f"--model {last} and another --out, or from best/"
+        )
+    if fault:
+        print(f"{fault}: going on from the checkpoint before it, {before}", file=sys.stderr)
+    elif not (last / MANIFEST).is_file():
+        print(f"{last} is of an older version, without {MANIFEST}: its files are not checked", file=sys.stderr)
+    chosen = before if fault else last
+    return chosen, run or (read_manifest(chosen) or {}).get("run", new_run)
+
+
+def _fault_of(folder: Path, run: str) -> str:
+    """What is wrong with a checkpoint's files, or ""; `run` is "" where it is not known whose they must be."""
     try:
         manifest = read_manifest(folder)
     except DamagedFolder as error:

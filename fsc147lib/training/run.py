@@ -10,7 +10,6 @@ Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`)
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -22,10 +21,10 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from ..evaluation.answering import Evaluation, to_csv
-from ..files import MANIFEST, recover_folder, set_aside, write_json, write_text
-from ..model.network import CountingModel, ModelError
+from ..files import recover_folder, set_aside, write_json, write_text
+from ..model.network import CountingModel
 from ..options import ConfigError
-from .checkpoint import VALIDATION, fault_of, link_checkpoint, load_training_state, save_checkpoint
+from .checkpoint import RUN_ID, VALIDATION, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
 
 MAY_CHANGE = {
     "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite",
@@ -131,35 +130,13 @@ class RunFolder:
             if not finished_epoch:
                 raise ConfigError(f"there is nothing to resume in {self.out}: no epoch of a run was finished there")
             need_same_run(config)
-            self._find_checkpoint()
+            self.checkpoint, self.run = sound_checkpoint(self.out, self.run)
         elif finished_epoch and not config.overwrite:
             raise ConfigError(
                 f"{self.out} holds a run already: name another --out, go on with --resume, or --overwrite it"
             )
         elif not started and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"{self.out} holds something that is no run: name another --out (it is left alone)")
-
-    def _find_checkpoint(self) -> None:
-        """Choose last/, or the one before where last/ is damaged or another run's.
-
-        Raises:
-            ModelError: neither is sound.
-        """
-        last, before, run_id = self.out / "last", self.out / "last.old", self.out / "run_id"
-        run = run_id.read_text().strip() if run_id.is_file() else ""
-        fault = fault_of(last, run)
-        if fault and (not before.is_dir() or fault_of(before, run)):
-            raise ModelError(
-                f"{fault}: the checkpoint is damaged, and there is none before it; train again from its weights, with "
-                f"--model {last} and another --out, or from best/"
-            )
-        if fault:
-            print(f"{fault}: going on from the checkpoint before it, {before}", file=sys.stderr)
-            self.checkpoint = before
-        elif not (last / MANIFEST).is_file():
-            print(f"{last} is of an older version, without {MANIFEST}: its files are not checked", file=sys.stderr)
-        manifest = self.checkpoint / MANIFEST
-        self.run = run or (json.loads(manifest.read_text())["run"] if manifest.is_file() else self.run)
 
     def start(self) -> None:
         """Begin to write; an earlier run is set aside until this one's first checkpoint."""
@@ -221,7 +198,7 @@ class RunFolder:
             self.checkpoint = self.out / "last"
         listed = None if validation is None else to_csv([asdict(image) for image in validation.images])
         save_checkpoint(self.out / "last", model, optimizer, state, self.run, listed)
-        write_text(self.out / "run_id", self.run)
+        write_text(self.out / RUN_ID, self.run)
         if validation is not None:
             if result.last_is_best():
                 self._publish_best()

@@ -176,9 +176,7 @@ def test_verify_compares_all_bytes(out, small_root, capsys):
 
 def test_a_second_run_in_a_folder_is_refused(out, small_root):
     """While the first is at work, from this process or another; not after it was killed."""
-    code = (
-        "import sys, filelock as f; (lock := f.FileLock(sys.argv[1])).acquire(); print(1, flush=True); sys.stdin.read()"
-    )
+    code = "import sys, filelock as f; (a := f.FileLock(sys.argv[1])).acquire(); print(1, flush=True); sys.stdin.read()"
     words = [sys.executable, "-c", code, str(out.parent / ".run.lock")]
     first = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     first.stdout.readline()
