@@ -1,13 +1,12 @@
 """Ctrl-C, SIGTERM and a notebook's "interrupt": a run ends between two steps, and not within one.
 
-Left out: what is saved then (`loop`).
+Left out: what is saved then (`run`).
 """
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,11 +65,15 @@ class Signals:
         self.check()
 
 
-def how_to_go_on(out: Path, step: int, steps: int, resumable: bool) -> str:
-    """What to do after a run was stopped."""
-    where = f"after step {step} of {steps}, all of it in {out}/last"
-    if not step:
-        return "before the first step: start it again"
-    if not resumable:
-        return f"{where}: its adapters are merged, so it cannot go on, but last/ is a model"
-    return f"{where}: go on with the same command and --resume (in Python: resume=True)"
+def stopped(run, interrupted: Interrupted) -> Interrupted:
+    """Save what a `loop.Run` has not saved yet, and say how to go on."""
+    if run.step > run.saved:
+        run.training_step.check()
+        run.folder.save(run)
+    where = f"after step {run.step} of {run.total_steps}, all of it in {run.folder.out}/last"
+    how = f"{where}: go on with the same command and --resume (in Python: resume=True)"
+    if run.config.lora:
+        how = f"{where}: its adapters are merged, so it cannot go on, but last/ is a model"
+    if not run.step:
+        how = "before the first step: start it again"
+    return Interrupted(interrupted.signal, f"{interrupted.signal.name} {how}")

@@ -6,7 +6,6 @@ same end: from the step at which a signal reached it, or from the last whole epo
 Left out: what a loss is (`losses`), what a step does with it (`step`), and what the folder holds (`run`).
 """
 
-import hashlib
 import json
 import math
 import time
@@ -31,9 +30,9 @@ from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import Precision, need
 from .batches import training_loader, windows
-from .interrupt import Interrupted, Signals, how_to_go_on
+from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
-from .run import RunFolder, TrainResult, locked
+from .run import RunFolder, TrainResult, fingerprint, locked
 from .schedule import lazy_weight, learning_rate_factor
 from .step import TrainingStep, make_optimizer
 from .tracker import start_tracker
@@ -184,12 +183,6 @@ class TrainConfig:
         return json.dumps(asdict(self), indent=1, default=str)
 
 
-def fingerprint(samples: dict[str, list[Sample]]) -> str:
-    """Of the names and counts of each split."""
-    listed = {split: [(s.name, s.count) for s in part] for split, part in samples.items()}
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
 class Run:
     """One training run, put together: images, model, step and folder.  `train` drives it."""
 
@@ -318,23 +311,6 @@ class Run:
         step.check()
         self.epoch += 1
 
-    def save(self) -> None:
-        """Write last/, and best/ if it is a whole epoch whose validation MAE is the lowest so far."""
-        if self.folder.writes:
-            validated = self.result.epochs[-1]["step"] == self.step
-            validation = self.validation if validated else None
-            optimizer = self.training_step.optimizer
-            self.folder.save(self.model, optimizer, self.result, self.images, self.step, validation)
-        self.saved = self.step
-
-    def stop(self, interrupted: Interrupted) -> Interrupted:
-        """Save what is not saved yet, and say how to go on."""
-        if self.step > self.saved:
-            self.training_step.check()
-            self.save()
-        how = how_to_go_on(self.folder.out, self.step, self.total_steps, self.config.lora is None)
-        return Interrupted(interrupted.signal, f"{interrupted.signal.name} {how}")
-
 
 def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:
     """Fine-tune a model; `python -m fsc147lib train` calls this.
@@ -364,9 +340,9 @@ def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> 
                             run.train_epoch(progress)
                         run.validate()
                         with run.signals.hold():
-                            run.save()
+                            run.folder.save(run)
         except Interrupted as interrupted:
-            raise run.stop(interrupted) from None
+            raise stopped(run, interrupted) from None
         finally:
             run.close()
     return run.result

@@ -7,6 +7,7 @@ before, best and last), `best.csv` (the best one, image by image), `best/` and `
 Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`).
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -20,9 +21,9 @@ import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from ..evaluation.answering import Evaluation, to_csv
+from ..data.fsc147 import Sample
+from ..evaluation.answering import to_csv
 from ..files import recover_folder, set_aside, write_json, write_text
-from ..model.network import CountingModel
 from ..options import ConfigError
 from .checkpoint import RUN_ID, VALIDATION, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
 
@@ -61,6 +62,12 @@ class TrainResult:
         """Whether the last epoch's validation MAE is the lowest so far."""
         *earlier, last = (line["val"]["mae"] for line in self.epochs[1:])
         return last < min(earlier, default=math.inf)
+
+
+def fingerprint(samples: dict[str, list[Sample]]) -> str:
+    """Of the names and counts of each split."""
+    listed = {split: [(s.name, s.count) for s in part] for split, part in samples.items()}
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def need_same_run(config) -> None:
@@ -163,9 +170,8 @@ class RunFolder:
             )
         result.steps, result.epochs = state["steps"], state["epochs"]
         if self.writes:
-            whole = state["step"] == state["epochs"][-1]["step"]  # and not of an interrupted epoch
-            if whole and result.last_is_best():  # a crash may have come between last/ and best/
-                self._publish_best()
+            if state["step"] == state["epochs"][-1]["step"]:  # a crash may have come between last/ and best/
+                self._publish(result)
             lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
             write_text(self.out / "metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
         return state["step"], state["epoch"]
@@ -175,41 +181,37 @@ class RunFolder:
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def save(
-        self,
-        model: CountingModel,
-        optimizer: torch.optim.Optimizer,
-        result: TrainResult,
-        images: str,
-        step: int,
-        validation: Evaluation | None,
-    ) -> None:
+    def save(self, run) -> None:
         """Write last/; after an epoch's validation also summary.json, and best/ and best.csv if its MAE is the lowest.
 
         Args:
-            step: done so far; within an epoch the one before counts as the last whole one.
-            validation: of the epoch that has just ended; None within one.
+            run: a `loop.Run`; within an epoch, the one before counts as the last whole one.
         """
-        state = {"step": step, "epoch": result.epochs[-1]["epoch"], "data": images,
+        run.saved, result = run.step, run.result
+        if not self.writes:
+            return
+        state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": run.images,
                  "steps": result.steps, "epochs": result.epochs}  # fmt: skip
-        if self.checkpoint != self.out / "last":  # the last is damaged, and the one before must not make room for it
-            (self.out / "last").rename(self.out / f"damaged-{uuid4().hex[:8]}")
-            recover_folder(self.out / "last")
-            self.checkpoint = self.out / "last"
-        listed = None if validation is None else to_csv([asdict(image) for image in validation.images])
-        save_checkpoint(self.out / "last", model, optimizer, state, self.run, listed)
+        whole = result.epochs[-1]["step"] == run.step
+        listed = to_csv([asdict(image) for image in run.validation.images]) if whole else None
+        last = self.out / "last"
+        if self.checkpoint != last:  # the last is damaged, and the one before must not make room for it
+            last.rename(self.out / f"damaged-{uuid4().hex[:8]}")
+            recover_folder(last)
+            self.checkpoint = last
+        save_checkpoint(last, run.model, run.training_step.optimizer, state, self.run, listed)
         write_text(self.out / RUN_ID, self.run)
-        if validation is not None:
-            if result.last_is_best():
-                self._publish_best()
-            write_json(self.out / "summary.json", result.summary())
+        if whole:
+            self._publish(result)
         shutil.rmtree(self.out.with_name(self.out.name + ".old"), ignore_errors=True)
 
-    def _publish_best(self) -> None:
-        """Make best/ and best.csv those of the checkpoint at hand."""
-        link_checkpoint(self.checkpoint, self.out / "best")
-        if (self.checkpoint / VALIDATION).is_file():  # an older version has none
-            write_text(self.out / "best.csv", (self.checkpoint / VALIDATION).read_text())
+    def _publish(self, result: TrainResult) -> None:
+        """Write what follows from the checkpoint of a whole epoch: summary.json, best/ and best.csv."""
+        if result.last_is_best():
+            link_checkpoint(self.checkpoint, self.out / "best")
+            if (self.checkpoint / VALIDATION).is_file():  # an older version has none
+                write_text(self.out / "best.csv", (self.checkpoint / VALIDATION).read_text())
+        write_json(self.out / "summary.json", result.summary())
 
     def close(self) -> None:
         """Give the folder back to the run that it was to replace, if this one came to nothing."""
