@@ -2,6 +2,8 @@
 # `make lab ARGS="--no-browser --port 8899"` passes options on.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process for each core, four at most; files whose tests share fixtures stay together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: run check test lint lab setup outputs lock clean
 
@@ -10,11 +12,11 @@ run: setup
 
 # The inner loop: lint, types and the tests that are not marked slow.
 check: lint
-	$(BIN)/python -m pytest -m "not slow" tests
+	$(PYTEST) -m "not slow" tests
 
 # Everything; the notebooks' results go to an empty folder, not among those of `make run`.
 test: lint
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 	rm -rf runs/nbval
 	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider notebooks
 

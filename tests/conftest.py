@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from teaching import teach
 from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
@@ -106,6 +107,28 @@ def empty_samples(mixed_samples):
     """Two pictures with nothing to count."""
     dots, boxes = np.zeros((0, 2), np.float32), np.zeros((0, 4), np.float32)
     return [replace(sample, name=f"empty-{sample.name}", points=dots, boxes=boxes) for sample in mixed_samples[1:3]]
+
+
+@pytest.fixture(scope="session")
+def lessons(mixed_samples):
+    """Weights of the tiny model after so many steps of learning the mixed samples by heart: half, nearly and wholly."""
+    model, learnt, states = load_model("tiny-random"), 0, {}
+    for steps in (12, 40, 60):
+        teach(model, mixed_samples, steps - learnt)
+        learnt, states[steps] = steps, {key: value.clone() for key, value in model.network.state_dict().items()}
+    return states
+
+
+@pytest.fixture
+def taught(tiny, lessons):
+    """The tiny model after so many of those steps."""
+
+    def at(steps):
+        tiny.network.load_state_dict(lessons[steps])
+        tiny.network.eval()
+        return tiny
+
+    return at
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Nothing imports it but commands and notebooks.
 
 __all__ = [
     "comparison",
+    "faithful",
     "figures",
     "overhead",
     "predictions",

@@ -7,7 +7,6 @@ import torch
 from fsc147lib.model import Collate, ModelError, answer_logits
 from fsc147lib.model.counts import count_log_probabilities, number_tokens
 from fsc147lib.model.forward import normalised_pixels
-from fsc147lib.training.losses import DualLoss
 
 
 @torch.no_grad()
@@ -25,16 +24,11 @@ def scored(model, sample, numbers):
     return found
 
 
-def half_taught(model, samples):
-    """A few steps towards the answers: digits are likely then, but not sure."""
-    batch = Collate(model.tokenizer, model.image_processor)(samples)
-    loss, optimizer = DualLoss(model.network), torch.optim.AdamW(model.network.parameters(), lr=2e-3)
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss(batch).total.backward()
-        optimizer.step()
-    model.network.eval()
-    return batch
+@pytest.fixture
+def half_taught(taught, mixed_samples):
+    """A model after a few steps towards the answers, and their batch: digits are likely then, but not sure."""
+    model = taught(12)
+    return model, Collate(model.tokenizer, model.image_processor)(mixed_samples)
 
 
 @torch.no_grad()
@@ -43,9 +37,9 @@ def log_probabilities(model, batch, **choices):
     return count_log_probabilities(model, batch, logits, trace.keys_values, **choices)
 
 
-def test_each_number_is_as_probable_as_its_whole_answer(tiny, mixed_samples):
+def test_each_number_is_as_probable_as_its_whole_answer(half_taught, mixed_samples):
     """All numbers up to 99, and some of three digits, for images of different sizes in one batch."""
-    batch = half_taught(tiny, mixed_samples)
+    tiny, batch = half_taught
     found = log_probabilities(tiny, batch, digits=3, followed=900)
     assert found.shape == (4, 1000) and found.isfinite().all()
     assert (found.exp().sum(dim=1) <= 1 + 1e-6).all() and (found.exp().sum(dim=1) > 0.05).all()
@@ -53,8 +47,8 @@ def test_each_number_is_as_probable_as_its_whole_answer(tiny, mixed_samples):
         np.testing.assert_allclose(found[i, numbers], scored(tiny, mixed_samples[i], numbers), atol=2e-4)
 
 
-def test_following_the_most_probable_digits_loses_only_the_improbable(tiny, mixed_samples):
-    batch = half_taught(tiny, mixed_samples)
+def test_following_the_most_probable_digits_loses_only_the_improbable(half_taught):
+    tiny, batch = half_taught
     all_of_them, few = (log_probabilities(tiny, batch, digits=3, followed=k) for k in (900, 60))
     reached = few.isfinite()
     torch.testing.assert_close(few[reached], all_of_them[reached], atol=1e-4, rtol=0)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from test_answering import taught
 
 from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.answers import agreement, greedy_tokens
@@ -86,11 +85,9 @@ def test_a_model_is_pickled_whole(tiny, batch):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_right_answer_is_hidden_from_free_answers(tiny, mixed_samples):
+def test_the_right_answer_is_hidden_from_free_answers(taught, mixed_samples):
     """The keys of the forced answer stand behind each prompt: another forced answer must change nothing."""
-    with torch.enable_grad():
-        taught(tiny, mixed_samples, 12)
-    tiny.network.eval()
+    tiny = taught(12)
     spoken = []
     for change in (0, 1):
         batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)

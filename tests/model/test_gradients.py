@@ -205,15 +205,17 @@ def test_one_pass_serves_both_losses(tiny, batch, method, state_layer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
-def test_thirty_steps_bring_the_loss_down(tiny, batch, method, state_layer):
+def test_twelve_steps_bring_the_loss_down(tiny, mixed_samples, method, state_layer):
+    batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples[1:3])
     loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, state_layer=state_layer))
-    optimizer = torch.optim.AdamW(tiny.network.parameters(), lr=3e-3)
-    first = loss(batch).attention.item()
-    for _ in range(30):
+    optimizer, losses = torch.optim.AdamW(tiny.network.parameters(), lr=3e-3), []
+    for _ in range(13):
         optimizer.zero_grad()
-        loss(batch).total.backward()
+        parts = loss(batch)
+        parts.total.backward()
         optimizer.step()
-    assert loss(batch).attention.item() < 0.6 * first
+        losses.append(parts.attention.item())
+    assert losses[-1] < 0.7 * losses[0], losses
 
 
 @pytest.mark.slow

@@ -12,22 +12,10 @@ from fsc147lib.data import DataError, Picture
 from fsc147lib.model import Collate, Heatmap, look, predict_samples
 from fsc147lib.model.prediction import Prediction
 from fsc147lib.model.prompt import answer, parse_count
-from fsc147lib.training.losses import DualLoss
 
 
-def taught(model, samples, steps=60):
-    """A model that has learnt a few samples by heart."""
-    batch = Collate(model.tokenizer, model.image_processor)(samples)
-    loss, optimizer = DualLoss(model.network), torch.optim.AdamW(model.network.parameters(), lr=3e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss(batch).total.backward()
-        optimizer.step()
-    return model
-
-
-def test_a_taught_model_predicts_what_it_has_learnt(tiny, mixed_samples):
-    taught(tiny, mixed_samples)
+def test_a_taught_model_predicts_what_it_has_learnt(taught, mixed_samples):
+    tiny = taught(60)
     found = predict_samples(tiny, mixed_samples, batch_size=3)
     for sample, prediction in zip(mixed_samples, found, strict=True):
         assert prediction.answer == answer(sample.count) and prediction.count == prediction.mode == sample.count
@@ -69,12 +57,12 @@ def test_mode_mean_and_interval_by_hand():
     assert found.interval(0.9) == (10, 40) and found.interval(0.5) == (10, 12) and found.interval(0.99) == (3, 40)
 
 
-def test_own_and_true_answers_are_looked_at_apart(tiny, mixed_samples):
+def test_own_and_true_answers_are_looked_at_apart(tiny, taught, mixed_samples):
     true, own = (look(tiny, mixed_samples, batch_size=3, answer=answer) for answer in ("true", "own"))
     assert true.titles[:2] == [f"true answer {sample.count}" for sample in mixed_samples[:2]]
     assert all(title.startswith("own answer '") for title in own.titles)  # it is not taught: no numbers
     assert not torch.allclose(true.maps, own.maps, atol=1e-4)
-    taught(tiny, mixed_samples)
+    tiny = taught(60)
     true, own = (look(tiny, mixed_samples, batch_size=3, answer=answer) for answer in ("true", "own"))
     assert own.answers == true.answers == [answer(sample.count) for sample in mixed_samples]
     torch.testing.assert_close(own.maps, true.maps, atol=1e-5, rtol=1e-3)

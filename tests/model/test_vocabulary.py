@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_answering import taught
+from teaching import teach
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -101,7 +101,7 @@ def test_logits_are_plain_transformers(qwen_folder, parts, qwen, mixed_samples):
 def test_answers_are_generated_ones_and_parse(parts, qwen, mixed_samples):
     qwen.network.lm_head.weight.requires_grad_(False)  # the vocabulary's matrix, most of the time of a step
     with torch.enable_grad():
-        taught(qwen, mixed_samples, 40)
+        teach(qwen, mixed_samples, 40)
     images = evaluate_samples(qwen, mixed_samples).images
     for sample, image in zip(mixed_samples, images, strict=True):
         inputs = as_one_string(*parts, sample)

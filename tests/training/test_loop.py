@@ -24,21 +24,28 @@ from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss, NonFiniteLoss
 from fsc147lib.training.schedule import learning_rate_factor
 
+SETTINGS = {"model": "tiny-random", "batch_size": 8, "log_every": 1, "tracking": "disabled"}
+
 
 @pytest.fixture
 def config(root, tmp_path):
     def make(**changes):
-        settings = {
-            "data": root,
-            "model": "tiny-random",
-            "out": tmp_path / "run",
-            "batch_size": 8,
-            "log_every": 1,
-            "tracking": "disabled",
-        }
-        return TrainConfig(**{**settings, **changes})
+        return TrainConfig(**{"data": root, "out": tmp_path / "run", **SETTINGS, **changes})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """The folder of a run of one epoch, and its result."""
+    settings = TrainConfig(data=root, out=tmp_path_factory.mktemp("finished") / "run", epochs=1, **SETTINGS)
+    return settings.out, train(settings)
+
+
+@pytest.fixture
+def started(config, finished):
+    """A copy of that folder, in the place that `config` names."""
+    return shutil.copytree(finished[0], config().out)
 
 
 def lines(folder):
@@ -50,17 +57,16 @@ def weights(folder):
 
 
 @pytest.mark.slow
-def test_logged_losses_are_those_of_the_batch(config):
+def test_logged_losses_are_those_of_the_batch(config, finished):
     """The first script of this project logged 0.0000; here the log is computed again, from outside."""
-    settings = config(epochs=1, learning_rate=1e-3)
-    train(settings)
+    settings = config()
     model = load_model("tiny-random", seed=settings.seed)
     samples = list(FSC147(settings.data, "train"))
     loader = training_loader(
         samples, model, PixelStore(samples, model.image_processor), settings.batch_size, settings.seed
     )
     parts = DualLoss(model.network)(next(iter(loader)))
-    first = lines(settings.out)[1]
+    first = lines(finished[0])[1]
     assert first["step"] == 1
     assert first["count_loss"] == pytest.approx(parts.count.item(), rel=1e-5)
     assert first["attention_loss"] == pytest.approx(parts.attention.item(), rel=1e-5)
@@ -93,13 +99,11 @@ def test_empty_scenes_train_and_are_answered(half_empty_root, config, changes):
 
 
 @pytest.mark.slow
-def test_logged_validation_is_that_of_the_checkpoint(config):
-    settings = config(epochs=1)
-    train(settings)
-    model = load_model(settings.out / "last")
-    batch = Collate(model.tokenizer, model.image_processor)(list(FSC147(settings.data, "val")))
+def test_logged_validation_is_that_of_the_checkpoint(finished, root):
+    model = load_model(finished[0] / "last")
+    batch = Collate(model.tokenizer, model.image_processor)(list(FSC147(root, "val")))
     parts = DualLoss(model.network)(batch)
-    logged = lines(settings.out)[-1]["val"]
+    logged = lines(finished[0])[-1]["val"]
     assert logged["count_loss"] == pytest.approx(parts.count.item(), rel=1e-4)
     assert logged["kl"] == pytest.approx(parts.attention.item(), rel=1e-4)
 
@@ -110,9 +114,9 @@ def test_a_run_decodes_each_image_once(config, monkeypatch):
     monkeypatch.setattr(
         pixels, "resized_patches", lambda sample, processor: read.append(sample.name) or decode(sample, processor)
     )
-    settings = config(epochs=2)
+    settings = config(epochs=2, limit=4)
     train(settings)
-    names = [sample.name for split in ("train", "val") for sample in FSC147(settings.data, split)]
+    names = [sample.name for split in ("train", "val") for sample in FSC147(settings.data, split)[:4]]
     assert sorted(read) == sorted(names)
 
 
@@ -149,8 +153,8 @@ def test_the_run_folder(config):
 
 
 @pytest.mark.slow
-def test_same_seed_same_run(config, tmp_path):
-    first, second = (train(config(out=tmp_path / name, epochs=1)) for name in "ab")
+def test_same_seed_same_run(config, tmp_path, finished):
+    first, second = finished[1], train(config(epochs=1))
     assert [line["total"] for line in first.steps] == [line["total"] for line in second.steps]
     other = train(config(out=tmp_path / "c", epochs=1, seed=1))
     assert [line["total"] for line in first.steps] != [line["total"] for line in other.steps]
@@ -158,16 +162,17 @@ def test_same_seed_same_run(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config, tmp_path):
-    whole = train(config(out=tmp_path / "whole", epochs=3))
+    few = {"limit": 8, "batch_size": 4, "epochs": 3}
+    whole = train(config(out=tmp_path / "whole", **few))
 
     def stop(line):
-        if line["step"] == 5:  # in the middle of the second epoch
+        if line["step"] == 3:  # in the middle of the second epoch
             raise KeyboardInterrupt
 
-    broken = config(out=tmp_path / "broken", epochs=3)
+    broken = config(out=tmp_path / "broken", **few)
     with pytest.raises(KeyboardInterrupt):
         train(broken, stop)
-    resumed = train(config(out=tmp_path / "broken", epochs=3, resume=True))
+    resumed = train(config(out=tmp_path / "broken", **few, resume=True))
 
     def told(result):
         return [{k: v for k, v in line.items() if k != "images_per_second"} for line in result.steps + result.epochs]
@@ -179,10 +184,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_needs_the_same_run(config):
+def test_resume_needs_the_same_run(config, started, tmp_path):
     with pytest.raises(ConfigError, match="nothing to resume"):
-        train(config(resume=True))
-    train(config(epochs=1))
+        train(config(out=tmp_path / "other", resume=True))
     with pytest.raises(ConfigError, match="holds a run already.*--resume"):
         train(config(epochs=1))
     with pytest.raises(ConfigError, match="attention_weight is 0.2, but .* was started with 0.1"):
@@ -190,38 +194,32 @@ def test_resume_needs_the_same_run(config):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_without_training_state_cannot_be_resumed(config):
-    settings = config(epochs=1)
-    train(settings)
-    (settings.out / "last" / "training_state.json").unlink()
+def test_a_checkpoint_without_training_state_cannot_be_resumed(config, started):
+    (started / "last" / "training_state.json").unlink()
     with pytest.raises(ModelError, match="holds no training_state.json"):
         train(config(epochs=1, resume=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["training_state.json", "training_state.safetensors"])
-def test_a_damaged_training_state_is_named(config, name):
-    settings = config(epochs=1)
-    train(settings)
-    path = settings.out / "last" / name
+def test_a_damaged_training_state_is_named(config, started, name):
+    path = started / "last" / name
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ModelError, match="training state in .*last is damaged.*--model"):
         train(config(epochs=1, resume=True))
 
 
 @pytest.mark.slow
-def test_resume_on_other_images_is_refused(config, tmp_path):
+def test_resume_on_other_images_is_refused(config, started, tmp_path):
     other = make_dataset(tmp_path / "other", 9, 3, 1, seed=9)
-    train(config(epochs=1))
     with pytest.raises(ConfigError, match="not those that the run .* was started with"):
         train(config(epochs=1, data=other, resume=True))
 
 
 @pytest.mark.slow
-def test_a_crash_between_the_renames_is_mended(config, tmp_path):
+def test_a_crash_between_the_renames_is_mended(config, started):
     """Killed when last/ was set aside and the new one not yet in its place; and when best/ was still to come."""
-    train(config(epochs=1))
-    out = config().out
+    out = started
     (out / "last").rename(out / "last.old")
     shutil.rmtree(out / "best")
     train(config(epochs=1, resume=True))
@@ -229,8 +227,7 @@ def test_a_crash_between_the_renames_is_mended(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_overwrite_starts_anew(config):
-    train(config(epochs=1))
+def test_overwrite_starts_anew(config, started):
     train(config(epochs=1, overwrite=True))
     assert [line["step"] for line in lines(config().out)] == [0, 1, 2, 3, 3]
 
@@ -248,7 +245,7 @@ def test_accumulation_is_one_large_batch(config, tmp_path):
 @pytest.mark.slow
 def test_a_tiny_learning_rate_moves_fp32_weights_under_bf16(config):
     """bf16 *weights* would swallow updates of 1e-6; fp32 master weights keep them."""
-    train(config(epochs=1, learning_rate=1e-6, warmup=0, precision="bf16", weight_decay=0))
+    train(config(epochs=1, limit=2, learning_rate=1e-6, warmup=0, precision="bf16", weight_decay=0))
     start = load_model("tiny-random").network.state_dict()
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     after = weights(config().out / "last")
@@ -277,10 +274,9 @@ def test_vision_stays_frozen_until_its_epoch(config):
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_trains_the_same(config, tmp_path):
-    plain = train(config(out=tmp_path / "plain", epochs=1))
-    saving = train(config(out=tmp_path / "saving", epochs=1, gradient_checkpointing=True))
-    for a, b in zip(plain.steps, saving.steps, strict=True):
+def test_gradient_checkpointing_trains_the_same(config, finished):
+    saving = train(config(epochs=1, gradient_checkpointing=True))
+    for a, b in zip(finished[1].steps, saving.steps, strict=True):
         assert a["total"] == pytest.approx(b["total"], rel=1e-4)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
 
@@ -334,19 +330,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(config
     assert all(value.isfinite().all() for value in weights(config().out / "last").values())
 
 
-def test_a_missing_root_costs_nothing(config, tmp_path):
+@pytest.mark.slow
+def test_a_missing_root_costs_nothing(config, started, tmp_path):
     """Neither an earlier run that was to be overwritten, nor a second try under the same name."""
+    other = tmp_path / "other"
     with pytest.raises(ValueError, match="there is no such folder"):
-        train(config(data=tmp_path / "nowhere"))
-    train(config(epochs=1))
+        train(config(data=tmp_path / "nowhere", out=other))
+    assert not other.exists()
     with pytest.raises(ValueError, match="there is no such folder"):
         train(config(data=tmp_path / "nowhere", overwrite=True))
     assert lines(config().out)[-1]["epoch"] == 1
 
 
 @pytest.mark.slow
-def test_an_overwritten_run_comes_back_if_the_new_one_fails_at_once(config):
-    train(config(epochs=1))
+def test_an_overwritten_run_comes_back_if_the_new_one_fails_at_once(config, started):
     before = weights(config().out / "best")
 
     def fail(line):

@@ -1,0 +1,192 @@
+"""Is a map true?  Whether the model needs what a map marks, and whether the map needs the model.
+
+Hiding visual tokens in a map's order must hurt the answer sooner than in a random order (deletion), and showing
+them in that order must restore it sooner (insertion; Petsiuk et al., "RISE", BMVC 2018).  When the weights are
+re-drawn layer by layer, the map must fall apart (Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018).
+And a map that lies on the objects must do so better than maps that know nothing of the picture.
+
+Left out: the maps (`model.heatmaps`), and drawing (`report.faithful`).
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from tqdm import tqdm
+
+from ..data import GRID, Fill, Sample, resample_map
+from ..model import Batch, CountingModel, Heatmap, make_accelerator, method_names
+from ..model.looking import Whose, answered_batches
+from ..model.occlusion import hidden_log_probabilities
+from .metrics import alignment, bootstrap_interval
+
+CHANCE = ("uniform", "centre", "another image's target")
+"""Maps that know nothing of their picture."""
+
+
+@dataclass
+class Faithfulness:
+    """What is known of one kind of map over N images; a measure that does not apply is left out.
+
+    Attributes:
+        alignment: measure -> [N], of `metrics.alignment`.
+        curves: [N, 2, steps + 1] log-probability of the answer, in nats: first when ever more tokens are hidden,
+            then when ever more are shown, each in the map's order.
+        better: "deletion", "insertion" -> [N] area between that curve and the one in random order, in nats;
+            above 0 the map's order is better.
+        similarity: after so many layers are re-drawn -> [N] rank correlation with the map before, -1..1.
+    """
+
+    alignment: dict[str, np.ndarray] = field(default_factory=dict)
+    curves: np.ndarray | None = None
+    better: dict[str, np.ndarray] = field(default_factory=dict)
+    similarity: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def measures(self) -> dict[str, np.ndarray]:
+        """Each measure's values [N]; "redrawn" is the similarity once all layers are."""
+        redrawn = {"redrawn": list(self.similarity.values())[-1]} if self.similarity else {}
+        return {**self.alignment, **self.better, **redrawn}
+
+
+def measure_maps(
+    model: CountingModel,
+    samples: list[Sample],
+    methods: Sequence[str] | None = None,
+    redrawn: Sequence[str] | None = None,
+    steps: int = 8,
+    random_orders: int = 2,
+    fill: Fill = "grey",
+    answer: Whose = "own",
+    batch_size: int = 16,
+    seed: int = 0,
+) -> dict[str, Faithfulness]:
+    """Measure methods on some samples.
+
+    Args:
+        model: as in `look`.
+        samples: with objects.
+        methods: names in METHODS; None for all.
+        redrawn: those of them that are repeated with re-drawn weights, layer by layer; None for all.
+        steps: in how many equal steps the tokens of an image are hidden.
+        random_orders: how many are averaged.
+        fill: what stands where a token is hidden.
+        answer: whose map, and whose log-probability.
+        seed: of random orders and re-drawn weights.
+
+    Returns:
+        Of each method; of the target itself, held against the model; of a random order, and of CHANCE.
+    """
+    accelerator = make_accelerator("auto")
+    methods, rng = list(method_names() if methods is None else methods), np.random.default_rng(seed)
+    batches = list(answered_batches(model, samples, accelerator, batch_size, answer))
+    target = torch.stack([torch.from_numpy(sample.target) for sample in samples])
+    with accelerator.autocast():
+        maps = {name: _maps(model.network, batches, name) for name in tqdm(methods, desc="maps", leave=False)}
+        maps |= {"target": target, **dict(zip(CHANCE, _chance_maps(target), strict=True))}
+        found = {name: Faithfulness(_numpy(alignment(map_, target))) for name, map_ in maps.items()}
+        shuffled = [torch.from_numpy(rng.random(target.shape)) for _ in range(random_orders)]
+        random = np.mean([token_curves(model.network, batches, order, steps, fill) for order in shuffled], axis=0)
+        found["random order"] = Faithfulness(curves=random)
+        for name in tqdm([*methods, "target"], desc="curves", leave=False):
+            found[name].curves = token_curves(model.network, batches, maps[name], steps, fill)
+            area = np.trapezoid(found[name].curves - random, dx=1 / steps)  # [N, 2]
+            found[name].better = {"deletion": -area[:, 0], "insertion": area[:, 1]}
+        redrawn = methods if redrawn is None else redrawn
+        for layer, network in redrawn_networks(model.network, seed) if redrawn else ():
+            for name in redrawn:
+                found[name].similarity[layer] = rank_correlation(maps[name], _maps(network, batches, name))
+    return found
+
+
+def _maps(network, batches: list[Batch], method: str) -> torch.Tensor:
+    return torch.cat([Heatmap(network, method)(batch).float().cpu() for batch in batches])
+
+
+def _numpy(values: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def _chance_maps(target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Maps of CHANCE, [N, 14, 14] each; the blob's standard deviation is a quarter of the picture."""
+    profile = torch.exp(-0.5 * ((torch.arange(GRID) - (GRID - 1) / 2) / (GRID / 4)) ** 2)
+    blob = torch.outer(profile, profile) / profile.sum() ** 2
+    return torch.full_like(target, 1 / GRID**2), blob.expand_as(target), target.roll(1, dims=0)
+
+
+def token_curves(network, batches: list[Batch], maps: torch.Tensor, steps: int, fill: Fill) -> np.ndarray:
+    """Deletion and insertion, see `Faithfulness.curves`.
+
+    Args:
+        maps: [N, 14, 14], moved to each image's tokens; equal tokens come row by row.
+
+    Returns:
+        [N, 2, steps + 1]; the first point of deletion is the whole picture, that of insertion none of it.
+    """
+    curves, start = [], 0
+    for batch in batches:
+        hidden = []
+        for map_, (rows, columns) in zip(maps[start:], batch["image_sizes"], strict=False):
+            values = resample_map(map_.double().numpy(), (rows // 2, columns // 2))
+            rank = np.empty(values.size, dtype=int)
+            rank[np.argsort(-values.ravel(), kind="stable")] = np.arange(values.size)
+            edges = np.linspace(0, values.size, steps + 1).round()[:, None]
+            cells = np.concatenate([rank < edges, rank >= edges[1:-1]])  # the ends of both are the same pictures
+            hidden.append(torch.from_numpy(cells.reshape(-1, *values.shape)))
+        start += len(hidden)
+        for score in hidden_log_probabilities(network, batch, hidden, fill):
+            deletion, insertion = score.float().cpu().split([steps + 1, steps - 1])
+            curves.append(torch.stack([deletion, torch.cat([deletion[-1:], insertion, deletion[:1]])]))
+    return torch.stack(curves).double().numpy()
+
+
+def redrawn_networks(network, seed: int = 0) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The network with one layer more re-drawn each time: the language model's from the last to the first, then vision.
+
+    A weight is drawn from the values of its own tensor, which are put in a random order: so all sizes stay, and
+    only what was learned goes.
+
+    Returns:
+        Pairs of the layer that was just re-drawn, and the network (always the same one).
+    """
+    network, generator = copy.deepcopy(network), torch.Generator().manual_seed(seed)
+    layers = network.model.language_model.layers
+    parts = {f"layer {i}": layers[i] for i in reversed(range(len(layers)))} | {"vision": network.model.visual}
+    for name, part in parts.items():
+        with torch.no_grad():
+            for weight in part.parameters():
+                order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
+                weight.copy_(weight.flatten()[order].view_as(weight))
+        yield name, network
+
+
+def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
+    """Spearman's, over the cells of each pair of maps [N, 14, 14]: [N], -1..1; 0 for a constant map."""
+    ranks = [rankdata(maps.flatten(1).numpy(), axis=1) for maps in (first, second)]
+    a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+    scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(axis=1) / np.where(scale > 0, scale, np.inf)
+
+
+MEASURES = {  # of `Faithfulness.measures`: heading
+    "kl": "KL to target", "mass_on_objects": "on objects", "pointing": "pointing",
+    "deletion": "deletion", "insertion": "insertion", "redrawn": "re-drawn",
+}  # fmt: skip
+
+
+def faithfulness_table(found: dict[str, Faithfulness]) -> str:
+    """Kinds of maps x measures, each a mean and half the width of its 95 % bootstrap interval over images."""
+    lines = [f"{'':24}" + "".join(f"{heading:>15}" for heading in MEASURES.values())]
+    for name, one in found.items():
+        measured = one.measures()
+        if any(key in measured for key in MEASURES):
+            cells = (_cell(measured[key]) if key in measured else "-" for key in MEASURES)
+            lines.append(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(values: np.ndarray) -> str:
+    low, mean, high = bootstrap_interval(values)
+    return f"{mean:z.2f} ±{(high - low) / 2:.2f}"

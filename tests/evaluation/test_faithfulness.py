@@ -1,0 +1,100 @@
+"""Deletion, insertion, re-drawn weights and chance levels, against computations by hand."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+
+from fsc147lib.data import Picture, resample_map
+from fsc147lib.evaluation import alignment, faithfulness_table, measure_maps
+from fsc147lib.evaluation.faithfulness import CHANCE, rank_correlation, redrawn_networks, token_curves
+from fsc147lib.model import Collate, Heatmap, load_model
+from fsc147lib.model.forward import answer_logits
+from fsc147lib.model.gradient_difference import digits_score
+
+
+@pytest.fixture(scope="module")
+def dual():
+    return load_model("tiny-dual")
+
+
+@torch.no_grad()
+def test_curves_are_those_of_a_plain_loop_over_pictures_edited_by_hand(dual, mixed_samples):
+    """Pictures of 6 x 8 and 7 x 7 tokens of 32 pixels, which the network gets as they are."""
+    pictures = [Picture(sample.image.resize(size), "apples") for sample, size in
+                zip(mixed_samples, ((256, 192), (224, 224)), strict=False)]  # fmt: skip
+    collate = Collate(dual.tokenizer, dual.image_processor)
+    answers = [dual.tokenizer.encode("COUNT: 3"), dual.tokenizer.encode("COUNT: 12")]
+    maps = torch.from_numpy(np.random.default_rng(0).random((2, 14, 14)))
+    curves = token_curves(dual.network, [collate(pictures, answers)], maps, 3, "grey")
+    assert curves.shape == (2, 2, 4)
+    for i, picture in enumerate(pictures):
+        rows, columns = picture.size[0] // 32, picture.size[1] // 32
+        values = resample_map(maps[i].numpy(), (rows, columns))
+        order = sorted(((r, c) for r in range(rows) for c in range(columns)), key=lambda place: -values[place])
+        for step in range(4):
+            number = round(step * len(order) / 3)
+            for kind, hidden in enumerate((order[:number], order[number:])):
+                image = np.array(picture.image)
+                for r, c in hidden:
+                    image[32 * r : 32 * (r + 1), 32 * c : 32 * (c + 1)] = 127
+                one = collate([Picture(Image.fromarray(image), "apples")], [answers[i]])
+                expected = digits_score(answer_logits(dual.network, one)[0], one).item()
+                assert curves[i, kind, step] == pytest.approx(expected, abs=1e-3)
+
+
+def test_layers_are_redrawn_one_after_the_other(tiny):
+    """From the last to the first, then the vision encoder; each tensor keeps its values in another order."""
+    before = {name: weight.clone() for name, weight in tiny.network.named_parameters()}
+    changed = []
+    for layer, network in redrawn_networks(tiny.network):
+        now = dict(network.named_parameters())
+        changed.append((layer, {name for name in before if not torch.equal(now[name], before[name])}))
+    assert [layer for layer, _ in changed] == ["layer 3", "layer 2", "layer 1", "layer 0", "vision"]
+    assert all("layers.3." in name for name in changed[0][1]) and len(changed[0][1]) >= 7
+    for (_, fewer), (_, more) in zip(changed, changed[1:], strict=False):
+        assert fewer < more
+    assert not any("embed_tokens" in name for name in changed[-1][1])
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(now[name].flatten().sort().values, before[name].flatten().sort().values)
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny.network.named_parameters())
+
+
+def test_rank_correlation_is_scipy_s():
+    rng = np.random.default_rng(0)
+    first, second = (torch.from_numpy(rng.random((3, 14, 14))).round(decimals=1) for _ in range(2))
+    second[2] = 1 / 196
+    got = rank_correlation(first, second)
+    for i in range(2):
+        assert got[i] == pytest.approx(spearmanr(first[i].flatten(), second[i].flatten()).statistic)
+    assert got[2] == 0, "a constant map has no order"
+
+
+def test_measures_of_methods_and_of_chance(dual, mixed_samples):
+    samples = mixed_samples[:2]
+    found = measure_maps(dual, samples, ["attention", "token_gradient"], ["attention"], steps=2, answer="true")
+    assert list(found) == ["attention", "token_gradient", "target", *CHANCE, "random order"]
+    target = torch.from_numpy(np.stack([sample.target for sample in samples]))
+    batch = Collate(dual.tokenizer, dual.image_processor)(samples)
+    attention = Heatmap(dual.network)(batch).detach()
+    np.testing.assert_allclose(found["attention"].alignment["kl"], alignment(attention, target)["kl"], rtol=1e-3)
+    np.testing.assert_allclose(found["target"].alignment["kl"], 0, atol=1e-4)
+    other = alignment(target.flip(0), target)["mass_on_objects"]
+    np.testing.assert_allclose(found["another image's target"].alignment["mass_on_objects"], other, rtol=1e-5)
+    assert (found["uniform"].alignment["pearson"] == 0).all() and found["uniform"].curves is None
+    one, random = found["attention"], found["random order"].curves
+    for kind, sign, name in ((0, -1, "deletion"), (1, 1, "insertion")):
+        area = (one.curves[:, kind] - random[:, kind]) @ np.array([0.25, 0.5, 0.25])
+        np.testing.assert_allclose(one.better[name], sign * area, atol=1e-6)
+    for curves in (one.curves, found["target"].curves):
+        np.testing.assert_allclose(curves[:, :, [0, 2]], random[:, :, [0, 2]], atol=1e-4)
+    assert len(one.similarity) == 5 and not found["token_gradient"].similarity
+    (network,) = [network for layer, network in redrawn_networks(dual.network) if layer == "vision"]
+    again = Heatmap(network)(batch).detach()
+    expected = [spearmanr(a.flatten(), b.flatten()).statistic for a, b in zip(attention, again, strict=True)]
+    np.testing.assert_allclose(one.measures()["redrawn"], expected, atol=0.02)
+    table = faithfulness_table(found)
+    assert "random order" not in table and all(name in table for name in CHANCE)
+    (row,) = [line for line in table.splitlines() if line.startswith("token_gradient")]
+    assert row.split()[-1] == "-"
