@@ -218,9 +218,8 @@ class Run:
         self.total_steps = len(self.batches.sizes) * config.epochs
         self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs done so far, and the checkpoint's steps
         self.signals = Signals(self.accelerator.num_processes == 1)  # several would stop at different steps
-        counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
-        images = {split: len(part) for split, part in self.samples.items()}
-        self.result = TrainResult(config.out, constant_baselines(counts["train"], counts["val"]), images)
+        train, val = ([sample.count for sample in self.samples[split]] for split in ("train", "val"))
+        self.result = TrainResult(config.out, constant_baselines(train, val), {"train": len(train), "val": len(val)})
         self.tracker = None
 
     def open_loader(self, pixels: bool) -> None:
@@ -289,9 +288,8 @@ class Run:
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
         for window in windows(step.cache.ahead(self.loader) if step.cache else self.loader, self.batches.sizes):
-            rate = config.learning_rate * learning_rate_factor(
-                self.step, self.total_steps, config.warmup, config.schedule
-            )
+            factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
+            rate = config.learning_rate * factor
             for group in step.optimizer.param_groups:
                 group["lr"] = rate
             losses, norm = step(window, lazy_weight(config.attention_weight, every, self.step))
