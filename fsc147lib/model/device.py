@@ -92,13 +92,14 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> float | None:
 
 def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
     """Seconds of a call; on "cuda" what it asks of the GPU included."""
-    _wait(device)
+    wait_for(device)
     started = time.perf_counter()
     run()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - started
 
 
-def _wait(device: str) -> None:
+def wait_for(device: str) -> None:
+    """Let the GPU finish."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -259,27 +259,23 @@ def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int],
 
 
 def overhead_bars(rows: Sequence[dict]) -> Figure:
-    """Overhead of each heatmap, with its 95 % interval, and peak memory.
-
-    Args:
-        rows: of `time_losses`.  Grey is a heatmap that is only computed, red one that is trained.
-    """
-    missing = [row["name"] for row in rows if row["out_of_memory"]]
-    rows = [row for row in rows if not row["out_of_memory"]]
+    """Overhead of each heatmap, with its 95 % interval, and peak memory: rows of `time_losses`."""
+    missing, rows = ([row for row in rows if row["out_of_memory"] == lost] for lost in (True, False))
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.4), layout="constrained")
     names = [re.sub(", |_| (?=on )", "\n", row["name"]) for row in rows]
-    colours = {"none": COUNT_COLOUR, True: ATTENTION_COLOUR, False: GREY}
-    colours = [colours["none" if row["method"] == "none" else row["trained"]] for row in rows]
+    kinds = {"count only": COUNT_COLOUR, "heatmap computed": GREY, "heatmap trained": ATTENTION_COLOUR}
+    colours = [list(kinds.values())[(row["method"] != "none") + row["trained"]] for row in rows]
     middle = np.array([row["overhead_median"] for row in rows])
     spread = np.abs(np.array([[row["overhead_low"], row["overhead_high"]] for row in rows]).T - middle)
     places = axes[0].bar(names[1:], 100 * middle[1:], yerr=100 * spread[:, 1:], color=colours[1:], capsize=4)
     axes[0].bar_label(places, fmt="%.1f", fontsize=LABEL, padding=3)
     axes[0].margins(y=0.12)  # room for the labels
-    axes[0].set(ylabel="% of a step", title="overhead (median, 95 % interval)")
-    axes[1].bar(names, [row["peak_memory"] or 0 for row in rows], color=colours)
-    axes[1].set(ylabel="MiB", title="peak memory" + "".join(f"; {name}: out of memory" for name in missing))
-    for place in axes:
-        place.tick_params(axis="x", labelsize=LABEL)
+    axes[0].set(ylabel="% of a step", title="overhead: median, and its 95 % interval as a whisker")
+    axes[1].bar(names, [(row["peak_memory"] or 0) / 1024 for row in rows], color=colours)
+    axes[1].set(ylabel="GiB", title="peak memory" + "".join(f"; {row['name']}: out of memory" for row in missing))
+    plt.setp([*axes[0].get_xticklabels(), *axes[1].get_xticklabels()], fontsize=LABEL)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in kinds.items()]
+    axes[0].legend(handles=patches, frameon=False, fontsize=LABEL, loc="upper left")
     return figure
 
 
@@ -287,17 +283,30 @@ def overhead_against_every(rows: Sequence[dict]) -> Figure:
     """What is left of each trained heatmap's overhead when it is applied on each K-th step only.
 
     Args:
-        rows: of `time_losses`.  A dot is the method's default K.
+        rows: of `time_losses`.  A dot is the method's default K; what no logarithmic axis can show is named instead.
     """
     figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
     every = 2 ** np.arange(8)
     for row in rows:
         if row["trained"] and not row["out_of_memory"]:
-            (line,) = axes.plot(every, 100 * row["overhead_median"] / every, label=row["name"])
-            axes.plot(row["every"], 100 * row["overhead_median"] / row["every"], "o", color=line.get_color())
+            percent, shown = 100 * row["overhead_median"], row["overhead_median"] > 0
+            label = row["name"] + ("" if shown else f": {percent:.1f} %, lost in the noise")
+            (line,) = axes.plot(every if shown else [], percent / every if shown else [], label=label)
+            axes.plot(row["every"], percent / row["every"] if shown else np.nan, "o", color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="K: steps from one heatmap to the next", ylabel="% of a step")
     _plain_numbers(axes)
     axes.set_xticks(every, labels=[str(k) for k in every])
+    axes.legend(frameon=False, fontsize=LABEL)
+    return figure
+
+
+def loss_curves(rows: Sequence[dict], width: int = 20) -> Figure:
+    """Count losses of `throughput --curves`: at each step the mean of the last `width`."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    for row in rows:
+        means = np.convolve(row["losses"], np.ones(width) / width, "valid")
+        axes.plot(np.arange(width, width + len(means)), means, label=row["name"], linewidth=1.2)
+    axes.set(xlabel="step", ylabel="count loss (nats per token)")
     axes.legend(frameon=False, fontsize=LABEL)
     return figure
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,6 +44,8 @@ class OverheadConfig:
     """Heatmaps to time."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
+    gradient_method: Literal["exact", "difference"] = "exact"
+    """How token_gradient is trained, as in `train`."""
     image_size: tuple[int, int] = (384, 576)
     """Height and width of the drawn pictures."""
     batch_size: int = 8
@@ -172,6 +175,7 @@ def time_losses(
     train_vision: bool = True,
     precision: str = "auto",
     compiled: bool = False,
+    gradient_method: str = "exact",
     lora: int | None = None,
     gradient_checkpointing: bool = False,
 ) -> list[dict]:
@@ -186,6 +190,7 @@ def time_losses(
         train_vision: whether the vision encoder trains as well.
         precision: as in TrainConfig.
         compiled: compile the layers.
+        gradient_method: of token_gradient, where it is trained.
         lora, gradient_checkpointing: as in TrainConfig.
 
     Returns:
@@ -214,7 +219,8 @@ def time_losses(
     trials, peaks = {}, {}
     for variant in variants:
         method = "attention" if variant.method == "none" else variant.method
-        heatmap = Heatmap(network, method, state_layer=heatmap_layer, compiled=compiled)
+        heatmap = Heatmap(network, method, state_layer=heatmap_layer, compiled=compiled,
+                          gradient_method=gradient_method)  # fmt: skip
         step = step_of(variant, batches, heatmap, optimizer, accelerator)
         try:
             step(0)  # before it is measured: the first step allocates what stays
@@ -249,7 +255,7 @@ def measure_overhead(config: OverheadConfig) -> list[dict]:
         samples = drawn_samples(config.batches * config.batch_size, Path(folder), config.image_size)
         rows = time_losses(
             model, samples, config.methods, config.batch_size, config.rounds, config.heatmap_layer,
-            model.recipe.train_vision, config.precision, config.compile,
+            model.recipe.train_vision, config.precision, config.compile, config.gradient_method,
         )  # fmt: skip
     if config.json is not None:
         write_report(config.json, {"rows": rows}, config)

@@ -58,6 +58,8 @@ class TrainConfig:
     """How often each training image is shown; each epoch ends in a validation and a checkpoint."""
     batch_size: int = 16
     """Images of one forward pass."""
+    batch_tokens: int | None = None
+    """Split a batch into passes of at most so many tokens, padding included: the same step in less memory."""
     accumulation: int = 1
     """Batches of one step, whose gradients are added up: as one batch so many times as large, in less memory."""
     learning_rate: float | None = None
@@ -70,8 +72,8 @@ class TrainConfig:
     """How the learning rate falls to 0 after the warmup, or that it does not."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    attention_weight: float = 0.1
-    """Weight w of the attention loss; 0 trains on counts alone."""
+    attention_weight: float = 0.5
+    """Weight w of the attention loss; 0 trains on counts alone.  Chosen in docs/study.md."""
     attention_loss: Literal["kl", "mse"] = "kl"
     """How heatmap and target are compared: KL(target || heatmap) in nats, or the squared error summed over cells."""
     attention_target: Literal["objects", "shuffled", "centre"] = "objects"
@@ -130,14 +132,14 @@ class TrainConfig:
     def __post_init__(self):
         need(self, "heatmap", self.heatmap in method_names(True), f"one of {', '.join(method_names(True))}")
         counts = "epochs", "batch_size", "accumulation", "log_every", "heatmap_every", "heatmap_images", "limit", "lora"
-        for name in (*counts, "max_pixels"):
+        for name in (*counts, "max_pixels", "batch_tokens"):
             need(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             need(self, name, value is None or 0 < value < math.inf, "above 0 and finite")
-        need(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
-        need(self, "attention_weight", 0 <= self.attention_weight < math.inf, "at least 0 and finite")
+        for name in ("weight_decay", "attention_weight"):
+            need(self, name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
         need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
         uncached = self.vision_cache in ("auto", "off")
@@ -185,17 +187,19 @@ class TrainConfig:
 
 
 class Run:
-    """One training run, put together: images, model, step and folder.  `train` drives it."""
+    """One training run, put together: images, model (one in memory, or the config's), step and folder."""
 
-    def __init__(self, config: TrainConfig, on_log: Callable[[dict], None] | None = None):
-        self.on_log = on_log
+    def __init__(
+        self, config: TrainConfig, on_log: Callable | None = None, on_epoch: Callable | None = None, model=None
+    ):
+        self.on_log, self.on_epoch = on_log, on_epoch
         self.folder = RunFolder(config)
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
         self.folder.writes = self.accelerator.is_main_process
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         self.images = fingerprint(self.samples)
-        self.model = load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
+        self.model = model or load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe, self.accelerator.mixed_precision)
         network = self.model.network
         save_memory(network, config.lora, config.gradient_checkpointing, self.accelerator.mixed_precision)
@@ -211,20 +215,19 @@ class Run:
         self.training_step = TrainingStep(loss, optimizer, self.accelerator, config.clip)
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
-        self.total_steps = math.ceil(len(self.loader) / self.batches.per_step) * config.epochs
-        self.step, self.epoch = 0, 0  # done so far
+        self.total_steps = len(self.batches.sizes) * config.epochs
+        self.step, self.epoch, self.tracker = 0, 0, None  # steps and epochs done so far
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
-        images = {split: len(listed) for split, listed in counts.items()}
+        images = {split: len(part) for split, part in self.samples.items()}
         self.result = TrainResult(config.out, constant_baselines(counts["train"], counts["val"]), images)
-        self.tracker = None
 
     def open_loader(self, pixels: bool) -> None:
         """Open the loader of training batches, with room for all pixels unless the vision cache takes their place."""
-        config, samples = self.config, [*self.samples["train"], *self.samples["val"]]
-        self.store = PixelStore(samples, self.model.image_processor, shared=self.workers > 0) if pixels else None
+        config, (train, val) = self.config, self.samples.values()
+        self.store = PixelStore([*train, *val], self.model.image_processor, shared=self.workers > 0) if pixels else None
         loader = training_loader(
-            self.samples["train"], self.model, self.store, config.batch_size, config.seed, config.flip,
-            config.batch_by_size, self.workers, config.accumulation, self.accelerator.num_processes,
+            train, self.model, self.store, config.batch_size, config.seed, config.flip, config.batch_by_size,
+            self.workers, config.accumulation, self.accelerator.num_processes, config.batch_tokens,
         )  # fmt: skip
         self.batches, self.loader = loader.batch_sampler, self.accelerator.prepare(loader)
 
@@ -243,8 +246,7 @@ class Run:
             mirrored = [sample.flipped() for sample in train] if config.flip else []
             self.training_step.cache = VisionCache(
                 self.model, [*train, *mirrored, *self.samples["val"]], self.accelerator,
-                config.vision_cache, config.out.parent / "vision-cache", self.workers,
-                compiled=self.heatmap.compiled,
+                config.vision_cache, config.out.parent / "vision-cache", self.workers, compiled=self.heatmap.compiled,
             )  # fmt: skip
 
     def close(self) -> None:
@@ -271,6 +273,8 @@ class Run:
             self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
         )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
+        if self.on_epoch:
+            self.on_epoch(self.model)
 
     def train_epoch(self, progress: tqdm) -> None:
         """Train on each image once, with a line of the log every few steps."""
@@ -283,7 +287,7 @@ class Run:
         self.batches.shuffle(self.epoch)
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
-        for window in windows(self.loader, self.batches.per_step):
+        for window in windows(step.cache.ahead(self.loader) if step.cache else self.loader, self.batches.sizes):
             factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
             rate = config.learning_rate * factor
             for group in step.optimizer.param_groups:
@@ -314,12 +318,13 @@ class Run:
             self.folder.save(self.model, step.optimizer, self.result, self.images, self.validation, step.scaler)
 
 
-def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:
+def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callable | None = None) -> TrainResult:
     """Fine-tune a model; `python -m fsc147lib train` calls this.
 
     Args:
         config: what to do; the run's folder is `config.out`.
         on_log: called with each line of metrics.jsonl as it is written, for a live curve.
+        on_epoch: called with the model before training and after each epoch, for maps on the way.
 
     Returns:
         The run's history.  The weights are in `out/best` and `out/last`.
@@ -328,7 +333,7 @@ def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> 
         ConfigError, DataError, ModelError: before the first step, with the cure in the message.
         NonFiniteLoss: during training; `last/` holds the last whole epoch.
     """
-    run = Run(config, on_log)
+    run = Run(config, on_log, on_epoch)
     try:
         run.open()
         if run.epoch == 0:

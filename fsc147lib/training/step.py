@@ -38,7 +38,7 @@ class TrainingStep:
         optimizer: of the loss's network; its learning rate is the caller's to set.
         accelerator: gives device, precision and processes.
         clip: largest norm of the gradient.
-        cache: gives each batch its image features; None where the batches bring pixels.
+        cache: gives each batch its image features; None where the batches bring them, or pixels.
 
     Attributes:
         skipped: steps so far without an update, as of the last `check`.
@@ -73,7 +73,7 @@ class TrainingStep:
         tokens, images = self._sizes(window)
         summed = LossParts(*torch.zeros(3, device=self.accelerator.device))
         for i, batch in enumerate(window):
-            batch = self.cache.add_to(batch) if self.cache else batch
+            batch = self.cache.add_to(batch) if self.cache and "image_features" not in batch else batch
             with self.accelerator.no_sync(self.loss) if i + 1 < len(window) else nullcontext():
                 parts = self.loss(batch, tokens, images, weight)
                 self.accelerator.backward(parts.total * self.accelerator.num_processes)  # whose gradients are averaged

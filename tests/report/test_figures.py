@@ -160,7 +160,8 @@ def timings():
 def test_bars_are_medians_and_leave_out_what_did_not_fit():
     axes = figures.overhead_bars(timings()).axes
     assert [patch.get_height() for patch in axes[0].patches[:1]] == [80]
-    assert [patch.get_height() for patch in axes[1].patches] == [0, 300]
+    assert [patch.get_height() for patch in axes[1].patches] == [0, 300 / 1024]
+    assert len(axes[0].get_legend().get_texts()) == 3
     assert "b, trained: out of memory" in axes[1].get_title()
 
 
@@ -168,6 +169,18 @@ def test_overhead_falls_with_k():
     axes = figures.overhead_against_every(timings()).axes[0]
     np.testing.assert_allclose(axes.lines[0].get_ydata()[:3], [80, 40, 20])
     assert axes.lines[1].get_xydata().tolist() == [[16, 5]]
+
+
+def test_an_overhead_below_zero_is_named_and_not_drawn():
+    base, trained, _ = timings()
+    axes = figures.overhead_against_every([base, {**trained, "overhead_median": -0.01}]).axes[0]
+    assert not len(axes.lines[0].get_ydata()) and np.isnan(axes.lines[1].get_ydata()).all()
+    assert axes.get_legend().get_texts()[0].get_text() == "a, trained: -1.0 %, lost in the noise"
+
+
+def test_loss_curves_are_running_means():
+    axes = figures.loss_curves([{"name": "fp32", "losses": [4.0, 2.0, 1.0, 1.0]}], width=2).axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[2, 3], [3, 1.5], [4, 1]])
 
 
 def test_lazy_curves_count_time_in_plain_steps():

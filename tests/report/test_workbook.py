@@ -155,9 +155,14 @@ def test_links_between_notebooks_lead_from_page_to_page(tmp_path):
     assert "02_b.ipynb" in (tmp_path / "out" / "a.ipynb").read_text()
 
 
-def test_a_failing_notebook_is_named_and_what_ran_is_kept(tmp_path):
-    path = notebook(tmp_path / "a.ipynb", "print('before')", "raise RuntimeError('the reason')")
-    with tqdm(disable=True) as progress, pytest.raises(workbook.WorkbookError, match="(?s)a.ipynb failed.*the reason"):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [("raise RuntimeError('the reason')", "the reason"), ("import os; os._exit(1)", "Kernel died")],
+)
+def test_a_failing_notebook_is_named_and_what_ran_is_kept(tmp_path, cell, reason):
+    path = notebook(tmp_path / "a.ipynb", "print('before')", cell)
+    with tqdm(disable=True) as progress, pytest.raises(workbook.WorkbookError, match=f"(?s)a.ipynb failed.*{reason}"):
         workbook.run_notebook(path, tmp_path / "out", progress)
     assert "before" in (tmp_path / "out" / "a.html").read_text()
 
