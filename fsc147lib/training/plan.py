@@ -12,6 +12,7 @@ from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..model.adapt import freeze_vision
 from ..model.collate import Collate, to_device
 from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, seconds_of
+from ..model.load import count_parameters
 from ..model.vision_cache import VisionCache, choose_place
 from .loop import Run, TrainConfig
 from .schedule import lazy_weight
@@ -100,7 +101,10 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
     free_models()
     on_gpu = torch.cuda.is_available()
     room = gpu_memory()[1] if on_gpu else free_memory()
-    run = Run(config)
+    try:
+        run = Run(config)
+    except torch.OutOfMemoryError:  # the weights alone have no room
+        return Plan(config, room, {"weights": max(room + 1, 4 * count_parameters(config.model))}, ("off", 0), 0)
     network = run.model.network
     freeze_vision(network, not run.config.vision_trains(run.config.epochs - 1))
     trained = sum(weight.nbytes for weight in network.parameters() if weight.requires_grad)

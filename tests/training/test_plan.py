@@ -54,3 +54,13 @@ def test_what_does_not_fit_is_told_what_does(config, monkeypatch):
     monkeypatch.setattr(plan, "free_memory", lambda: states + 200)
     words = ["train", "--data", str(config.data), "--out", str(config.out), "--model", "tiny-random", "--dry-run"]
     assert main([*words, "--limit", "8", "--batch-size", "4"]) == 1
+
+
+def test_weights_without_room_are_no_traceback(config, monkeypatch):
+    def full(config):
+        raise plan.torch.OutOfMemoryError
+
+    monkeypatch.setattr(plan, "Run", full)
+    monkeypatch.setattr(plan, "free_memory", lambda: 2**20)
+    plans = plan_training(config)
+    assert len(plans) == 1 and "it does not fit" in describe(plans) and "take a smaller model" in describe(plans)
