@@ -43,7 +43,7 @@ class WorkbookError(RuntimeError):
     """A notebook cannot go on; the message says what to run first, or which cell failed."""
 
 
-FITS = (  # GiB that Qwen3-VL-2B needs for it (docs/cards.md), and options of `train`
+FITS = (  # GiB that Qwen3-VL-2B needs for it, by estimate (docs/cards.md), and options of `train`
     (50.0, {"batch_size": 16}),
     (30.0, {"batch_size": 8, "gradient_checkpointing": True}),
     (18.0, {"batch_size": 8, "lora": 16}),
