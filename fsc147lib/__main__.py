@@ -8,11 +8,10 @@ Left out: everything that a command does; each calls one function.
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
-from .files import write_text
+from .files import write_json, write_text
 from .options import parse_options
 
 
@@ -25,7 +24,7 @@ def run_check(config) -> int:
         write_text(config.exclude, "".join(f"{name}\n" for name in report.exclude))
         print(f"{len(report.exclude)} training images to leave out are in {config.exclude}")
     if config.json is not None:
-        write_text(config.json, json.dumps(report.to_dict(), indent=1))
+        write_json(config.json, report.to_dict())
     return 0 if report.clean else 1
 
 
@@ -70,6 +69,8 @@ def run_evaluate(config) -> int:
     found = evaluate(config)
     title = f"{len(found.images)} images of the split {config.split} of {config.data}, answered by {config.model}"
     print(metrics_table(title, {"model": found.metrics}, found.baselines, found.bins))
+    if config.json is not None:
+        found.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
     return 0
 
 
@@ -140,7 +141,9 @@ COMMANDS = {  # name: (the dataclass of its options and the module it lies in, w
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one command; returns its exit status (0 done, 1 faults found, 2 refused with the reason on stderr).
+    """Run one command; returns its exit status.
+
+    0: done.  1: faults found.  2: refused, with the reason on stderr.  130, 143: stopped by Ctrl-C or SIGTERM.
 
     A file of your own that adds a heatmap method first has the same commands: `sys.exit(main())` at its end.
 
@@ -163,6 +166,14 @@ def main(words: list[str] | None = None) -> int:
         return run(parse_options(config, words[1:], f"{program} {words[0]}"))
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:  # of `train` with a sentence on how to go on
+        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+        return 128 + getattr(stop, "signal", 2)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(f"a process that reads images was killed ({error}): give fewer --workers, or 0", file=sys.stderr)
         return 2
 
 

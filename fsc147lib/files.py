@@ -4,10 +4,13 @@ at what is to be read before it is opened.
 Left out: formats.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,13 +26,13 @@ def need_inside(path: Path, root: Path) -> Path:
     return path
 
 
-def need_file(path: str | Path) -> Path:
+def need_file(path: str | Path, most: int | None = MAX_BYTES) -> Path:
     """The path of a file that ends; OSError where opening it might wait for ever, as a pipe does."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{path} is a pipe, a device or a folder, and no file")
-    if found.st_size > MAX_BYTES:
-        raise OSError(f"{path} has {found.st_size:,} bytes, more than {MAX_BYTES:,}")
+    if most is not None and found.st_size > most:
+        raise OSError(f"{path} has {found.st_size:,} bytes, more than {most:,}")
     return Path(path)
 
 
@@ -40,6 +43,14 @@ def write_text(path: str | Path, text: str) -> None:
     draft = path.with_name(path.name + ".writing")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write a value as JSON, all or nothing; a ValueError where it holds NaN or infinity, which JSON has not."""
+    try:
+        write_text(path, json.dumps(value, indent=1, allow_nan=False))
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: {error}") from error
 
 
 @contextmanager
@@ -59,12 +70,13 @@ def new_draft(folder: Path) -> Path:
     return draft
 
 
-def replace_folder(draft: Path, folder: Path) -> None:
-    """Put a finished folder in its place, keeping the old one until the new one is there."""
+def replace_folder(draft: Path, folder: Path, keep: bool = False) -> None:
+    """Put a finished folder in its place, keeping the old one until the new one is there, or also after that."""
     recover_folder(folder)
     old = set_aside(folder)
     draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if not keep:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:
@@ -81,3 +93,61 @@ def recover_folder(folder: Path) -> None:
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
+
+
+# --- Manifests: whether a folder holds what was written into it
+
+MANIFEST = "manifest.json"
+
+START = 2**20
+"""Bytes at the start of a file that are always compared; of most files that is all of it."""
+
+
+class DamagedFolder(ValueError):
+    """A folder's files are not those that were written into it; the message names one."""
+
+
+def write_manifest(folder: Path, **about) -> None:
+    """Write down each file's size and SHA-256, of the whole and of its start, and what else is to be known of them."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    with ThreadPoolExecutor() as threads:  # large files, of which there are two
+        wholes = list(threads.map(_sha256, paths))
+    files = {
+        path.name: {"bytes": path.stat().st_size, "start": _sha256(path, START), "sha256": whole}
+        for path, whole in zip(paths, wholes, strict=True)
+    }
+    (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
+
+
+def read_manifest(folder: str | Path, whole: bool = False) -> dict | None:
+    """A folder's manifest, after its files were compared with it; None where the folder has none.
+
+    Args:
+        whole: compare all bytes, and not only sizes and starts.
+
+    Raises:
+        DamagedFolder: a file of the manifest is another, or is missing though `whole` is asked for.
+    """
+    folder, path = Path(folder), Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        for name, known in manifest["files"].items():
+            file = folder / Path(name).name
+            if not file.exists() and not whole:  # whoever needs it says so
+                continue
+            size = need_file(file, most=None).stat().st_size
+            if size != known["bytes"]:
+                raise DamagedFolder(f"{file} has {size:,} bytes, but {known['bytes']:,} were written")
+            if _sha256(file, START) != known["start"] or whole and _sha256(file) != known["sha256"]:
+                raise DamagedFolder(f"{file} holds other bytes than were written (if on purpose: remove {path})")
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DamagedFolder(f"{path} cannot be used ({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def _sha256(path: Path, most: int | None = None) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(most)) if most else hashlib.file_digest(file, "sha256")
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ where one is made, so that a long run does not end on a typing error.
 Left out: the options themselves.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Literal
@@ -22,6 +23,15 @@ def need(config, name: str, holds: bool, rule: str) -> None:
     if not holds:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(f"{name} ({flag}) is {getattr(config, name)}, but must be {rule}")
+
+
+def need_report(config, beside: str = "") -> None:
+    """Refuse a `json` that cannot be written, before any work is done for it; `beside` it is a .csv of these."""
+    if config.json is not None:
+        folder = next(folder for folder in config.json.absolute().parents if folder.exists())
+        writable = not config.json.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
+        need(config, "json", writable, "a file, not a folder, at a place where files can be written")
+        need(config, "json", not beside or config.json.suffix != ".csv", f"no .csv: the {beside} go to one beside it")
 
 
 def parse_options(config: type, words: Sequence[str], program: str):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tyro.conf import Positional
 
-from ..options import need
+from ..options import need, need_report
 from .faults import ANNOTATIONS, DENSITIES, IMAGES, MAX_PIXELS, PARTS, DataError, Fault, Faults
 from .fsc147 import Sample, scan
 
@@ -34,8 +34,8 @@ class CheckConfig:
     """Largest image, in pixels; Pillow's own limit of 179 million stays."""
 
     def __post_init__(self):
-        for name in ("json", "exclude"):
-            need(self, name, getattr(self, name) is None or not getattr(self, name).is_dir(), "a file, not a folder")
+        need_report(self)
+        need(self, "exclude", self.exclude is None or not self.exclude.is_dir(), "a file, not a folder")
         need(self, "max_pixels", self.max_pixels >= 1, "at least 1")
 
 

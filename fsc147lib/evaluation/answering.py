@@ -6,7 +6,6 @@ forced, so that they can be compared with the training log.  Left out: drawing, 
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split, split_counts
-from ..files import write_text
+from ..files import write_json, write_text
 from ..model import (
     Batch,
     Collate,
@@ -37,7 +36,7 @@ from ..model import (
 from ..model.answers import DeferredCopy, agreement, greedy_tokens, longest_answer
 from ..model.layers import KeysValues
 from ..model.prompt import parse_count, parse_count_leniently
-from ..options import Precision, need
+from ..options import Precision, need, need_report
 from .metrics import absolute_errors, alignment, constant_baselines, counting_metrics, metrics_by_bin
 
 
@@ -81,9 +80,7 @@ class EvaluateConfig:
     talks on: give it 64 where `unparsed_leniently` matters."""
 
     def __post_init__(self):
-        if self.json is not None:
-            need(self, "json", self.json.suffix != ".csv", "another name: the images go to the .csv beside it")
-            need(self, "json", not self.json.is_dir(), "a file, not a folder")
+        need_report(self, "images")
         need(self, "heatmap", self.heatmap in method_names(), f"one of {', '.join(method_names())}")
         need(self, "batch_size", self.batch_size >= 1, "at least 1")
         for name in ("limit", "longest"):
@@ -121,7 +118,7 @@ class Evaluation:
         """Write `path` (JSON: metrics, bins, baselines, `about`) and, beside it with the ending .csv, the images."""
         path = Path(path)
         numbers = {"metrics": self.metrics, "bins": self.bins, "baselines": self.baselines}
-        write_text(path, json.dumps({**about, **numbers}, indent=1))
+        write_json(path, {**about, **numbers})
         write_text(path.with_suffix(".csv"), to_csv([asdict(image) for image in self.images]))
 
 
@@ -229,6 +226,8 @@ def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Eva
         "count_loss": loss,
         **maps,
     }
+    if wrong := [f"{name} is {value}" for name, value in metrics.items() if not np.isfinite(value or 0)]:
+        raise ValueError(f"{', '.join(wrong)}: the model is broken, or its images are; look with `verify`")
     return Evaluation(metrics, metrics_by_bin(*counts), images)
 
 
@@ -280,7 +279,7 @@ def generate_answers(
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Load a model, evaluate a split, write the files named; `python -m fsc147lib evaluate` calls this."""
+    """Load a model and evaluate a split; `python -m fsc147lib evaluate` calls this, prints it and writes `json`."""
     samples = open_split(config.data, config.split, config.limit, config.category, None, config.max_pixels)
     model = load_model(config.model)
     accelerator = make_accelerator(config.precision)
@@ -296,6 +295,4 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     if training:
         result.baselines = constant_baselines(training, [sample.count for sample in samples])
-    if config.json is not None:
-        result.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
     return result

@@ -156,8 +156,16 @@ def _mrope(head: int, y: torch.Tensor, x: torch.Tensor, tail: int) -> torch.Tens
     return torch.cat([torch.arange(head).expand(3, -1), image, torch.arange(after, after + tail).expand(3, -1)], dim=1)
 
 
+def need_right_padding(batch: Batch) -> None:
+    """Raise ValueError where a row begins with padding, which no mask hides; on a GPU nobody waits for an answer."""
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.device.type == "cpu" and 0 in mask[:, 0].tolist():
+        raise ValueError("a row of the batch is padded on the left: pad on the right, as Collate does")
+
+
 def to_device(batch: Batch, device) -> Batch:
-    """The batch with its tensors on a device; all else stays as it is."""
+    """The batch with its tensors on a device; all else stays as it is.  One padded on the left is a ValueError."""
+    need_right_padding(batch)
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     return cast(Batch, {**batch, **{key: value.to(device, non_blocking=True) for key, value in tensors.items()}})
 

@@ -16,6 +16,18 @@ from accelerate.utils import DataLoaderConfiguration
 from ..options import ConfigError
 
 
+class OwnAccelerator(Accelerator):
+    """An accelerator that keeps its precision: accelerate's own looks it up in a state that the newest one has set."""
+
+    def autocast(self, *args, **kwargs):
+        AcceleratorState._shared_state = self.state.__dict__
+        return super().autocast(*args, **kwargs)
+
+    def prepare(self, *args, **kwargs):
+        AcceleratorState._shared_state = self.state.__dict__
+        return super().prepare(*args, **kwargs)
+
+
 def make_accelerator(precision: str) -> Accelerator:
     """Device and precision; weights keep their type.
 
@@ -35,8 +47,8 @@ def make_accelerator(precision: str) -> Accelerator:
     on_mac = torch.backends.mps.is_available()
     if on_mac:
         warnings.warn("Apple's MPS was never tried with this library, so it computes on the CPU", stacklevel=2)
-    AcceleratorState._reset_state()  # it is shared, and would refuse a second run of another precision in one notebook
-    return Accelerator(
+    AcceleratorState._shared_state = {}  # not emptied: that would change the precision of who has the one before
+    return OwnAccelerator(
         cpu=on_mac,
         mixed_precision="no" if precision == "fp32" else precision,
         dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=on_gpu),  # `SizeBatches` does

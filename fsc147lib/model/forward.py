@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from .collate import Batch
+from .collate import Batch, need_right_padding
 from .layers import KeysValues, run_layer, select_positions, text_layer, vision_block
 
 VISION = -1  # the vision encoder's place among the layers: below the language model's layer 0
@@ -69,6 +69,7 @@ def answer_logits(
     Returns:
         [B, A, V] logits of the tokens in `batch["answer_labels"]`, and the trace.
     """
+    need_right_padding(batch)
     model, trace = network.model.language_model, Trace()
     answer, visual = batch["answer_positions"], batch["visual_index"]
     through_vision = gradient_from == VISION

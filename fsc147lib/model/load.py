@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGene
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file, logging
 
+from ..files import read_manifest
 from .device import free_models
 from .network import CountingModel, ModelError, Recipe, random_network
 from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
@@ -58,6 +59,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
     name, verbosity = _find(name), logging.get_verbosity()
     logging.set_verbosity_error()  # what else is to be said of the weights is said below
     try:
+        read_manifest(name)
         kind = Qwen3VLConfig.get_config_dict(name)[0].get("model_type")
         if kind != "qwen3_vl":
             raise ModelError(f"this is a {kind!r} model: this library knows Qwen3-VL (model_type 'qwen3_vl') only")

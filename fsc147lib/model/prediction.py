@@ -4,7 +4,6 @@ What comes back is what the model says, how probable it finds each number, and w
 Left out: drawing (`report`), and whether its probabilities are right (`evaluation.intervals`).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from ..data import Picture, Sample
-from ..files import write_text
-from ..options import Precision, need
+from ..files import write_json
+from ..options import Precision, need, need_report
 from .answers import own_answers
 from .collate import Collate, to_device
 from .counts import count_log_probabilities
@@ -51,7 +50,7 @@ class PredictConfig:
         need(self, "images", len(self.images) > 0, "a picture or more")
         formats = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
         need(self, "map", self.map is None or self.map.suffix in formats, f"a file that ends in {', '.join(formats)}")
-        need(self, "json", self.json is None or not self.json.is_dir(), "a file, not a folder")
+        need_report(self)
 
     def map_path(self, i: int) -> Path:
         """Where the map of the i-th picture goes."""
@@ -125,7 +124,7 @@ def predict_files(config: PredictConfig) -> list[Prediction]:
     found = predict_samples(model, pictures, accelerator=make_accelerator(config.precision))
     if config.json is not None:
         numbers = [prediction.to_dict() for prediction in found]
-        write_text(config.json, json.dumps({"model": config.model, "predictions": numbers}, indent=1))
+        write_json(config.json, {"model": config.model, "predictions": numbers})
     return found
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 
 from ..data import GRID, Sample
 from ..data.targets import resample_map
+from ..files import DamagedFolder, read_manifest
 from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
 from ..model.adapt import freeze_vision, merged_weights, save_memory
 from ..model.answers import own_answers
@@ -239,6 +240,15 @@ def training_step(subject: Subject):
 def _some(weight: torch.Tensor) -> torch.Tensor:
     """A few hundred numbers of a tensor."""
     return weight.detach().flatten()[:: max(1, weight.numel() // 256)].clone()
+
+
+def files_as_written(subject: Subject):
+    """All bytes of a checkpoint, of which a start alone is compared when it is loaded."""
+    try:
+        manifest = read_manifest(subject.config.model, whole=True)
+    except DamagedFolder as error:
+        return False, str(error)
+    return manifest and (True, f"{len(manifest['files'])} files have the SHA-256 that they were written with")
 
 
 def saved_model(subject: Subject):

@@ -43,18 +43,18 @@ class Kept:
         return self._once(("attention", sample, answer, word), compute)
 
     def map(
-        self, sample: Sample, method: str, layers: tuple, heads: tuple | None, answer: str, word: str
+        self, sample: Sample, method: str, layers: tuple, heads: tuple, answer: str, word: str
     ) -> tuple[np.ndarray, str]:
-        """A heatmap [14, 14] that sums to 1, and the answer during which it was seen; choices as of `look`."""
+        """A heatmap [14, 14] that sums to 1, and its answer; choices as of `look`, no heads: all."""
         if method == "attention":
             maps, text = self.attention(sample, answer, word)
             mean = maps[list(layers)][:, list(heads or self.heads)].mean(axis=(0, 1))
             return mean / mean.sum(), text
         if not has_heads(method):
-            layers, heads = self.default_layers, None
+            layers, heads = self.default_layers, ()
 
         def compute():
-            seen = look(self.model, [sample], layers, 16, answer, method, heads, word)
+            seen = look(self.model, [sample], layers, 16, answer, method, heads or None, word)
             return seen.maps[0].numpy(), seen.answers[0]
 
         return self._once((method, sample, layers, heads, answer, word), compute)
@@ -68,7 +68,7 @@ class Kept:
                 self._found["attention", sample, "own", "all"] = maps, text
 
         def compute():
-            found = [self.map(s, "attention", self.default_layers, None, "own", "all") for s in samples]
+            found = [self.map(s, "attention", self.default_layers, (), "own", "all") for s in samples]
             kl = measures(np.stack([heatmap for heatmap, _ in found]), np.stack([s.target for s in samples]))["kl"]
             return [
                 {"count": sample.count, "predicted": parse_count(text), "kl": float(one)}

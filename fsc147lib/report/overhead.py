@@ -26,7 +26,7 @@ from ..model.device import make_accelerator, peak_memory, seconds_of
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.network import CountingModel, random_network
-from ..options import Precision, need
+from ..options import Precision, need, need_report
 from ..training.losses import DualLoss, LossParts
 from ..training.step import TrainingStep, make_optimizer
 from .timing import table, take_turns, write_report
@@ -65,8 +65,7 @@ class OverheadConfig:
         for name in ("batch_size", "batches", "rounds"):
             need(self, name, getattr(self, name) >= 1, "at least 1")
         need(self, "image_size", min(self.image_size) >= 32, "at least 32 pixels each")
-        if self.json is not None:
-            need(self, "json", self.json.suffix != ".csv", "another name: the rows also go to the .csv beside it")
+        need_report(self, "rows")
 
 
 SHAPES = {  # name: (text, vision), as in the models' own config.json

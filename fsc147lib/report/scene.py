@@ -22,7 +22,8 @@ from .predictions import show_distribution
 class Choice:
     """One sample and all that is chosen about it; without a model there is no map.
 
-    `layers`, `heads`, `answer`, `method` and `word` are those of `look`, `cells` the hidden ones of 196, row by row.
+    `layers`, `heads`, `answer`, `method` and `word` are those of `look`, no heads: all; `cells` are the hidden
+    ones of 196, row by row.
     """
 
     sample: Sample
@@ -30,7 +31,7 @@ class Choice:
     model: str = ""
     method: str = "attention"
     layers: tuple[int, ...] = ()
-    heads: tuple[int, ...] | None = None
+    heads: tuple[int, ...] = ()
     word: str = "all"
     answer: str = "own"
     cells: tuple[int, ...] = ()

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..options import Precision, need
+from ..options import Precision, need, need_report
 from .overhead import load_or_shape
 from .timing import table, write_report
 from .trials import Variant, serve
@@ -62,8 +62,7 @@ class ThroughputConfig:
         for name in ("batch_size", "rounds", "steps"):
             need(self, name, getattr(self, name) >= 1, "at least 1")
         need(self, "curves", self.curves is None or self.curves >= 1, "at least 1")
-        if self.json is not None:
-            need(self, "json", self.json.suffix != ".csv", "another name: the rows also go to the .csv beside it")
+        need_report(self, "rows")
 
 
 def variants_of(on_gpu: bool, frozen: bool, narrow: bool = False) -> list[Variant]:

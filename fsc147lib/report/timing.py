@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from ..evaluation.answering import to_csv
-from ..files import write_text
+from ..files import write_json, write_text
 from ..model.device import seconds_of
 
 
@@ -121,7 +121,7 @@ def write_report(path: str | Path, report: dict, config=None) -> None:
     path, options = Path(path), asdict(config) if config else {}
     options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     about = {"command": "python -m fsc147lib " + " ".join(sys.argv[1:]), **options, **machine()}
-    write_text(path, json.dumps({**about, **report}, indent=1))
+    write_json(path, {**about, **report})
     keys = dict.fromkeys(key for row in report["rows"] for key in row)
     write_text(path.with_suffix(".csv"), to_csv([{key: row.get(key) for key in keys} for row in report["rows"]]))
 

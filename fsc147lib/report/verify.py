@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..data import Sample, make_dataset, open_split
-from ..options import Precision, need
+from ..options import Precision, need, need_report
 from . import checks
 from .timing import machine, write_report
 
@@ -22,6 +22,7 @@ TRIED = {
 }  # versions that the tests, or this command, were run with
 _VERSIONS = "install the versions of requirements.lock: transformers may compute something else by now"
 CHECKS = (  # a check, and what to do where it fails
+    (checks.files_as_written, "copy the folder anew, or go on from another checkpoint: its bytes have changed on disk"),
     (checks.special_tokens, "take all files of one model's folder: tokenizer and weights are of different models"),
     (checks.rendered_prompt, "take the tokenizer and the chat template that lie beside a Qwen3-VL's weights"),
     (checks.answer_tokens, "take the tokenizer of a Qwen3-VL: each digit must be a token of its own"),
@@ -62,8 +63,7 @@ class VerifyConfig:
 
     def __post_init__(self):
         need(self, "lora", self.lora is None or self.lora >= 1, "at least 1")
-        if self.json is not None:
-            need(self, "json", self.json.suffix != ".csv", "another name: the lines also go to the .csv beside it")
+        need_report(self, "lines")
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,9 @@ class Strip:
         """Of each sample its count and, with a model, what `Kept.rows` says of it."""
         return kept.rows(self.samples) if kept else [{"count": sample.count} for sample in self.samples]
 
-    def order(self, rows: list[dict], sort: str, category: str | None) -> list[int]:
-        """Places of the samples of a category, or of all."""
-        places = [i for i, sample in enumerate(self.samples) if category in (None, sample.category)]
+    def order(self, rows: list[dict], sort: str, category: str) -> list[int]:
+        """Places of the samples of a category, or of all (""): to a menu None is no choice at all."""
+        places = [i for i, sample in enumerate(self.samples) if category in ("", sample.category)]
         return sorted(places, key=lambda i: SORTS[sort](rows[i]))
 
     def thumbs(self, rows: list[dict], order: list[int]) -> dict:
@@ -209,10 +209,10 @@ def make_controls(samples: list[Sample], kept: dict[str, Kept]) -> dict[str, wid
     categories = sorted({sample.category for sample in samples})
     menus = {
         "sort": [name for name in SORTS if kept or name in list(SORTS)[:2]],
-        "category": [("all", None), *((name, name) for name in categories)],
+        "category": [("all", ""), *((name, name) for name in categories)],
     }
     if kept:
-        menus |= {"model": list(kept), "method": list(method_names()), "layers": [((), ())], "heads": [("all", None)]}
+        menus |= {"model": list(kept), "method": list(method_names()), "layers": [((), ())], "heads": [("all", ())]}
         menus |= {"word": list(get_args(Word)), "answer": ["own", "true"]}
     made = {name: widgets.Dropdown(options=menu, description=name) for name, menu in menus.items()}
     if kept:
@@ -227,7 +227,7 @@ def offer(controls: dict[str, widgets.Widget], kept: Kept, own: bool) -> None:
     default = f"default: {', '.join(map(str, kept.default_layers))}"
     menus = {
         "layers": [(default, kept.default_layers), ("all", kept.layers), *((str(i), (i,)) for i in kept.layers)],
-        "heads": [("all", None), *((str(i), (i,)) for i in kept.heads)],
+        "heads": [("all", ()), *((str(i), (i,)) for i in kept.heads)],
         "answer": [(whose, whose) for whose in (("own",) if own else ("own", "true"))],
     }
     for name, menu in menus.items():

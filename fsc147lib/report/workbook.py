@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..data.scenes import make_dataset
 from ..evaluation.tables import PUBLISHED
-from ..files import write_text
+from ..files import write_json, write_text
 from ..model.device import gpu_memory
 from ..model.load import count_parameters
 from .timing import table
@@ -43,7 +43,7 @@ class WorkbookError(RuntimeError):
     """A notebook cannot go on; the message says what to run first, or which cell failed."""
 
 
-FITS = (  # GiB that Qwen3-VL-2B needs for it (docs/cards.md), and options of `train`
+FITS = (  # GiB that Qwen3-VL-2B needs for it, by estimate (docs/cards.md), and options of `train`
     (50.0, {"batch_size": 16}),
     (30.0, {"batch_size": 8, "gradient_checkpointing": True}),
     (18.0, {"batch_size": 8, "lora": 16}),
@@ -204,7 +204,7 @@ def main() -> int:
                 return 1
     where = settings()
     summary = summarise(where, seconds)
-    write_text(out / "summary.json", json.dumps(summary, indent=1))
+    write_json(out / "summary.json", summary)
     print(summary_text(summary))
     print(f"\nexecuted notebooks, HTML and summary.json are in {out}/, what they made in {where.out}/")
     return 0

@@ -65,14 +65,14 @@ class SizeBatches(Sampler):
             raise ConfigError("batch_tokens (--batch-tokens) works in one process: give a smaller --batch-size")
         self.batch_tokens = batch_tokens or math.inf
         self.lengths, self.seed, self.flip, self.by_size = lengths, seed, flip, by_size
-        self.processes, together = processes, batch_size * processes
-        steps = math.ceil(len(lengths) / (together * accumulation))
-        self.per_step = math.ceil(len(lengths) / (together * steps))
+        self.processes, images = processes, batch_size * processes
+        steps = math.ceil(len(lengths) / (images * accumulation))
+        self.per_step = math.ceil(len(lengths) / (images * steps))
         self.number = steps * self.per_step * processes
         self.shuffle(0)
 
-    def shuffle(self, epoch: int) -> None:
-        """Choose the batches of an epoch.
+    def shuffle(self, epoch: int, done: int = 0) -> None:
+        """Choose the batches of an epoch, without those of its first steps that an interrupted run has done.
 
         Not called `set_epoch`: accelerate calls that with a count of its own, which starts anew in a resumed run.
         """
@@ -89,7 +89,8 @@ class SizeBatches(Sampler):
             batch = islice(rest, ends[turn + 1] - ends[turn])
             # images of one size side by side, for the vision encoder
             batches[turn] = [(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)]
-        parts = [self._parts(batches[turn]) for turn in range(self.number)]
+        first = done * self.per_step * self.processes
+        parts = [self._parts(batches[turn]) for turn in range(first, self.number)]
         self.batches = [part for split in parts for part in split]
         alone = [len(split) for split in parts[:: self.processes]]
         self.sizes = [sum(alone[i : i + self.per_step]) for i in range(0, len(alone), self.per_step)]

@@ -1,7 +1,7 @@
 """The loop: a run is put together, trains epoch by epoch, validates after each, and leaves a checkpoint.
 
-The same seed on the same machine gives the same run, and a run that was stopped goes on with `resume` at
-the last whole epoch to the very same end.
+The same seed on the same machine gives the same run, and a run that was stopped goes on with `resume` to the very
+same end: from the step at which a signal reached it, or from the last whole epoch where it was killed.
 
 Left out: what a loss is (`losses`), what a step does with it (`step`), and what the folder holds (`run`).
 """
@@ -25,13 +25,14 @@ from ..model.adapt import freeze_vision, save_memory
 from ..model.device import default_workers, make_accelerator
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
-from ..model.network import Recipe
+from ..model.network import CountingModel, Recipe
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need
 from .batches import training_loader, windows
+from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
-from .run import RunFolder, TrainResult, fingerprint
+from .run import RunFolder, TrainResult, fingerprint, locked
 from .schedule import lazy_weight, learning_rate_factor
 from .step import TrainingStep, make_optimizer
 from .tracker import start_tracker
@@ -125,7 +126,7 @@ class TrainConfig:
     tracking: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases; offline needs no account and no network."""
     resume: bool = False
-    """Go on from `out`/last."""
+    """Go on from `out`/last, to the same end."""
     overwrite: bool = False
     """Remove an earlier run in `out`."""
 
@@ -189,9 +190,7 @@ class TrainConfig:
 class Run:
     """One training run, put together: images, model (one in memory, or the config's), step and folder."""
 
-    def __init__(
-        self, config: TrainConfig, on_log: Callable | None = None, on_epoch: Callable | None = None, model=None
-    ):
+    def __init__(self, config: TrainConfig, on_log=None, on_epoch=None, model: CountingModel | None = None):
         self.on_log, self.on_epoch = on_log, on_epoch
         self.folder = RunFolder(config)
         set_seed(config.seed)
@@ -199,7 +198,8 @@ class Run:
         self.folder.writes = self.accelerator.is_main_process
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         self.images = fingerprint(self.samples)
-        self.model = model or load_model(config.out / "last" if config.resume else config.model, seed=config.seed)
+        start = self.folder.checkpoint if config.resume else config.model
+        self.model = model or load_model(start, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe, self.accelerator.mixed_precision)
         network = self.model.network
         save_memory(network, config.lora, config.gradient_checkpointing, self.accelerator.mixed_precision)
@@ -216,10 +216,11 @@ class Run:
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
         self.total_steps = len(self.batches.sizes) * config.epochs
-        self.step, self.epoch, self.tracker = 0, 0, None  # steps and epochs done so far
-        counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
-        images = {split: len(part) for split, part in self.samples.items()}
-        self.result = TrainResult(config.out, constant_baselines(counts["train"], counts["val"]), images)
+        self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs done so far, and the checkpoint's steps
+        self.signals = Signals(self.accelerator.num_processes == 1)  # several would stop at different steps
+        train, val = ([sample.count for sample in self.samples[split]] for split in ("train", "val"))
+        self.result = TrainResult(config.out, constant_baselines(train, val), {"train": len(train), "val": len(val)})
+        self.tracker = None
 
     def open_loader(self, pixels: bool) -> None:
         """Open the loader of training batches, with room for all pixels unless the vision cache takes their place."""
@@ -236,8 +237,7 @@ class Run:
         config = self.config
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if config.resume:
-            step = self.training_step
-            self.step, self.epoch = self.folder.restore(self.result, step.optimizer, self.images, step.scaler)
+            self.folder.restore(self)
         self.folder.start()
         if self.folder.writes:
             self.tracker = start_tracker(config.out, config.tracking, json.loads(config.to_json()))
@@ -277,14 +277,14 @@ class Run:
             self.on_epoch(self.model)
 
     def train_epoch(self, progress: tqdm) -> None:
-        """Train on each image once, with a line of the log every few steps."""
+        """Train on each image once, with a line of the log every few steps; an epoch that was interrupted goes on."""
         config, step = self.config, self.training_step
         trains_vision = config.vision_trains(self.epoch)
         freeze_vision(self.model.network, not trains_vision)
         if trains_vision and self.store is None:  # kept image features are about to be wrong
             step.cache = None
             self.open_loader(pixels=True)
-        self.batches.shuffle(self.epoch)
+        self.batches.shuffle(self.epoch, self.step - self.epoch * self.total_steps // config.epochs)
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
         for window in windows(step.cache.ahead(self.loader) if step.cache else self.loader, self.batches.sizes):
@@ -308,14 +308,9 @@ class Run:
                 })  # fmt: skip
                 images, started = 0, time.perf_counter()
                 progress.set_postfix({name: f"{value:.3f}" for name, value in line.items() if value is not None})
+            self.signals.check()
         step.check()
         self.epoch += 1
-
-    def save(self) -> None:
-        """Write last/, and best/ if the validation MAE is the lowest so far."""
-        if self.folder.writes:
-            step = self.training_step
-            self.folder.save(self.model, step.optimizer, self.result, self.images, self.validation, step.scaler)
 
 
 def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callable | None = None) -> TrainResult:
@@ -332,17 +327,24 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
     Raises:
         ConfigError, DataError, ModelError: before the first step, with the cure in the message.
         NonFiniteLoss: during training; `last/` holds the last whole epoch.
+        Interrupted: after Ctrl-C, SIGTERM or a notebook's interrupt; `last/` holds all steps.
     """
-    run = Run(config, on_log, on_epoch)
-    try:
-        run.open()
-        if run.epoch == 0:
-            run.validate()
-        with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
-            while run.epoch < config.epochs:
-                run.train_epoch(progress)
-                run.validate()
-                run.save()
-    finally:
-        run.close()
+    with locked(config.out):
+        run = Run(config, on_log, on_epoch)
+        try:
+            with run.signals:
+                run.open()
+                if not run.result.epochs:
+                    run.validate()
+                with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
+                    while run.epoch < config.epochs:
+                        with run.signals.hold():
+                            run.train_epoch(progress)
+                        run.validate()
+                        with run.signals.hold():
+                            run.folder.save(run)
+        except Interrupted as interrupted:
+            raise stopped(run, interrupted) from None
+        finally:
+            run.close()
     return run.result

@@ -1,7 +1,8 @@
 """The folder of a run: who may use it, what it holds, and how a run comes back from it.
 
 `config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `summary.json` (validation
-before, best and last), `best.csv` (the best one, image by image), `best/` and `last/` (checkpoints), `wandb/`.
+before, best and last), `best.csv` (the best one, image by image), `best/` and `last/` (checkpoints), `last.old/`
+(the checkpoint before, used where the last is damaged), `run_id`, `wandb/`.
 
 Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`).
 """
@@ -10,17 +11,20 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from uuid import uuid4
 
-import torch
+from accelerate import PartialState
+from filelock import FileLock, Timeout
 
 from ..data.fsc147 import Sample
-from ..evaluation.answering import Evaluation, to_csv
-from ..files import recover_folder, set_aside, write_text
-from ..model.network import CountingModel
+from ..evaluation.answering import to_csv
+from ..files import recover_folder, set_aside, write_json, write_text
 from ..options import ConfigError
-from .checkpoint import link_checkpoint, load_training_state, save_checkpoint
+from .checkpoint import RUN_ID, VALIDATION, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
 
 MAY_CHANGE = {
     "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite", "dry_run",
@@ -84,10 +88,35 @@ def need_same_run(config) -> None:
             )
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder; the lock, a file beside it, ends with the process that holds it.
+
+    Raises:
+        ConfigError: another run is at work there.
+    """
+    if not PartialState().is_main_process:
+        yield
+        return
+    lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(f"another run is at work in {out}: wait for its end, or name another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class RunFolder:
-    """A run's folder, which an earlier run cannot be lost from and no two runs share.
+    """A run's folder, which an earlier run cannot be lost from and no two runs share (`locked`).
 
     Several processes of one run read it; the one with `writes` writes it.
+
+    Attributes:
+        checkpoint: that a resumed run goes on from.
 
     Args:
         config: a `TrainConfig`.
@@ -99,6 +128,7 @@ class RunFolder:
 
     def __init__(self, config):
         self.config, self.out, self.writes = config, config.out, True
+        self.run, self.checkpoint = uuid4().hex, self.out / "last"
         recover_folder(self.out / "last")
         started = (self.out / "config.json").is_file() and (self.out / "metrics.jsonl").is_file()
         finished_epoch = (self.out / "last").is_dir()
@@ -106,6 +136,7 @@ class RunFolder:
             if not finished_epoch:
                 raise ConfigError(f"there is nothing to resume in {self.out}: no epoch of a run was finished there")
             need_same_run(config)
+            self.checkpoint, self.run = sound_checkpoint(self.out, self.run)
         elif finished_epoch and not config.overwrite:
             raise ConfigError(
                 f"{self.out} holds a run already: name another --out, go on with --resume, or --overwrite it"
@@ -121,58 +152,67 @@ class RunFolder:
             write_text(self.out / "config.json", self.config.to_json())
             (self.out / "metrics.jsonl").touch()
 
-    def restore(
-        self, result: TrainResult, optimizer: torch.optim.Optimizer, images: str, scaler: torch.amp.GradScaler | None
-    ) -> tuple[int, int]:
-        """Put the last checkpoint's history, optimizer moments and loss scale (None but in fp16) back.
+    def restore(self, run) -> None:
+        """Put the checkpoint's steps, epochs, history, optimizer moments and, in fp16, loss scale back.
 
         Args:
-            images: fingerprint of what the run trains and validates on.
-
-        Returns:
-            Steps and epochs done.
+            run: a `loop.Run`.
         """
-        state = load_training_state(self.out / "last", optimizer)
-        if state["data"] != images:
+        result, step = run.result, run.training_step
+        state = load_training_state(self.checkpoint, step.optimizer)
+        if state["data"] != run.images:
             raise ConfigError(
                 f"the training or validation images in {self.config.data} are not those that the run in "
                 f"{self.out} was started with: give its --data, or start a new run with another --out"
             )
         result.steps, result.epochs = state["steps"], state["epochs"]
-        if scaler is not None and "scaler" in state:
-            scaler.load_state_dict(state["scaler"])
+        run.step, run.epoch, run.saved = state["step"], state["epoch"], state["step"]
+        if step.scaler is not None and "scaler" in state:
+            step.scaler.load_state_dict(state["scaler"])
         if self.writes:
-            if result.last_is_best():  # a crash may have come between last/ and best/
-                link_checkpoint(self.out / "last", self.out / "best")
+            if state["step"] == state["epochs"][-1]["step"]:  # a crash may have come between last/ and best/
+                self._publish(result)
             lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
-            write_text(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        return state["step"], state["epoch"]
+            write_text(self.out / "metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
     def append(self, line: dict) -> None:
         """Add a line to metrics.jsonl."""
         with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def save(
-        self,
-        model: CountingModel,
-        optimizer: torch.optim.Optimizer,
-        result: TrainResult,
-        images: str,
-        validation: Evaluation,
-        scaler: torch.amp.GradScaler | None,
-    ) -> None:
-        """Write last/ and summary.json after an epoch's validation; best/ and best.csv if its MAE is the lowest."""
-        state = {"step": result.epochs[-1]["step"], "epoch": result.epochs[-1]["epoch"], "data": images,
+    def save(self, run) -> None:
+        """Write last/; after an epoch's validation also summary.json, and best/ and best.csv if its MAE is the lowest.
+
+        Args:
+            run: a `loop.Run`; within an epoch, the one before counts as the last whole one.
+        """
+        run.saved, result, step = run.step, run.result, run.training_step
+        if not self.writes:
+            return
+        state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": run.images,
                  "steps": result.steps, "epochs": result.epochs}  # fmt: skip
-        if scaler is not None:
-            state["scaler"] = scaler.state_dict()
-        save_checkpoint(self.out / "last", model, optimizer, state)
-        if result.last_is_best():
-            link_checkpoint(self.out / "last", self.out / "best")
-            write_text(self.out / "best.csv", to_csv([asdict(image) for image in validation.images]))
+        if step.scaler is not None:
+            state["scaler"] = step.scaler.state_dict()
+        whole = result.epochs[-1]["step"] == run.step
+        listed = to_csv([asdict(image) for image in run.validation.images]) if whole else None
+        last = self.out / "last"
+        if self.checkpoint != last:  # the last is damaged, and the one before must not make room for it
+            last.rename(self.out / f"damaged-{uuid4().hex[:8]}")
+            recover_folder(last)
+            self.checkpoint = last
+        save_checkpoint(last, run.model, step.optimizer, state, self.run, listed)
+        write_text(self.out / RUN_ID, self.run)
+        if whole:
+            self._publish(result)
         shutil.rmtree(self.out.with_name(self.out.name + ".old"), ignore_errors=True)
-        write_text(self.out / "summary.json", json.dumps(result.summary(), indent=1))
+
+    def _publish(self, result: TrainResult) -> None:
+        """Write what follows from the checkpoint of a whole epoch: summary.json, best/ and best.csv."""
+        if result.last_is_best():
+            link_checkpoint(self.checkpoint, self.out / "best")
+            if (self.checkpoint / VALIDATION).is_file():  # an older version has none
+                write_text(self.out / "best.csv", (self.checkpoint / VALIDATION).read_text())
+        write_json(self.out / "summary.json", result.summary())
 
     def close(self) -> None:
         """Give the folder back to the run that it was to replace, if this one came to nothing."""

@@ -19,7 +19,7 @@ import tyro
 
 from ..data import open_split
 from ..evaluation import evaluate_samples
-from ..files import write_text
+from ..files import write_json
 from ..model import load_model
 from ..model.device import make_accelerator
 from ..options import ConfigError, need, parse_options
@@ -142,7 +142,7 @@ def answer_splits(config: TrainConfig, splits: Sequence[str]) -> dict[str, dict]
 
 
 def _write(path: Path, config: SweepConfig, rows: dict[str, dict]) -> None:
-    write_text(path, json.dumps({"train": config.train, "grid": config.grid, "runs": list(rows.values())}, indent=1))
+    write_json(path, {"train": config.train, "grid": config.grid, "runs": list(rows.values())})
 
 
 def processes(runs: list[GridRun], logs: Path, parallel: int) -> Iterator[tuple[GridRun, float, str | None]]:

@@ -159,7 +159,8 @@ def test_numbers_do_not_depend_on_the_batch_size(tiny, root):
 
 def test_files(tiny, root, tmp_path):
     tiny.save(tmp_path / "model")
-    result = evaluate(EvaluateConfig(data=root, model=str(tmp_path / "model"), json=tmp_path / "out" / "val.json"))
+    result = evaluate(EvaluateConfig(data=root, model=str(tmp_path / "model")))
+    result.write(tmp_path / "out" / "val.json", split="val")
     written = json.loads((tmp_path / "out" / "val.json").read_text())
     assert written["metrics"] == result.metrics and written["split"] == "val"
     rows = list(csv.DictReader((tmp_path / "out" / "val.csv").open()))

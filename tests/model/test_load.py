@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText, BertConfig, Qwen3VLForConditionalGeneration
 
 from fsc147lib.model.adapt import freeze_vision
-from fsc147lib.model.collate import Collate
+from fsc147lib.model.collate import Collate, to_device
+from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.forward import answer_logits
 from fsc147lib.model.load import count_parameters, load_model
 from fsc147lib.model.network import ModelError
@@ -195,3 +196,27 @@ def test_a_failed_save_keeps_the_old_folder(tiny, tmp_path, monkeypatch):
         tiny.save(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     shutil.rmtree(tmp_path / "model")
+
+
+def test_accelerators_keep_their_precision():
+    """A `look` within a run makes a second one; the first goes on in bfloat16, what it prepares later too."""
+    first = make_accelerator("bf16")
+    second = make_accelerator("fp32")
+    x = torch.ones(2, 2)
+    for accelerator, dtype, precision in ((first, torch.bfloat16, "bf16"), (second, torch.float32, "no")) * 2:
+        with accelerator.autocast():
+            assert (x @ x).dtype == dtype
+        seen = []
+        module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        module[0].register_forward_hook(lambda *args, seen=seen: seen.append(args[2].dtype))
+        accelerator.prepare(module)(x)
+        assert accelerator.mixed_precision == precision and seen == [dtype]
+
+
+def test_a_batch_padded_on_the_left_is_refused(tiny, mixed_samples):
+    batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        batch[name] = batch[name].flip(1)
+    for use in (lambda: answer_logits(tiny.network, batch), lambda: to_device(batch, "cpu")):
+        with pytest.raises(ValueError, match="padded on the left: pad on the right"):
+            use()

@@ -126,7 +126,7 @@ def test_no_menu_offers_what_is_not_there(window, samples):
         control = window.controls[name]
         for i in range(len(control.options)):
             control.index = i
-            assert scene(window)["message"] == "", (name, control.options[i])
+            assert control.index == i and scene(window)["message"] == "", (name, control.options[i])
     alone = Viewer(samples)
     assert list(alone.controls) == ["sort", "category"] and len(alone.controls["sort"].options) == 2
     assert [one["name"] for one in scene(alone)["panels"]] == ["photograph", "target"]

@@ -173,7 +173,9 @@ def test_a_gpu_without_bfloat16_trains_in_fp16(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr("fsc147lib.model.device.Accelerator", lambda **kwargs: chosen.append(kwargs["mixed_precision"]))
+    monkeypatch.setattr(
+        "fsc147lib.model.device.OwnAccelerator", lambda **kwargs: chosen.append(kwargs["mixed_precision"])
+    )
     make_accelerator("auto")
     assert chosen == ["fp16"]
 
@@ -181,7 +183,7 @@ def test_a_gpu_without_bfloat16_trains_in_fp16(monkeypatch):
 def test_apple_s_mps_is_left_alone_and_says_so(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr("fsc147lib.model.device.Accelerator", lambda **kwargs: chosen.append(kwargs["cpu"]))
+    monkeypatch.setattr("fsc147lib.model.device.OwnAccelerator", lambda **kwargs: chosen.append(kwargs["cpu"]))
     with pytest.warns(UserWarning, match="MPS was never tried with this library, so it computes on the CPU"):
         make_accelerator("fp32")
     assert chosen == [True]
