@@ -48,7 +48,12 @@ def run_synth(config) -> int:
 def run_train(config) -> int:
     from .evaluation import metrics_table
     from .training import train
+    from .training.plan import describe, plan_training
 
+    if config.dry_run:
+        plans = plan_training(config)
+        print(describe(plans))
+        return 0 if plans[0].fits else 1
     summary = train(config).summary()
     columns = {"before": summary["before"]}
     columns |= {f"{name}, epoch {summary[name]['epoch']}": summary[name] for name in ("best", "last")}
@@ -125,14 +130,10 @@ COMMANDS = {  # name: (the dataclass of its options and the module it lies in, w
     "import": ("data.own:ImportConfig", run_import, "make a root of pictures of your own, from CSV or COCO JSON"),
     "synth": ("data.scenes:SynthConfig", run_synth, "draw a small data set in FSC147's layout"),
     "verify": ("report.verify:VerifyConfig", run_verify, "see whether a model works on this machine"),
-    "train": ("training.loop:TrainConfig", run_train, "train to count and to look, and keep the best weights"),
+    "train": ("training.plan:TrainCommand", run_train, "train to count and to look, and keep the best weights"),
     "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
-    "predict": (
-        "model.prediction:PredictConfig",
-        run_predict,
-        "count in your pictures, and show where it looks",
-    ),
+    "predict": ("model.prediction:PredictConfig", run_predict, "count in your pictures, and show where it looks"),
     "compare": ("report.comparison:CompareConfig", run_compare, "lay training runs side by side, with intervals"),
     "overhead": ("report.overhead:OverheadConfig", run_overhead, "measure what the attention loss costs"),
     "throughput": ("report.throughput:ThroughputConfig", run_throughput, "measure training, variant by variant"),

@@ -1,9 +1,13 @@
 """The commands, as a user types them."""
 
+import ast
 import dataclasses
+import importlib
+import inspect
 import json
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -97,9 +101,22 @@ def test_each_commands_help_lists_the_fields_of_its_dataclass(command, monkeypat
         assert "--" + field.name.replace("_", "-") in printed.replace("no-", ""), field.name
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_option_has_a_sentence(name):
+    """The help is made of them; an option without one would stand there bare."""
+    module, config = COMMANDS[name][0].split(":")
+    config = getattr(importlib.import_module(f"fsc147lib.{module}"), config)
+    for owner in (one for one in config.__mro__ if "__annotations__" in vars(one)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+        for statement, following in zip(body, [*body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign):
+                assert isinstance(following, ast.Expr), ast.unparse(statement)
+
+
 def test_help_names_every_command_and_loads_no_torch():
     code = """
 import sys
+import textwrap
 from fsc147lib.__main__ import main
 assert main(["--help"]) == 0
 assert "torch" not in sys.modules and "transformers" not in sys.modules and "numpy" not in sys.modules

@@ -41,8 +41,8 @@ def test_the_data_page_s_example_is_a_clean_root(tmp_path):
     (splits,) = [block for block in blocks if "train" in block]
     names = [name for listed in splits.values() for name in listed]
     (tmp_path / "images_384_VarV2").mkdir()
-    for name in names:
-        Image.new("RGB", (320, 128)).save(tmp_path / "images_384_VarV2" / name)
+    for i, name in enumerate(names):
+        Image.new("RGB", (320, 128), (60 * i, 90, 30)).save(tmp_path / "images_384_VarV2" / name)
     entries = {name: annotations["1.jpg"] for name in names}
     (tmp_path / "annotation_FSC147_384.json").write_text(json.dumps(entries))
     (tmp_path / "Train_Test_Val_FSC_147.json").write_text(json.dumps(splits))

@@ -1,9 +1,7 @@
 """Answer every image of a split and measure the answers and the maps.
 
-Answers are greedy and free; losses and maps are those of the training objective, read while the right
-answer is forced, so that they can be compared with the training log.
-
-Left out: drawing, and what to do with the numbers.
+Answers are greedy and free; losses and maps are those of the training objective, read while the right answer is
+forced, so that they can be compared with the training log.  Left out: drawing, and what to do with the numbers.
 """
 
 import csv
@@ -63,6 +61,7 @@ class EvaluateConfig:
     max_pixels: int = MAX_PIXELS
     """Largest image, in pixels; Pillow's own limit of 179 million stays."""
     precision: Precision = "auto"
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     heatmap: str = "attention"
     """What is held against the target: attention, relative_attention, token_gradient, input_gradient,
     attention_x_gradient, occlusion (slow), or your own."""
@@ -126,9 +125,8 @@ class Evaluation:
 def to_csv(rows: list[dict]) -> str:
     """Rows with the same keys as CSV text, with a header; a ' goes before a text that a spreadsheet would compute."""
     text = io.StringIO()
-    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows({key: _plain_cell(value) for key, value in row.items()} for row in rows)
+    table = csv.writer(text, lineterminator="\n")
+    table.writerows([rows[0], *([_plain_cell(value) for value in row.values()] for row in rows)])
     return text.getvalue()
 
 
@@ -149,18 +147,14 @@ def evaluate_samples(
     empty_cost: float | None = None,
     longest: int | None = None,
 ) -> Evaluation:
-    """Evaluate a model that is already in memory.
+    """Evaluate a model that is already in memory; it is moved to the accelerator's device, and answers in eval mode.
 
     Args:
-        model: its network is moved to the accelerator's device, and answers in eval mode.
-        samples: with images.
-        heatmap: what is held against the target; None for `Heatmap(model.network)`, the attention.
+        heatmap: what is held against the target; None for the attention.
         accelerator: gives device and precision; None for `make_accelerator("auto")`.
-        workers: processes that read images; with a cache there are none to read.
-        cache: holds the samples' image features; None to encode them.
-        store: keeps the images, for another evaluation; None to keep none.
-        empty_cost: mean count of the training images, which an answer that does not parse costs on an empty
-            scene; None for the mean count of `samples`.
+        workers: processes that read images; with a cache of their features there are none to read.
+        store: keeps the images, for another evaluation.
+        empty_cost: as in `absolute_errors`.
         longest: tokens of an answer at the most; None for those of the longest number that parses, which cuts
             off a model that was never fine-tuned.
 
@@ -210,10 +204,9 @@ def evaluate_samples(
 
 
 def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
-    """How many images to answer at once where `batch_size` of them are trained on.
+    """How many images to answer at once where `batch_size` of them are trained on, for decoding likes many.
 
-    Twice as many have room, unless the heatmap needs a backward pass itself; and each decoded token costs the
-    CPU the same for many images as for few.
+    Twice as many have room, unless the heatmap needs a backward pass itself.
     """
     return 2 * batch_size if heatmap.method == "attention" else batch_size
 
@@ -274,16 +267,9 @@ def one_ahead(items: Iterator) -> Iterator:
 def generate_answers(
     model: CountingModel, forced: ForcedPass, compiled: bool = False, longest: int | None = None
 ) -> torch.Tensor:
-    """Greedy answers.
+    """Greedy answers [B, tokens] of a model in eval mode after a forced pass, whose keys are used up.
 
-    Args:
-        model: its network in eval mode.
-        forced: the forced pass of the batch, whose keys are used up.
-        compiled: compile the layers.
-        longest: tokens at the most; None for those of the longest number that parses.
-
-    Returns:
-        [B, tokens] on the device; after an end-of-turn token only those.
+    They have `longest` tokens at the most, None for those of the longest number that parses; after an end only ends.
     """
     longest = longest or longest_answer(model.tokenizer)
     return greedy_tokens(

@@ -120,18 +120,19 @@ def token_curves(network, batches: list[Batch], maps: torch.Tensor, steps: int, 
     """Deletion and insertion, see `Faithfulness.curves`.
 
     Args:
-        maps: [N, 14, 14], moved to each image's tokens; equal tokens come row by row.
+        maps: [N, 14, 14], moved to each image's tokens; equal tokens come in random order, the same on every call.
 
     Returns:
         [N, 2, steps + 1]; the first point of deletion is the whole picture, that of insertion none of it.
     """
-    curves, start = [], 0
+    curves, start, rng = [], 0, np.random.default_rng(0)
+    merge = network.config.vision_config.spatial_merge_size
     for batch in batches:
         hidden = []
         for map_, (rows, columns) in zip(maps[start:], batch["image_sizes"], strict=False):
-            values = resample_map(map_.double().numpy(), (rows // 2, columns // 2))
+            values = resample_map(map_.double().numpy(), (rows // merge, columns // merge)).round(9)
             rank = np.empty(values.size, dtype=int)
-            rank[np.argsort(-values.ravel(), kind="stable")] = np.arange(values.size)
+            rank[np.lexsort((rng.random(values.size), -values.ravel()))] = np.arange(values.size)
             edges = np.linspace(0, values.size, steps + 1).round()[:, None]
             cells = np.concatenate([rank < edges, rank >= edges[1:-1]])  # the ends of both are the same pictures
             hidden.append(torch.from_numpy(cells.reshape(-1, *values.shape)))

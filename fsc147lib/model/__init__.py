@@ -8,14 +8,7 @@ from .answers import count_loss
 from .collate import Batch, Collate, select_rows, to_device
 from .device import default_workers, make_accelerator
 from .forward import Trace, answer_logits
-from .heatmaps import (
-    METHODS,
-    Heatmap,
-    default_layers,
-    method_names,
-    register,
-    visual_mass,
-)
+from .heatmaps import METHODS, Heatmap, default_layers, method_names, register, visual_mass
 from .load import load_model
 from .looking import Look, corner_share, look, mean_map
 from .network import CountingModel, ModelError

@@ -3,6 +3,7 @@
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
 
@@ -11,13 +12,17 @@ def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> Non
     network.model.visual.requires_grad_(not frozen)
 
 
-def add_lora(network: Qwen3VLForConditionalGeneration, rank: int, narrow: bool) -> None:
+def add_lora(network: Qwen3VLForConditionalGeneration, rank: int, precision: str = "no") -> None:
     """Put low-rank adapters (Hu et al., "LoRA", 2021), which start as no change, beside the language model's layers.
 
-    All else is frozen; `narrow` keeps it in bfloat16.
+    All else is frozen, and kept in training's `precision` if that is "bf16" or "fp16".
     """
-    if narrow:
+    if precision == "bf16":
         network.to(torch.bfloat16)
+    elif precision == "fp16":  # matrices alone: the sum that runs through all layers would overflow
+        for module in [*network.model.language_model.layers.modules(), *network.model.visual.blocks.modules()]:
+            if isinstance(module, nn.Linear):
+                module.half()
     names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=rf".*language_model\.layers\..*\.({names})")
     inject_adapter_in_model(config, network)
@@ -25,6 +30,16 @@ def add_lora(network: Qwen3VLForConditionalGeneration, rank: int, narrow: bool) 
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def save_memory(
+    network: Qwen3VLForConditionalGeneration, lora: int | None, checkpointing: bool, precision: str
+) -> None:
+    """Train adapters of a rank alone, if one is given, and compute activations a second time, if wanted."""
+    if lora:
+        add_lora(network, lora, precision)
+    if checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def merged_weights(network: Qwen3VLForConditionalGeneration) -> dict[str, torch.Tensor] | None:

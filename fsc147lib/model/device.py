@@ -1,11 +1,19 @@
-"""Device, precision and worker processes of the machine at hand."""
+"""Device, precision, memory and clock of the machine at hand."""
 
+import gc
 import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
+
+from ..options import ConfigError
 
 
 class OwnAccelerator(Accelerator):
@@ -21,18 +29,89 @@ class OwnAccelerator(Accelerator):
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """Device and precision: "bf16" is autocast, "auto" that on a GPU and fp32 elsewhere; weights keep their type."""
+    """Device and precision; weights keep their type.
+
+    Args:
+        precision: "bf16" or "fp16" is autocast (fp16 with a loss scale), "fp32" none; "auto" is bf16 on a GPU that
+            has it, fp16 on an older one, fp32 elsewhere.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    on_gpu = torch.cuda.is_available()
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
+        narrow = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        precision = narrow if on_gpu else "fp32"
+    if precision == "fp16" and not on_gpu:
+        raise ConfigError("precision (--precision) is fp16, but must be fp32 or bf16 without an NVIDIA GPU")
+    on_mac = torch.backends.mps.is_available()
+    if on_mac:
+        warnings.warn("Apple's MPS was never tried with this library, so it computes on the CPU", stacklevel=2)
     AcceleratorState._shared_state = {}  # not emptied: that would change the precision of who has the one before
     return OwnAccelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        dataloader_config=DataLoaderConfiguration(
-            even_batches=False, non_blocking=torch.cuda.is_available()
-        ),  # `SizeBatches` does
+        cpu=on_mac,
+        mixed_precision="no" if precision == "fp32" else precision,
+        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=on_gpu),  # `SizeBatches` does
     )
 
 
 def default_workers() -> int:
     """Processes that read images: one less than there are cores, up to 8, beside a GPU; else none."""
     return min(8, max(1, (os.cpu_count() or 1) - 1)) if torch.cuda.is_available() else 0
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that are free for use."""
+    return psutil.virtual_memory().available
+
+
+def free_models() -> None:
+    """Give the memory of models that nobody refers to any more back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def gpu_memory() -> tuple[int, int]:
+    """Bytes of the GPU that this process could have at the most, and those that nobody else holds."""
+    free, total = torch.cuda.mem_get_info()
+    most = int(total * torch.cuda.get_per_process_memory_fraction())
+    return most, min(most, free + torch.cuda.memory_reserved())
+
+
+def memory_in_use(device: str = "cpu") -> int:
+    """Bytes of the tensors on the GPU, or else of the whole process."""
+    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+
+
+def peak_memory(run: Callable[[], object], device: str = "cpu") -> float | None:
+    """MiB at the highest point of a call: of the GPU, or else of the whole process.
+
+    The process's peak can be measured anew on Linux alone; elsewhere the answer is None.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+    except OSError:
+        return None
+    run()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+
+def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
+    """Seconds of a call; on "cuda" what it asks of the GPU included."""
+    wait_for(device)
+    started = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - started
+
+
+def wait_for(device: str) -> None:
+    """Let the GPU finish."""
+    if device == "cuda":
+        torch.cuda.synchronize()

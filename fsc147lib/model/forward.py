@@ -151,9 +151,13 @@ def _differentiable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _in_autocast_dtype(hidden: torch.Tensor) -> torch.Tensor:
-    """In autocast's type, so that the sum which runs through all layers is as narrow as their products."""
+    """In autocast's type, so that the sum which runs through all layers is as narrow as their products.
+
+    Not in fp16, which ends at 65,504: single numbers of that sum come near it in large models.
+    """
     kind = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+    narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float16
+    return hidden if narrow == torch.float16 else hidden.to(narrow)
 
 
 # --- Vision encoder

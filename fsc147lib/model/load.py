@@ -24,7 +24,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import cached_file, logging
 
 from ..files import read_manifest
-from .network import CountingModel, ModelError, Recipe
+from .device import free_models
+from .network import CountingModel, ModelError, Recipe, random_network
 from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
 from .tiny import tiny_model
 
@@ -52,6 +53,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
             one model: tensors that are missing, left over, misshapen or not finite, a tokenizer without what a
             prompt needs, an image processor that cuts other patches.
     """
+    free_models()  # the one before, of which two may have no room
     if str(name) == RANDOM:
         return tiny_model(dtype, seed)
     name, verbosity = _find(name), logging.get_verbosity()
@@ -154,6 +156,17 @@ def _at_most(seconds: float):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def count_parameters(name: str | Path) -> int:
+    """Of a model by its name, from its config alone; raises as `load_model` does."""
+    if str(name) == RANDOM:
+        return tiny_model(torch.float32).network.num_parameters()
+    try:
+        with torch.device("meta"):
+            return random_network(Qwen3VLConfig.from_pretrained(_find(name))).num_parameters()
+    except OSError as error:
+        raise ModelError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _find(name: str | Path) -> str:

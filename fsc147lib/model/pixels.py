@@ -9,7 +9,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -17,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from ..data.faults import DataError
 from ..data.fsc147 import Sample
 from ..data.picture import InMemory
+from .device import free_memory
 
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps memory that processes share; a container may have little of it
 
@@ -58,11 +58,6 @@ def mirrored(patches: torch.Tensor, width: int, patch: int, merge: int) -> torch
     """The patches [P, 3 * patch * patch] of the mirror image; width in pixels."""
     blocks = patches.view(-1, width // (merge * patch), merge, merge, 3, patch, patch)
     return blocks.flip(1, 3, 6).view_as(patches)
-
-
-def free_memory() -> int:
-    """Bytes of this machine's memory that are free for use."""
-    return psutil.virtual_memory().available
 
 
 class PixelStore:

@@ -44,7 +44,7 @@ class PredictConfig:
     json: Path | None = None
     """Write all numbers here."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
 
     def __post_init__(self):
         need(self, "images", len(self.images) > 0, "a picture or more")
@@ -90,12 +90,11 @@ class Prediction:
 
     def __str__(self) -> str:
         first, last = self.interval()
-        told = f"{self.count} {self.sample.category}" if self.count is not None else "no number"
-        likely = f"most probable {self.mode} ({self.distribution[self.mode]:.0%}), mean {self.mean:.1f}"
+        said = f"{self.count} {self.sample.category}" if self.count is not None else "no number"
         return (
-            f"{self.sample.name}: {told}; the model says {self.answer!r:.80}\n"
-            f"  {likely}, 90 % between {first} and {last}, if it answers COUNT: and a number, "
-            f"which it does with probability {self.covered:.3f}"
+            f"{self.sample.name}: {said}; the model says {self.answer!r:.80}\n"
+            f"  most probable {self.mode} ({self.distribution[self.mode]:.0%}), mean {self.mean:.1f}, 90 % between "
+            f"{first} and {last}, if it answers COUNT: and a number, which it does with probability {self.covered:.3f}"
         )
 
     def to_dict(self) -> dict:

@@ -84,4 +84,4 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingMod
         patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
         size={"shortest_edge": 32 * 32, "longest_edge": 256 * 384},
     )  # fmt: skip
-    return CountingModel(network, tokenizer, image_processor, Recipe(learning_rate=3e-3, train_vision=True))
+    return CountingModel(network, tokenizer, image_processor, Recipe(learning_rate=1e-3, train_vision=True))

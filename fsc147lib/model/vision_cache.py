@@ -8,7 +8,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -27,9 +28,9 @@ from ..data.fsc147 import Sample
 from ..options import ConfigError
 from . import forward, layers, pixels
 from .collate import Batch, Collate, to_device
+from .device import free_memory, gpu_memory, memory_in_use
 from .forward import encode_images
 from .network import CountingModel
-from .pixels import free_memory
 
 GPU_SHARE, HOST_SHARE = 0.25, 0.5
 """The cache may take so much of the GPU's whole memory, or of the machine's free memory."""
@@ -74,10 +75,12 @@ class VisionCache:
             self.places[image_key(sample)] = total, total + rows * columns // 4
             total += rows * columns // 4
         vision = network.config.vision_config
-        narrow = accelerator.mixed_precision == "bf16"
-        self.dtype = torch.bfloat16 if narrow else network.model.visual.dtype
+        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}  # as autocast computes them
+        self.dtype = narrow.get(accelerator.mixed_precision, network.model.visual.dtype)
         self.shape = (total, 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size)
-        self.place = _choose_place(math.prod(self.shape) * self.dtype.itemsize) if place == "auto" else place
+        states = sum(3 * weight.nbytes for weight in network.parameters() if weight.requires_grad)
+        size = math.prod(self.shape) * self.dtype.itemsize
+        self.place = choose_place(size, states) if place == "auto" else place
         order = sorted(range(len(samples)), key=lambda i: sizes[i])
         chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
         loader = DataLoader(chunks, batch_size=None, collate_fn=collate, num_workers=workers)
@@ -131,15 +134,41 @@ class VisionCache:
             start += end - first
         return {**batch, "image_features": features}
 
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches with their image features; from the host, the next one's are copied while the GPU uses one's."""
+        if self.device.type != "cuda" or self.features.device == self.device:
+            yield from map(self.add_to, batches)
+            return
+        stream, ready = torch.cuda.Stream(self.device), None
+        for batch in chain(batches, [None]):
+            following = None
+            if batch is not None:
+                with torch.cuda.stream(stream):
+                    following = self.add_to(batch), stream.record_event()
+            if ready is not None:
+                batch, copied = ready
+                torch.cuda.current_stream().wait_event(copied)
+                batch["image_features"].record_stream(torch.cuda.current_stream())  # its memory is the other stream's
+                yield batch
+            ready = following
+
 
 def image_key(sample: Sample) -> tuple[str, bool]:
     """How a batch names an image: its file, and whether it is mirrored."""
     return str((sample.mirror_of or sample).image_path), sample.mirror_of is not None
 
 
-def _choose_place(size: int) -> str:
-    if torch.cuda.is_available() and size <= GPU_SHARE * torch.cuda.mem_get_info()[1]:
-        return "gpu"
+def choose_place(size: int, states: int = 0) -> str:
+    """Where a cache of so many bytes is kept: "gpu", "host" or "disk", the first with room.
+
+    Args:
+        states: bytes that gradients and the optimizer's moments will take, beside which the GPU keeps GPU_SHARE free
+            for a step's activations.
+    """
+    if torch.cuda.is_available():
+        whole, ours = gpu_memory()
+        if size <= min(GPU_SHARE * whole, ours - memory_in_use("cuda") - states - GPU_SHARE * whole):
+            return "gpu"
     return "host" if size <= HOST_SHARE * free_memory() else "disk"
 
 

@@ -12,5 +12,6 @@ __all__ = [
     "sweeps",
     "throughput",
     "timing",
+    "viewer",
     "workbook",
 ]  # modules, loaded on import

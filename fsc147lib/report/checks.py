@@ -16,14 +16,14 @@ from ..data import GRID, Sample
 from ..data.targets import resample_map
 from ..files import DamagedFolder, read_manifest
 from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
-from ..model.adapt import add_lora, freeze_vision, merged_weights
+from ..model.adapt import freeze_vision, merged_weights, save_memory
 from ..model.answers import own_answers
+from ..model.device import peak_memory, seconds_of
 from ..model.load import RANDOM
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..training import DualLoss
 from ..training.step import TrainingStep, make_optimizer
 from .overhead import load_or_shape
-from .timing import peak_memory, seconds_of
 
 
 class Subject:
@@ -213,10 +213,7 @@ def raw_answers(subject: Subject, longest: int = 64):
 def training_step(subject: Subject):
     network, config = subject.network, subject.config
     freeze_vision(network, config.model != RANDOM)
-    if config.lora:
-        add_lora(network, config.lora, narrow=subject.accelerator.mixed_precision == "bf16")
-    if config.gradient_checkpointing:
-        network.activation_checkpointing_enable({"use_reentrant": False})
+    save_memory(network, config.lora, config.gradient_checkpointing, subject.accelerator.mixed_precision)
     loss = DualLoss(network, heatmap=Heatmap(network, compiled=subject.device.type == "cuda"))
     step = TrainingStep(loss, make_optimizer(network, 1e-5), subject.accelerator)
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
@@ -263,7 +260,11 @@ def saved_model(subject: Subject):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found, head, first = plain.state_dict(), plain.get_output_embeddings(), plain.get_input_embeddings()
     wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
-    wrong |= {name for name in expected.keys() & found.keys() if not torch.equal(expected[name].cpu(), found[name])}
+    wrong |= {
+        name
+        for name in expected.keys() & found.keys()
+        if not torch.equal(expected[name].cpu(), found[name].to(expected[name].dtype))
+    }
     if tokenizer.get_vocab() != subject.tokenizer.get_vocab():
         wrong.add("the tokenizer")
     if plain.config.tie_word_embeddings != (head.weight is first.weight):

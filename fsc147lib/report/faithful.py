@@ -46,6 +46,7 @@ def occlusion_figure(samples: Sequence[Sample], found: dict[str, Occlusion], sho
         means = [np.nanmean(one.count[one.objects == number]) for number in objects]
         lower.plot(objects, means, "o-", color=ATTENTION_COLOUR, label="mean fall")
         lower.set(xlabel="objects under the window", ylabel="fall of the expected count", title=name)
+        lower.xaxis.get_major_locator().set_params(integer=True)
         lower.legend(frameon=False, fontsize=8)
     return figure
 

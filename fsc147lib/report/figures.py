@@ -5,17 +5,16 @@ Every function draws on matplotlib axes or returns a figure; a widget redraws su
 Left out: reading data and running models; notebooks hand in what they got from the library.
 """
 
-import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.scale import SymmetricalLogScale
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, SymmetricalLogLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
 from PIL import Image
 
 from ..data.fsc147 import Sample
@@ -24,7 +23,10 @@ from ..model import Look
 
 NO_TARGET = "nothing to count: no target"
 COUNT_COLOUR, ATTENTION_COLOUR, GREY = "#1f6fb4", "#d9541e", "#777777"
-MAP_COLOURS = "inferno"
+MAP_COLOURS, DIFFERENCE_COLOURS = "viridis", "cividis"
+"""Lighter is more, so that they read in grey, and for the colour-blind."""
+
+LABEL = 9  # points of the smallest text
 COUNT_SCALE = SymmetricalLogScale(None, linthresh=1, linscale=0.3)  # logarithmic, with room for 0
 
 
@@ -34,26 +36,44 @@ def show_dots(axes, sample: Sample, boxes: bool = True) -> None:
     axes.scatter(*sample.points.T, s=14, c="#ff2d2d", edgecolors="white", linewidths=0.5)
     for x1, y1, x2, y2 in sample.boxes if boxes else ():
         axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="#00e5ff", linewidth=1.6))
-    axes.set_title(f"{sample.count} {sample.category}", fontsize=9, parse_math=False)
+    axes.set_title(f"{sample.count} {sample.category}", fontsize=LABEL, parse_math=False)  # a "$" is no formula
     axes.axis("off")
 
 
-def show_map(axes, image: Image.Image, values: np.ndarray, title: str = "", strength: float = 0.8) -> None:
-    """A map laid over a grey photograph, stretched over the whole of it; the more mass, the more opaque.
+def show_map(
+    axes, image: Image.Image, values: np.ndarray, title: str = "", largest: float | None = None, signed: bool = False,
+    opacity: float = 0.6,
+):  # fmt: skip
+    """A map laid over a grey photograph, stretched over the whole of it.
 
     Args:
-        values: [h, w] non-negative; a grid's cells are drawn as cells, without smoothing.
-        strength: opacity of the largest value, 0..1.
+        values: [h, w]; a grid's cells are drawn as cells, without smoothing.
+        largest: the value of the brightest colour, and of all above it; the same for all maps that are compared,
+            None for this map's own.
+        signed: a difference, from -largest to largest.
+        opacity: the same in all cells, 0..1.
+
+    Returns:
+        What `show_scale` explains: colours go with the square root, so that one peak does not darken all else.
     """
-    largest = max(float(values.max()), 1e-12)
-    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=320)
-    axes.imshow(
-        values, cmap=MAP_COLOURS, alpha=strength * (0.35 + 0.65 * values / largest),
+    largest = max(float(values.max()) if largest is None else largest, 1e-12)
+    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
+    shown = axes.imshow(
+        values, cmap=DIFFERENCE_COLOURS if signed else MAP_COLOURS, alpha=opacity,
+        norm=Normalize(-largest, largest) if signed else PowerNorm(0.5, 0, largest),
         extent=(0, image.width, image.height, 0), interpolation="nearest",
-        vmin=0, vmax=largest,
     )  # fmt: skip
-    axes.set_title(title, fontsize=9, parse_math=False)
+    axes.set_title(title, fontsize=LABEL, parse_math=False)
     axes.axis("off")
+    return shown
+
+
+def show_scale(shown, axes, label: str = "part of the map in a cell", extend: str = "neither") -> None:
+    """The colour bar of maps on one scale, beside the axes given; pointed where some values lie above ("max")."""
+    bar = shown.figure.colorbar(shown, ax=axes, label=label, extend=extend, fraction=0.03, pad=0.01, aspect=30)
+    bar.solids.set_alpha(1)
+    bar.ax.tick_params(labelsize=LABEL)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
 
 
 def gallery(samples: Sequence[Sample], columns: int = 4) -> Figure:
@@ -72,8 +92,10 @@ def sample_views(sample: Sample) -> Figure:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     show_dots(axes[0], sample)
     density = sample.density
-    show_map(axes[1], sample.image, density, f"density, sums to {density.sum(dtype=float):.2f}")
-    show_map(axes[2], sample.image, sample.target, "14x14 target heatmap, sums to 1" if sample.count else NO_TARGET)
+    title = f"density, sums to {density.sum(dtype=float):.2f}"
+    show_scale(show_map(axes[1], sample.image, density, title), axes[1], "objects per pixel")
+    title = "14x14 target heatmap, sums to 1" if sample.count else NO_TARGET
+    show_scale(show_map(axes[2], sample.image, sample.target, title), axes[2])
     return figure
 
 
@@ -89,7 +111,7 @@ def count_histogram(counts: dict[str, Sequence[int]]) -> Figure:
     axes.set(xlabel="objects in the image (dotted: median)", ylabel="images", yscale="log")
     axes.set(xscale=COUNT_SCALE, xlim=(edges[0], edges[-1]))
     _plain_numbers(axes)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(frameon=False, fontsize=LABEL, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -107,7 +129,8 @@ def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
     names, numbers = np.unique([sample.category for sample in samples], return_counts=True)
     order = np.argsort(numbers)[-most:]
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.24 * len(order)), layout="constrained")
-    axes.barh([name.replace("$", r"\$") for name in names[order]], numbers[order], color=COUNT_COLOUR)
+    axes.barh(np.arange(len(order)), numbers[order], color=COUNT_COLOUR)
+    axes.set_yticks(np.arange(len(order)), names[order], parse_math=False)
     axes.set(xlabel="images")
     return figure
 
@@ -157,12 +180,12 @@ def training_curves(lines: Sequence[dict], baseline: float | None = None) -> Fig
             [line["step"] for line in epochs], [line["val"][value] for line in epochs], "o", color=GREY, label=validated
         )
         place.set(xlabel="step", title=label, ylim=(0, None))
-        place.legend(frameon=False, fontsize=8)
+        place.legend(frameon=False, fontsize=LABEL)
     axes[2].plot([line["step"] for line in epochs], [line["val"]["mae"] for line in epochs], "o-", color=GREY)
     axes[2].set(xlabel="step", title="validation MAE (objects)", ylim=(0, None))
     if baseline is not None:
         axes[2].axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
-        axes[2].legend(frameon=False, fontsize=8)
+        axes[2].legend(frameon=False, fontsize=LABEL)
     return figure
 
 
@@ -178,7 +201,7 @@ def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
     if lost:
         below = low if low >= 1 else -0.6  # and not on a true 0
         axes.plot([i.count for i in lost], [below] * len(lost), "rx", label=f"{len(lost)} unparsed")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=LABEL)
     axes.set(xscale=COUNT_SCALE, yscale=COUNT_SCALE, xlabel="true count", ylabel="predicted count")
     _plain_numbers(axes)
     return figure
@@ -187,28 +210,35 @@ def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
 def map_comparison(
     samples: Sequence[Sample], maps: dict[str, Look | np.ndarray], captions: Sequence[str] = ()
 ) -> Figure:
-    """Photograph, target and one column for each kind of map; a row for each sample.
+    """Photograph, target and one column for each kind of map, all maps on one scale; a row for each sample.
 
     Args:
         maps: title -> [B, 14, 14] in the samples' order, or a `Look` of them (`mean_map`), whose answers are named.
         captions: a title for each row's photograph, instead of count and category.
     """
     rows, columns = len(samples), 2 + len(maps)
+    drawn = [
+        np.stack([sample.target for sample in samples]),
+        *(np.asarray(getattr(m, "maps", m)) for m in maps.values()),
+    ]
+    largest = float(np.quantile(drawn, 0.99))  # or the picture with one object would darken the others
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.3 * rows), squeeze=False, layout="constrained")
     for i, sample in enumerate(samples):
         image = sample.image
         show_dots(axes[i, 0], sample, boxes=False)
         if captions:
-            axes[i, 0].set_title(captions[i], fontsize=9, parse_math=False)
-        show_map(axes[i, 1], image, sample.target, NO_TARGET if not sample.count else "target" if i == 0 else "")
+            axes[i, 0].set_title(captions[i], fontsize=LABEL, parse_math=False)
+        title = NO_TARGET if not sample.count else "target" if i == 0 else ""
+        shown = show_map(axes[i, 1], image, sample.target, title, largest)
         for j, (title, values) in enumerate(maps.items(), start=2):
             titles = [title] * (i == 0) + ([values.titles[i]] if isinstance(values, Look) else [])
-            show_map(axes[i, j], image, np.asarray(getattr(values, "maps", values)[i]), ": ".join(titles))
+            show_map(axes[i, j], image, drawn[j - 1][i], ": ".join(titles), largest)
+    show_scale(shown, axes[:, 1:], extend="max")
     return figure
 
 
 def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int], title: str = "") -> Figure:
-    """All layers and heads of one image, each on its own colour scale, titled with its mass on the image.
+    """All layers and heads of one image on one colour scale, each titled with its mass on the image.
 
     Args:
         maps: [L, H, 14, 14] attention mass.
@@ -222,34 +252,30 @@ def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int],
     for i in range(rows):
         for j in range(columns):
             name = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
-            show_map(axes[i, j], image, maps[i, j], name)
-            axes[i, j].title.set_fontsize(7)
-    figure.suptitle(title, fontsize=9, parse_math=False)
+            shown = show_map(axes[i, j], image, maps[i, j], name, float(maps.max()))
+    show_scale(shown, axes, "attention on a cell")
+    figure.suptitle(title, fontsize=LABEL, parse_math=False)
     return figure
 
 
 def overhead_bars(rows: Sequence[dict]) -> Figure:
-    """Overhead of each heatmap, with its 95 % interval, and peak memory.
-
-    Args:
-        rows: of `time_losses`.  Grey is a heatmap that is only computed, red one that is trained.
-    """
-    missing = [row["name"] for row in rows if row["out_of_memory"]]
-    rows = [row for row in rows if not row["out_of_memory"]]
+    """Overhead of each heatmap, with its 95 % interval, and peak memory: rows of `time_losses`."""
+    missing, rows = ([row for row in rows if row["out_of_memory"] == lost] for lost in (True, False))
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.4), layout="constrained")
     names = [re.sub(", |_| (?=on )", "\n", row["name"]) for row in rows]
-    colours = {"none": COUNT_COLOUR, True: ATTENTION_COLOUR, False: GREY}
-    colours = [colours["none" if row["method"] == "none" else row["trained"]] for row in rows]
+    kinds = {"count only": COUNT_COLOUR, "heatmap computed": GREY, "heatmap trained": ATTENTION_COLOUR}
+    colours = [list(kinds.values())[(row["method"] != "none") + row["trained"]] for row in rows]
     middle = np.array([row["overhead_median"] for row in rows])
     spread = np.abs(np.array([[row["overhead_low"], row["overhead_high"]] for row in rows]).T - middle)
     places = axes[0].bar(names[1:], 100 * middle[1:], yerr=100 * spread[:, 1:], color=colours[1:], capsize=4)
-    axes[0].bar_label(places, fmt="%.1f", fontsize=8, padding=3)
+    axes[0].bar_label(places, fmt="%.1f", fontsize=LABEL, padding=3)
     axes[0].margins(y=0.12)  # room for the labels
-    axes[0].set(ylabel="% of a step", title="overhead (median, 95 % interval)")
-    axes[1].bar(names, [row["peak_memory"] or 0 for row in rows], color=colours)
-    axes[1].set(ylabel="MiB", title="peak memory" + "".join(f"; {name}: out of memory" for name in missing))
-    for place in axes:
-        place.tick_params(axis="x", labelsize=7)
+    axes[0].set(ylabel="% of a step", title="overhead: median, and its 95 % interval as a whisker")
+    axes[1].bar(names, [(row["peak_memory"] or 0) / 1024 for row in rows], color=colours)
+    axes[1].set(ylabel="GiB", title="peak memory" + "".join(f"; {row['name']}: out of memory" for row in missing))
+    plt.setp([*axes[0].get_xticklabels(), *axes[1].get_xticklabels()], fontsize=LABEL)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in kinds.items()]
+    axes[0].legend(handles=patches, frameon=False, fontsize=LABEL, loc="upper left")
     return figure
 
 
@@ -257,18 +283,31 @@ def overhead_against_every(rows: Sequence[dict]) -> Figure:
     """What is left of each trained heatmap's overhead when it is applied on each K-th step only.
 
     Args:
-        rows: of `time_losses`.  A dot is the method's default K.
+        rows: of `time_losses`.  A dot is the method's default K; what no logarithmic axis can show is named instead.
     """
     figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
     every = 2 ** np.arange(8)
     for row in rows:
         if row["trained"] and not row["out_of_memory"]:
-            (line,) = axes.plot(every, 100 * row["overhead_median"] / every, label=row["name"])
-            axes.plot(row["every"], 100 * row["overhead_median"] / row["every"], "o", color=line.get_color())
+            percent, shown = 100 * row["overhead_median"], row["overhead_median"] > 0
+            label = row["name"] + ("" if shown else f": {percent:.1f} %, lost in the noise")
+            (line,) = axes.plot(every if shown else [], percent / every if shown else [], label=label)
+            axes.plot(row["every"], percent / row["every"] if shown else np.nan, "o", color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="K: steps from one heatmap to the next", ylabel="% of a step")
     _plain_numbers(axes)
     axes.set_xticks(every, labels=[str(k) for k in every])
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=LABEL)
+    return figure
+
+
+def loss_curves(rows: Sequence[dict], width: int = 20) -> Figure:
+    """Count losses of `throughput --curves`: at each step the mean of the last `width`."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    for row in rows:
+        means = np.convolve(row["losses"], np.ones(width) / width, "valid")
+        axes.plot(np.arange(width, width + len(means)), means, label=row["name"], linewidth=1.2)
+    axes.set(xlabel="step", ylabel="count loss (nats per token)")
+    axes.legend(frameon=False, fontsize=LABEL)
     return figure
 
 
@@ -288,7 +327,7 @@ def lazy_curves(runs: dict[str, list[dict]], overhead: float) -> Figure:
     axes[0].set(xlabel="steps", ylabel="KL(P || A), nats", title="alignment after equal steps")
     axes[1].set(xlabel="time (steps of the count loss)", ylabel="KL(P || A), nats", title="alignment after equal time")
     axes[2].set(xlabel="time (steps of the count loss)", ylabel="MAE, objects", title="error after equal time")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=LABEL)
     return figure
 
 
@@ -304,35 +343,8 @@ def throughput_bars(rows: Sequence[dict]) -> Figure:
     spread = np.abs(np.array([[min(row["rates"]), max(row["rates"])] for row in rows]).T - middle)
     colours = [GREY] + [ATTENTION_COLOUR] * (len(rows) - 1)
     places = axes.barh(names, middle, xerr=spread, color=colours, capsize=3)
-    axes.bar_label(places, [f" {row['images_per_second']:.0f}   {row['speedup']:.1f}x" for row in rows], fontsize=8)
+    axes.bar_label(places, [f" {row['images_per_second']:.0f}   {row['speedup']:.1f}x" for row in rows], fontsize=LABEL)
     axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.set(xlabel="images a second, training")
     return figure
-
-
-def browser(draw: Callable[..., Figure], **choices) -> widgets.Widget:
-    """Sliders and menus that redraw a figure.
-
-    Args:
-        draw: makes a figure of the chosen values.
-        choices: for each argument of `draw`: a range for a slider, or a list for a menu.
-    """
-    controls = {
-        name: widgets.IntSlider(min=c.start, max=c.stop - 1, description=name, continuous_update=False)
-        if isinstance(c, range)
-        else widgets.Dropdown(options=c, description=name)
-        for name, c in choices.items()
-    }
-    picture = widgets.Image(format="png")  # and no Output widget: a runner without a window hangs on those
-
-    def redraw(*_) -> None:
-        figure, png = draw(**{name: control.value for name, control in controls.items()}), io.BytesIO()
-        figure.savefig(png, dpi=80)
-        plt.close(figure)
-        picture.value = png.getvalue()
-
-    for control in controls.values():
-        control.observe(redraw, "value")
-    redraw()
-    return widgets.VBox([widgets.HBox(list(controls.values())), picture])

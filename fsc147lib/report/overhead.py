@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,17 +19,17 @@ from transformers import Qwen3VLConfig
 from ..data.fsc147 import Sample
 from ..data.scenes import draw_scene
 from ..evaluation.metrics import bootstrap_interval
-from ..model.adapt import freeze_vision
+from ..model.adapt import freeze_vision, save_memory
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
-from ..model.device import make_accelerator
+from ..model.device import make_accelerator, peak_memory, seconds_of
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.network import CountingModel, random_network
 from ..options import Precision, need, need_report
 from ..training.losses import DualLoss, LossParts
 from ..training.step import TrainingStep, make_optimizer
-from .timing import peak_memory, seconds_of, table, take_turns, write_report
+from .timing import table, take_turns, write_report
 
 WEIGHT = 0.1  # of the attention loss, where it is trained; its size costs nothing
 
@@ -43,6 +44,8 @@ class OverheadConfig:
     """Heatmaps to time."""
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter."""
+    gradient_method: Literal["exact", "difference"] = "exact"
+    """How token_gradient is trained, as in `train`."""
     image_size: tuple[int, int] = (384, 576)
     """Height and width of the drawn pictures."""
     batch_size: int = 8
@@ -52,7 +55,7 @@ class OverheadConfig:
     rounds: int = 20
     """Timed steps of each variant."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     compile: bool = False
     """Compile the layers; a gradient heatmap that is trained leaves those plain that it differentiates twice."""
     json: Path | None = None
@@ -171,6 +174,9 @@ def time_losses(
     train_vision: bool = True,
     precision: str = "auto",
     compiled: bool = False,
+    gradient_method: str = "exact",
+    lora: int | None = None,
+    gradient_checkpointing: bool = False,
 ) -> list[dict]:
     """Time a step with the count loss alone against one with each heatmap, computed only, and trained.
 
@@ -183,6 +189,8 @@ def time_losses(
         train_vision: whether the vision encoder trains as well.
         precision: as in TrainConfig.
         compiled: compile the layers.
+        gradient_method: of token_gradient, where it is trained.
+        lora, gradient_checkpointing: as in TrainConfig.
 
     Returns:
         A row for each variant: `name`, `method`, `trained`, `images` (of a batch; None for all), `every` (the
@@ -199,6 +207,7 @@ def time_losses(
         raise ValueError(f"{len(samples)} samples make no batch of {batch_size}: give more, or a smaller batch size")
     accelerator = make_accelerator(precision)
     device = accelerator.device.type
+    save_memory(model.network, lora, gradient_checkpointing, accelerator.mixed_precision)
     network = model.network.to(device).train()
     freeze_vision(network, not train_vision)
     optimizer = make_optimizer(network, 1e-6)  # one for all: less memory
@@ -209,7 +218,8 @@ def time_losses(
     trials, peaks = {}, {}
     for variant in variants:
         method = "attention" if variant.method == "none" else variant.method
-        heatmap = Heatmap(network, method, state_layer=heatmap_layer, compiled=compiled)
+        heatmap = Heatmap(network, method, state_layer=heatmap_layer, compiled=compiled,
+                          gradient_method=gradient_method)  # fmt: skip
         step = step_of(variant, batches, heatmap, optimizer, accelerator)
         try:
             step(0)  # before it is measured: the first step allocates what stays
@@ -244,7 +254,7 @@ def measure_overhead(config: OverheadConfig) -> list[dict]:
         samples = drawn_samples(config.batches * config.batch_size, Path(folder), config.image_size)
         rows = time_losses(
             model, samples, config.methods, config.batch_size, config.rounds, config.heatmap_layer,
-            model.recipe.train_vision, config.precision, config.compile,
+            model.recipe.train_vision, config.precision, config.compile, config.gradient_method,
         )  # fmt: skip
     if config.json is not None:
         write_report(config.json, {"rows": rows}, config)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..model import Prediction
-from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, show_map
+from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, show_map, show_scale
 
 
 def prediction_figure(prediction: Prediction, true: int | None = None) -> Figure:
@@ -28,8 +28,8 @@ def prediction_figure(prediction: Prediction, true: int | None = None) -> Figure
     axes[0].imshow(image)
     axes[0].axis("off")
     axes[0].set_title(f"{prediction.sample.category}: {prediction.answer!r:.60}", fontsize=9, parse_math=False)
-    show_map(axes[1], image, prediction.heatmap, prediction.map_title)
-    _show_distribution(axes[2], prediction, true)
+    show_scale(show_map(axes[1], image, prediction.heatmap, prediction.map_title), axes[1])
+    show_distribution(axes[2], prediction, true)
     return figure
 
 
@@ -41,7 +41,8 @@ def save_prediction(prediction: Prediction, path: Path) -> None:
     plt.close(figure)
 
 
-def _show_distribution(axes, prediction: Prediction, true: int | None) -> None:
+def show_distribution(axes, prediction: Prediction, true: int | None) -> None:
+    """How probable each number is, with the 90 % interval, the model's own answer and the true count."""
     low, high = prediction.interval(0.9)
     first, last = prediction.interval(0.999)
     marked = [number for number in (prediction.count, true) if number is not None]
@@ -59,7 +60,7 @@ def _show_distribution(axes, prediction: Prediction, true: int | None) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     silent = "" if prediction.covered > 0.99 else f"; a number is said with {prediction.covered:.0%}"
     axes.set_title(f"mode {prediction.mode}, mean {prediction.mean:.1f}{silent}", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
 
 
 def calibration_figure(rows: Sequence[dict]) -> Figure:
@@ -75,7 +76,7 @@ def calibration_figure(rows: Sequence[dict]) -> Figure:
     axes.errorbar(claimed, inside, spread, fmt="o-", color=COUNT_COLOUR, capsize=3, label="measured")
     axes.set(xlabel="probability that the interval claims, %", ylabel="truth lies in it, %", ylim=(0, 102))
     axes.set_xlim(min(40, *claimed) - 3, 102)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -93,5 +94,5 @@ def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.set(xlabel="number", ylabel="images")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     return figure

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..evaluation import paired_difference
 from .timing import table
 
 COLUMNS = {
@@ -15,6 +16,14 @@ COLUMNS = {
     "kl": ("last KL (range)", "{kl[0]:.3f} ({kl[1]:.3f} to {kl[2]:.3f})"),
     "seconds": ("s a run", "{seconds:.0f}"),
     "error": ("failed", "{error}"),
+}
+
+SPLIT_COLUMNS = {
+    "runs": ("runs", "{runs}"),
+    "last": ("MAE (range)", "{last[0]:.2f} ({last[1]:.2f} to {last[2]:.2f})"),
+    "better": ("better by (95 %)", "{better[0]:.2f} ({better[1]:.2f} to {better[2]:.2f})"),
+    "exact": ("exactly right", "{exact:.0%}"),
+    "kl": ("KL", "{kl:.2f}"),
 }
 
 
@@ -67,6 +76,29 @@ def sweep_table(rows: Sequence[dict]) -> str:
     return table(sweep_groups(rows), COLUMNS)
 
 
+def splits_table(rows: Sequence[dict], split: str) -> str:
+    """What the last weights of a sweep's runs answered on a split (`--splits`), a line for each group.
+
+    `better by` is how much smaller the error is than the first group's, over the seeds that both have and the same
+    pictures, with its 95 % bootstrap interval.
+    """
+    groups: dict[str, dict] = {}
+    for row in rows:
+        if split in row.get("splits", {}):
+            name = ", ".join(f"{key} {value}" for key, value in row["options"].items() if key != "seed")
+            groups.setdefault(name or "all", {})[row["options"].get("seed")] = row["splits"][split]
+    first, lines = next(iter(groups.values()), {}), []
+    for name, found in groups.items():
+        values = {key: [answers["metrics"][key] for answers in found.values()] for key in ("mae", "exact", "kl")}
+        maes, means = values["mae"], {key: float(np.mean(value)) for key, value in values.items()}
+        line = {"name": name, "runs": len(found), "last": (means["mae"], min(maes), max(maes)), **means}
+        if both := [seed for seed in found if seed in first and found is not first]:
+            ends = paired_difference([first[s]["error"] for s in both], [found[s]["error"] for s in both])
+            line["better"] = [ends[1], ends[0], ends[2]]
+        lines.append(line)
+    return table(lines, SPLIT_COLUMNS, head=split)
+
+
 def sweep_figure(rows: Sequence[dict]) -> Figure:
     """Validation MAE by epoch, best MAE and last KL of each group of finished runs: means, with their ranges."""
     groups = [group for group in sweep_groups(rows) if group["runs"]]
@@ -81,7 +113,7 @@ def sweep_figure(rows: Sequence[dict]) -> Figure:
             mean, low, high = group[key] or (np.nan,) * 3
             place.barh(i, mean, xerr=[[mean - low], [high - mean]], color=f"C{i}", capsize=3)
     axes[0].set(xlabel="epoch", ylabel="validation MAE, objects", title="mean over runs, with their range")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=9)
     for place, label in ((axes[1], "best validation MAE, objects"), (axes[2], "KL(P || A) at the end, nats")):
         place.set(xlabel=label)
         place.set_yticks(range(len(groups)), labels=names if place is axes[1] else [])

@@ -20,6 +20,7 @@ import transformers
 
 from ..evaluation.answering import to_csv
 from ..files import write_json, write_text
+from ..model.device import seconds_of
 
 
 def take_turns(
@@ -41,38 +42,6 @@ def take_turns(
             if turn >= 0:
                 found[name].append(numbers)
     return {name: {key: np.array([row[key] for row in rows]) for key in rows[0]} for name, rows in found.items()}
-
-
-def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds of a call; on "cuda" what it asks of the GPU included."""
-    _wait(device)
-    started = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(run: Callable[[], object], device: str = "cpu") -> float | None:
-    """MiB at the highest point of a call: of the GPU, or else of the whole process.
-
-    The process's peak can be measured anew on Linux alone; elsewhere the answer is None.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
-    except OSError:
-        return None
-    run()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def step_flops(config, images: int, tokens: int, patches: int, encoder: bool) -> float:
@@ -112,12 +81,16 @@ COLUMNS = {
     "overhead_lazy": ("on each K-th step", "{overhead_lazy:.1%} (K = {every})"),
     "batch_size": ("batch", "{batch_size}"),
     "images_per_second": ("images/s", "{images_per_second:.1f}"),
-    "speedup": ("speedup", "{speedup:.2f}x"),
-    "tokens_per_second": ("tokens/s", "{tokens_per_second:.0f}"),
+    "spread": ("spread over 10 %", "{spread:.0%}"),
+    "speedup": ("of the plain loop", "{speedup:.2f}x"),
+    "over_trainer": ("of Trainer", "{over_trainer:.2f}x"),
     "peak_share": ("of peak", "{peak_share:.1%}"),
-    "peak_memory": ("peak MiB", "{peak_memory:.0f}"),
+    "peak_memory": ("peak GiB", "{peak_memory:.2f}"),
+    "retries": ("retries", "{retries}"),
     "padding": ("padding", "{padding:.1%}"),
     "waiting": ("waiting", "{waiting:.1%}"),
+    "startup": ("first step, s", "{startup:.0f}"),
+    "validation_per_second": ("validation images/s", "{validation_per_second:.1f}"),
 }
 """A number's name in a row, its column's head, and how the row is written there."""
 
@@ -128,7 +101,8 @@ def table(rows: Iterable[dict], columns: dict[str, tuple[str, str]] = COLUMNS, h
     shown = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
     cells = [[head, *(title for title, _ in shown.values())]]
     for row in rows:
-        name = row["name"] + (": out of memory" if row.get("out_of_memory") else "")
+        ended = ": out of memory" if row.get("out_of_memory") else ": failed" if row.get("failed") else ""
+        name, row = row["name"] + ended, row | {"peak_memory": row.get("peak_memory") and row["peak_memory"] / 1024}
         cells.append([name, *("" if row.get(key) is None else form.format(**row) for key, (_, form) in shown.items())])
     first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
     return "\n".join(
@@ -148,7 +122,8 @@ def write_report(path: str | Path, report: dict, config=None) -> None:
     options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     about = {"command": "python -m fsc147lib " + " ".join(sys.argv[1:]), **options, **machine()}
     write_json(path, {**about, **report})
-    write_text(path.with_suffix(".csv"), to_csv(report["rows"]))
+    keys = dict.fromkeys(key for row in report["rows"] for key in row)
+    write_text(path.with_suffix(".csv"), to_csv([{key: row.get(key) for key in keys} for row in report["rows"]]))
 
 
 def machine() -> dict:

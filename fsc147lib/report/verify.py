@@ -53,7 +53,7 @@ class VerifyConfig:
     data: Path | None = None
     """A data root, of which eight training images are used; None: eight drawn ones."""
     precision: Precision = "auto"
-    """Of training; auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    """Of training; auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     lora: int | None = None
     """Make the training step with adapters of this rank, as `train --lora` does."""
     gradient_checkpointing: bool = False

@@ -7,20 +7,26 @@ notebook opens on what the others made.  Left out: everything that a notebook sh
 
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 
 import nbformat
+import torch
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 from tqdm import tqdm
 
 from ..data.scenes import make_dataset
+from ..evaluation.tables import PUBLISHED
 from ..files import write_json, write_text
+from ..model.device import gpu_memory
+from ..model.load import count_parameters
 from .timing import table
 
 PICTURES = {"train": 800, "val": 100, "test": 50}  # the drawn data set that notebooks use when no root is given
@@ -35,6 +41,16 @@ COLUMNS = {  # of the summary that `make run` ends with
 
 class WorkbookError(RuntimeError):
     """A notebook cannot go on; the message says what to run first, or which cell failed."""
+
+
+FITS = (  # GiB that Qwen3-VL-2B needs for it (docs/cards.md), and options of `train`
+    (50.0, {"batch_size": 16}),
+    (30.0, {"batch_size": 8, "gradient_checkpointing": True}),
+    (18.0, {"batch_size": 8, "lora": 16}),
+    (9.0, {"batch_size": 8, "lora": 16, "gradient_checkpointing": True}),
+    (0.0, {"batch_size": 2, "lora": 16, "gradient_checkpointing": True}),
+)
+"""From the fastest on; needs of another model are as many times as large as it is."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +71,31 @@ class Settings:
         numbers = [int(path.name.rpartition("-")[2]) for path in self.runs.glob(f"{name}-[0-9]*")]
         return self.runs / f"{name}-{max(numbers, default=0) + 1}"
 
+    def fit(self) -> dict:
+        """Options of `train`, and a limit of images, for this model on this card; prints them, and what is free."""
+        if not torch.cuda.is_available():
+            return {"limit": 240, "batch_size": 8}
+        most, free = (size / 2**30 for size in gpu_memory())
+        scale = count_parameters(self.model) / 2.1e9
+        needed, options = next((need * scale, options) for need, options in FITS if need * scale <= most)
+        options = {"limit": 240, **options}
+        print(f"{self.model} on {most:.0f} GiB: {', '.join(f'{key}={value}' for key, value in options.items())}")
+        held = "" if free > needed else (
+            f", {needed:.1f} are needed: another process holds the rest, most likely the kernel of another notebook. "
+            "Shut it down (Kernel, Shut Down Kernel), and run this cell again"
+        )  # fmt: skip
+        print(f"{free:.1f} GiB of the GPU are free{held}.")
+        return options
+
     @property
     def comparison(self) -> Path:
         """What notebook 03 found on the test split."""
         return self.out / "comparison.json"
+
+    @property
+    def published(self) -> list[dict]:
+        """Rows of published results on the test split; none beside drawn pictures, which they do not speak of."""
+        return [] if self.data.name.startswith("drawn-") else PUBLISHED
 
     @property
     def overhead(self) -> Path:
@@ -80,6 +117,7 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
     """
     if "ipykernel" in sys.modules:  # photographs as PNG would make megabytes of a notebook
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
+        tqdm.__init__ = partialmethod(tqdm.__init__, file=sys.stdout)  # on stderr each bar leaves an empty red box
     data = os.environ.get("FSC147_DATA") or data
     model = os.environ.get("FSC147_MODEL") or str(model)
     project = Path() if Path("notebooks").is_dir() else Path("..")  # a kernel starts beside its notebook
@@ -109,23 +147,24 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
     started = time.perf_counter()
     try:
         client.execute()
-    except CellExecutionError as error:
+    except (CellExecutionError, DeadKernelError) as error:  # a kernel dies where the memory is full
         raise WorkbookError(f"{path.name} failed:\n{error}") from error
     finally:
+        for cell in notebook.cells:  # where a progress bar ended, an empty red box would stand
+            if "outputs" in cell:
+                cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
         notebook.metadata.pop("widgets", None)  # dead in a page, and large; a static picture stands beside each
         write_text(out / path.name, nbformat.writes(notebook))
         page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook)
-        write_text(out / f"{path.stem}.html", page)
+        write_text(out / f"{path.stem}.html", re.sub(r'(href="[\w-]+)\.ipynb', r"\1.html", page))  # from page to page
     return time.perf_counter() - started
 
 
 def summarise(where: Settings, seconds: dict[str, float]) -> dict:
     """The numbers of a run of all notebooks, from the files that they wrote."""
-    found = json.loads(where.comparison.read_text())
     rows = {row["name"]: row for row in json.loads(where.overhead.read_text())["rows"]}
-    both = rows["attention, trained"]
-    overhead = {key: both[f"overhead_{key}"] for key in ("low", "median", "high")}
-    about = {"data": str(where.data), "model": where.model, "test": found["rows"]}
+    overhead = {key: rows["attention, trained"][f"overhead_{key}"] for key in ("low", "median", "high")}
+    about = {"data": str(where.data), "model": where.model, "test": json.loads(where.comparison.read_text())["rows"]}
     return {**about, "attention_loss_overhead": overhead, "seconds": seconds}
 
 

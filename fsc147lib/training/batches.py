@@ -11,6 +11,7 @@ from ..data.fsc147 import Sample
 from ..model.collate import Batch, Collate
 from ..model.network import CountingModel
 from ..model.pixels import PixelStore
+from ..options import ConfigError
 
 
 class TrainingImages(Dataset):
@@ -39,6 +40,12 @@ class SizeBatches(Sampler):
         by_size: False takes the samples as they come.
         batch_size, accumulation: images of a batch and batches of a step, at the most.
         processes: that share out the batches; `per_step` are those of a step of one.
+        batch_tokens: cut a batch into parts of at most so many tokens, padding included, so that narrow and wide
+            images need the same memory; an image that is longer is a part of its own.  `sizes` are the parts of each
+            step, which stays the step it was.
+
+    Raises:
+        ConfigError: `batch_tokens`, and several processes, which would have different numbers of parts.
     """
 
     drop_last = False  # accelerate asks
@@ -52,13 +59,16 @@ class SizeBatches(Sampler):
         by_size: bool,
         accumulation: int = 1,
         processes: int = 1,
+        batch_tokens: int | None = None,
     ):
+        if batch_tokens and processes > 1:
+            raise ConfigError("batch_tokens (--batch-tokens) works in one process: give a smaller --batch-size")
+        self.batch_tokens = batch_tokens or math.inf
         self.lengths, self.seed, self.flip, self.by_size = lengths, seed, flip, by_size
-        images = batch_size * processes
-        steps = math.ceil(len(lengths) / (images * accumulation))
-        self.per_step = math.ceil(len(lengths) / (images * steps))
-        self.together = self.per_step * processes
-        self.number = steps * self.together
+        self.processes, together = processes, batch_size * processes
+        steps = math.ceil(len(lengths) / (together * accumulation))
+        self.per_step = math.ceil(len(lengths) / (together * steps))
+        self.number = steps * self.per_step * processes
         self.shuffle(0)
 
     def shuffle(self, epoch: int, done: int = 0) -> None:
@@ -79,7 +89,25 @@ class SizeBatches(Sampler):
             batch = islice(rest, ends[turn + 1] - ends[turn])
             # images of one size side by side, for the vision encoder
             batches[turn] = [(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)]
-        self.batches = [batches[turn] for turn in range(done * self.together, self.number)]
+        parts = [self._parts(batches[turn]) for turn in range(self.number)]
+        self.batches = [part for split in parts for part in split]
+        alone = [len(split) for split in parts[:: self.processes]]
+        self.sizes = [sum(alone[i : i + self.per_step]) for i in range(0, len(alone), self.per_step)]
+        self.batches = self.batches[sum(self.sizes[:done]) * self.processes :]
+        self.sizes = self.sizes[done:]
+
+    def _parts(self, batch: list[tuple[int, bool]]) -> list[list[tuple[int, bool]]]:
+        """The batch in order, cut before the image that would fill a part beyond `batch_tokens`."""
+        parts: list[list[tuple[int, bool]]] = []
+        longest = 0
+        for place in batch:
+            length = self.lengths[place[0]][2]
+            longest = max(longest, length)
+            if not parts or longest * (len(parts[-1]) + 1) > self.batch_tokens:
+                parts.append([])
+                longest = length
+            parts[-1].append(place)
+        return parts
 
     def padding(self) -> float:
         """Part of this epoch's batches that is padding, 0..1."""
@@ -104,6 +132,7 @@ def training_loader(
     workers: int = 0,
     accumulation: int = 1,
     processes: int = 1,
+    batch_tokens: int | None = None,
 ) -> DataLoader:
     """Batches of a run, see `SizeBatches`; `loader.batch_sampler.shuffle(epoch)` chooses the epoch.
 
@@ -112,7 +141,7 @@ def training_loader(
     """
     collate = Collate(model.tokenizer, model.image_processor, store, pixels=store is not None)
     lengths = [collate.lengths(sample) for sample in samples]
-    batches = SizeBatches(lengths, batch_size, seed, flip, by_size, accumulation, processes)
+    batches = SizeBatches(lengths, batch_size, seed, flip, by_size, accumulation, processes, batch_tokens)
     ahead = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
     return DataLoader(
         TrainingImages(samples), batch_sampler=batches, collate_fn=collate, num_workers=workers,
@@ -120,8 +149,8 @@ def training_loader(
     )  # fmt: skip
 
 
-def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Groups of `size` batches, the last one maybe smaller: what one optimizer step sees."""
+def windows(batches: Iterable[Batch], sizes: Iterable[int]) -> Iterator[list[Batch]]:
+    """Groups of so many batches each: what one optimizer step sees."""
     rest = iter(batches)
-    while window := list(islice(rest, size)):
-        yield window
+    for size in sizes:
+        yield list(islice(rest, size))

@@ -67,7 +67,7 @@ class Signals:
 
 def stopped(run, interrupted: Interrupted) -> Interrupted:
     """Save what a `loop.Run` has not saved yet, and say how to go on."""
-    if run.step > run.saved:
+    if run.step > run.folder.saved:
         run.training_step.check()
         run.folder.save(run)
     where = f"after step {run.step} of {run.total_steps}, all of it in {run.folder.out}/last"

@@ -21,14 +21,14 @@ from tqdm import tqdm
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
-from ..model.adapt import add_lora, freeze_vision
+from ..model.adapt import freeze_vision, save_memory
 from ..model.device import default_workers, make_accelerator
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
 from ..model.network import Recipe
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
-from ..options import Precision, need
+from ..options import ConfigError, Precision, need
 from .batches import training_loader, windows
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
@@ -59,6 +59,8 @@ class TrainConfig:
     """How often each training image is shown; each epoch ends in a validation and a checkpoint."""
     batch_size: int = 16
     """Images of one forward pass."""
+    batch_tokens: int | None = None
+    """Split a batch into passes of at most so many tokens, padding included: the same step in less memory."""
     accumulation: int = 1
     """Batches of one step, whose gradients are added up: as one batch so many times as large, in less memory."""
     learning_rate: float | None = None
@@ -71,8 +73,8 @@ class TrainConfig:
     """How the learning rate falls to 0 after the warmup, or that it does not."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    attention_weight: float = 0.1
-    """Weight w of the attention loss; 0 trains on counts alone."""
+    attention_weight: float = 0.5
+    """Weight w of the attention loss; 0 trains on counts alone.  Chosen in docs/study.md."""
     attention_loss: Literal["kl", "mse"] = "kl"
     """How heatmap and target are compared: KL(target || heatmap) in nats, or the squared error summed over cells."""
     attention_target: Literal["objects", "shuffled", "centre"] = "objects"
@@ -96,7 +98,7 @@ class TrainConfig:
     flip: bool = True
     """Show images mirrored half of the time."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere.  Weights and optimizer are fp32 in both."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere.  What trains is fp32 in all."""
     gradient_checkpointing: bool = False
     """Less memory for more time: 1.23 times a step of the tiny model on two CPU cores."""
     seed: int = 0
@@ -131,14 +133,14 @@ class TrainConfig:
     def __post_init__(self):
         need(self, "heatmap", self.heatmap in method_names(True), f"one of {', '.join(method_names(True))}")
         counts = "epochs", "batch_size", "accumulation", "log_every", "heatmap_every", "heatmap_images", "limit", "lora"
-        for name in (*counts, "max_pixels"):
+        for name in (*counts, "max_pixels", "batch_tokens"):
             need(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             need(self, name, value is None or 0 < value < math.inf, "above 0 and finite")
-        need(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
-        need(self, "attention_weight", 0 <= self.attention_weight < math.inf, "at least 0 and finite")
+        for name in ("weight_decay", "attention_weight"):
+            need(self, name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
         need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
         uncached = self.vision_cache in ("auto", "off")
@@ -152,8 +154,10 @@ class TrainConfig:
         exclude = self.exclude if split == "train" else None
         return open_split(self.data, split, self.limit, self.category, exclude, self.max_pixels)
 
-    def resolved(self, recipe: Recipe) -> "TrainConfig":
-        """The same with what is left to the model's recipe filled in."""
+    def resolved(self, recipe: Recipe, precision: str) -> "TrainConfig":
+        """The same, with what is left to the model's recipe filled in; a heatmap that fp16 cannot hold is refused."""
+        if precision == "fp16" and self.attention_weight and self.heatmap.endswith("_gradient"):
+            raise ConfigError(f"{self.heatmap} (--heatmap) is too small for fp16: give attention, or --precision fp32")
         first = self.unfreeze_vision_at
         if first is None:
             first = 0 if recipe.train_vision and not self.lora else self.epochs  # adapters train alone
@@ -184,23 +188,22 @@ class TrainConfig:
 
 
 class Run:
-    """One training run, put together: images, model, step and folder.  `train` drives it."""
+    """One training run, put together: images, model (one in memory, or the config's), step and folder."""
 
-    def __init__(self, config: TrainConfig, on_log: Callable[[dict], None] | None = None):
-        self.on_log = on_log
+    def __init__(
+        self, config: TrainConfig, on_log: Callable | None = None, on_epoch: Callable | None = None, model=None
+    ):
+        self.on_log, self.on_epoch = on_log, on_epoch
         self.folder = RunFolder(config)
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
         self.folder.writes = self.accelerator.is_main_process
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         self.images = fingerprint(self.samples)
-        self.model = load_model(self.folder.checkpoint if config.resume else config.model, seed=config.seed)
-        self.config = config = config.resolved(self.model.recipe)
+        self.model = model or load_model(self.folder.checkpoint if config.resume else config.model, seed=config.seed)
+        self.config = config = config.resolved(self.model.recipe, self.accelerator.mixed_precision)
         network = self.model.network
-        if config.lora:
-            add_lora(network, config.lora, narrow=self.accelerator.mixed_precision == "bf16")
-        if config.gradient_checkpointing:
-            network.activation_checkpointing_enable({"use_reentrant": False})
+        save_memory(network, config.lora, config.gradient_checkpointing, self.accelerator.mixed_precision)
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
             torch.cuda.is_available() if config.compile is None else config.compile, config.gradient_method,
@@ -213,21 +216,20 @@ class Run:
         self.training_step = TrainingStep(loss, optimizer, self.accelerator, config.clip)
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
-        self.total_steps = math.ceil(len(self.loader) / self.batches.per_step) * config.epochs
-        self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs done so far, and the checkpoint's steps
+        self.total_steps = len(self.batches.sizes) * config.epochs
+        self.step, self.epoch, self.tracker = 0, 0, None  # steps and epochs done so far
         self.signals = Signals(self.accelerator.num_processes == 1)  # several would stop at different steps
         counts = {split: [sample.count for sample in part] for split, part in self.samples.items()}
-        images = {split: len(listed) for split, listed in counts.items()}
+        images = {split: len(part) for split, part in self.samples.items()}
         self.result = TrainResult(config.out, constant_baselines(counts["train"], counts["val"]), images)
-        self.tracker, self.validation = None, None  # type: ignore[var-annotated]
 
     def open_loader(self, pixels: bool) -> None:
         """Open the loader of training batches, with room for all pixels unless the vision cache takes their place."""
-        config, samples = self.config, [*self.samples["train"], *self.samples["val"]]
-        self.store = PixelStore(samples, self.model.image_processor, shared=self.workers > 0) if pixels else None
+        config, (train, val) = self.config, self.samples.values()
+        self.store = PixelStore([*train, *val], self.model.image_processor, shared=self.workers > 0) if pixels else None
         loader = training_loader(
-            self.samples["train"], self.model, self.store, config.batch_size, config.seed, config.flip,
-            config.batch_by_size, self.workers, config.accumulation, self.accelerator.num_processes,
+            train, self.model, self.store, config.batch_size, config.seed, config.flip, config.batch_by_size,
+            self.workers, config.accumulation, self.accelerator.num_processes, config.batch_tokens,
         )  # fmt: skip
         self.batches, self.loader = loader.batch_sampler, self.accelerator.prepare(loader)
 
@@ -236,9 +238,7 @@ class Run:
         config = self.config
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if config.resume:
-            optimizer = self.training_step.optimizer
-            self.step, self.epoch = self.folder.restore(self.result, optimizer, self.images)
-            self.saved = self.step
+            self.step, self.epoch = self.folder.restore(self.result, self.training_step, self.images)
         self.folder.start()
         if self.folder.writes:
             self.tracker = start_tracker(config.out, config.tracking, json.loads(config.to_json()))
@@ -247,8 +247,7 @@ class Run:
             mirrored = [sample.flipped() for sample in train] if config.flip else []
             self.training_step.cache = VisionCache(
                 self.model, [*train, *mirrored, *self.samples["val"]], self.accelerator,
-                config.vision_cache, config.out.parent / "vision-cache", self.workers,
-                compiled=self.heatmap.compiled,
+                config.vision_cache, config.out.parent / "vision-cache", self.workers, compiled=self.heatmap.compiled,
             )  # fmt: skip
 
     def close(self) -> None:
@@ -270,11 +269,13 @@ class Run:
     def validate(self) -> None:
         """Evaluate the validation split and log it."""
         batch_size = answering_batch_size(self.config.batch_size, self.heatmap)
-        self.validation = validation = evaluate_samples(
+        self.validation = evaluate_samples(
             self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
             self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
         )  # fmt: skip
-        self.log({"step": self.step, "epoch": self.epoch, "val": validation.metrics})
+        self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
+        if self.on_epoch:
+            self.on_epoch(self.model)
 
     def train_epoch(self, progress: tqdm) -> None:
         """Train on each image once, with a line of the log every few steps; an epoch that was interrupted goes on."""
@@ -287,7 +288,7 @@ class Run:
         self.batches.shuffle(self.epoch, self.step - self.epoch * self.total_steps // config.epochs)
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
-        for window in windows(self.loader, self.batches.per_step):
+        for window in windows(step.cache.ahead(self.loader) if step.cache else self.loader, self.batches.sizes):
             factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
             rate = config.learning_rate * factor
             for group in step.optimizer.param_groups:
@@ -299,11 +300,12 @@ class Run:
             if self.step % config.log_every == 0 or self.step == 1 or losses.attention is not None and every > 1:
                 step.check()
                 line = {name: None if value is None else float(value) for name, value in asdict(losses).items()}
+                skipped = {} if step.scaler is None else {"skipped_steps": step.skipped}
                 self.log({
                     "step": self.step, "epoch": self.epoch + 1, "count_loss": line["count"],
                     "attention_loss": line["attention"], "total": line["total"],
-                    "learning_rate": rate, "gradient_norm": float(norm),
-                    "images_per_second": images / (time.perf_counter() - started),
+                    "learning_rate": rate, "gradient_norm": float(norm) if norm.isfinite() else None,
+                    "images_per_second": images / (time.perf_counter() - started), **skipped,
                 })  # fmt: skip
                 images, started = 0, time.perf_counter()
                 progress.set_postfix({name: f"{value:.3f}" for name, value in line.items() if value is not None})
@@ -312,12 +314,13 @@ class Run:
         self.epoch += 1
 
 
-def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> TrainResult:
+def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callable | None = None) -> TrainResult:
     """Fine-tune a model; `python -m fsc147lib train` calls this.
 
     Args:
         config: what to do; the run's folder is `config.out`.
         on_log: called with each line of metrics.jsonl as it is written, for a live curve.
+        on_epoch: called with the model before training and after each epoch, for maps on the way.
 
     Returns:
         The run's history.  The weights are in `out/best` and `out/last`.
@@ -328,19 +331,18 @@ def train(config: TrainConfig, on_log: Callable[[dict], None] | None = None) -> 
         Interrupted: after Ctrl-C, SIGTERM or a notebook's interrupt; `last/` holds all steps.
     """
     with locked(config.out):
-        run = Run(config, on_log)
+        run = Run(config, on_log, on_epoch)
         try:
-            with run.signals:
-                run.open()
+            run.open()
+            with run.signals, tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
                 if not run.result.epochs:
                     run.validate()
-                with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
-                    while run.epoch < config.epochs:
-                        with run.signals.hold():
-                            run.train_epoch(progress)
-                        run.validate()
-                        with run.signals.hold():
-                            run.folder.save(run)
+                while run.epoch < config.epochs:
+                    with run.signals.hold():
+                        run.train_epoch(progress)
+                    run.validate()
+                    with run.signals.hold():
+                        run.folder.save(run)
         except Interrupted as interrupted:
             raise stopped(run, interrupted) from None
         finally:

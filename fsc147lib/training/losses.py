@@ -121,11 +121,18 @@ class DualLoss(nn.Module):
         return sorted(random.Random(" ".join(names)).sample(rows, min(self.heatmap_images, len(rows))))
 
 
-def check_finite(steps: list[tuple[list[str], dict[str, torch.Tensor]]]) -> None:
-    """Fetch the numbers of some steps (names of its images, numbers by name) at once; raise at one that is infinite."""
+def check_finite(steps: list[tuple[list[str], dict[str, torch.Tensor]]], may_overflow: str = "") -> list[bool]:
+    """Fetch the numbers of some steps (names of its images, numbers by name) at once; raise at one that is infinite.
+
+    The number called `may_overflow` may be: whether it was is returned of each step that has it.
+    """
     labels = [(name, images) for images, numbers in steps for name in numbers]
     values = torch.stack([value for _, numbers in steps for value in numbers.values()]).tolist() if steps else []
+    overflowed = []
     for (name, images), value in zip(labels, values, strict=True):
-        if not math.isfinite(value):
+        if name == may_overflow:
+            overflowed.append(not math.isfinite(value))
+        elif not math.isfinite(value):
             cure = "lower the learning rate, or look at these images with `check`"
             raise NonFiniteLoss(f"the {name} is {value} on {', '.join(images)}: {cure}")
+    return overflowed

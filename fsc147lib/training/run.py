@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from uuid import uuid4
 
-import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
@@ -26,9 +25,10 @@ from ..evaluation.answering import to_csv
 from ..files import recover_folder, set_aside, write_json, write_text
 from ..options import ConfigError
 from .checkpoint import RUN_ID, VALIDATION, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
+from .step import TrainingStep
 
 MAY_CHANGE = {
-    "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite",
+    "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite", "dry_run",
 }  # fmt: skip
 """Options that a resumed run may give anew; with any other it would not be the same run."""
 
@@ -118,6 +118,7 @@ class RunFolder:
 
     Attributes:
         checkpoint: that a resumed run goes on from.
+        saved: steps done in the last checkpoint.
 
     Args:
         config: a `TrainConfig`.
@@ -129,7 +130,7 @@ class RunFolder:
 
     def __init__(self, config):
         self.config, self.out, self.writes = config, config.out, True
-        self.run, self.checkpoint = uuid4().hex, self.out / "last"
+        self.run, self.checkpoint, self.saved = uuid4().hex, self.out / "last", 0
         recover_folder(self.out / "last")
         started = (self.out / "config.json").is_file() and (self.out / "metrics.jsonl").is_file()
         finished_epoch = (self.out / "last").is_dir()
@@ -153,8 +154,8 @@ class RunFolder:
             write_text(self.out / "config.json", self.config.to_json())
             (self.out / "metrics.jsonl").touch()
 
-    def restore(self, result: TrainResult, optimizer: torch.optim.Optimizer, images: str) -> tuple[int, int]:
-        """Put the last checkpoint's history and optimizer moments back.
+    def restore(self, result: TrainResult, training_step: TrainingStep, images: str) -> tuple[int, int]:
+        """Put the last checkpoint's history, optimizer moments and loss scale (None but in fp16) back.
 
         Args:
             images: fingerprint of what the run trains and validates on.
@@ -162,18 +163,21 @@ class RunFolder:
         Returns:
             Steps and epochs done.
         """
-        state = load_training_state(self.checkpoint, optimizer)
+        state = load_training_state(self.checkpoint, training_step.optimizer)
         if state["data"] != images:
             raise ConfigError(
                 f"the training or validation images in {self.config.data} are not those that the run in "
                 f"{self.out} was started with: give its --data, or start a new run with another --out"
             )
         result.steps, result.epochs = state["steps"], state["epochs"]
+        if training_step.scaler is not None and "scaler" in state:
+            training_step.scaler.load_state_dict(state["scaler"])
         if self.writes:
             if state["step"] == state["epochs"][-1]["step"]:  # a crash may have come between last/ and best/
                 self._publish(result)
             lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
             write_text(self.out / "metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        self.saved = state["step"]
         return state["step"], state["epoch"]
 
     def append(self, line: dict) -> None:
@@ -187,11 +191,14 @@ class RunFolder:
         Args:
             run: a `loop.Run`; within an epoch, the one before counts as the last whole one.
         """
-        run.saved, result = run.step, run.result
+        self.saved, result = run.step, run.result
         if not self.writes:
             return
         state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": run.images,
                  "steps": result.steps, "epochs": result.epochs}  # fmt: skip
+        scaler = run.training_step.scaler
+        if scaler is not None:
+            state["scaler"] = scaler.state_dict()
         whole = result.epochs[-1]["step"] == run.step
         listed = to_csv([asdict(image) for image in run.validation.images]) if whole else None
         last = self.out / "last"

@@ -44,6 +44,17 @@ def test_curves_are_those_of_a_plain_loop_over_pictures_edited_by_hand(dual, mix
                 assert curves[i, kind, step] == pytest.approx(expected, abs=1e-3)
 
 
+@torch.no_grad()
+def test_equal_cells_are_hidden_in_random_order(dual, mixed_samples):
+    """Row by row they would hide the sky first, and a map with many zeros would look unfaithful for it."""
+    batch = Collate(dual.tokenizer, dual.image_processor)(mixed_samples[:1])
+    row_by_row = torch.linspace(1, 0, 196, dtype=torch.float64).view(1, 14, 14)
+    even, rows = (token_curves(dual.network, [batch], maps, 4, "grey") for maps in
+                  (torch.full_like(row_by_row, 1 / 196), row_by_row))  # fmt: skip
+    assert np.abs(even - rows)[0, 0, 1:4].max() > 0.01
+    np.testing.assert_allclose(even[:, :, [0, -1]], rows[:, :, [0, -1]], atol=1e-4)
+
+
 def test_layers_are_redrawn_one_after_the_other(tiny):
     """From the last to the first, then the vision encoder; each tensor keeps its values in another order."""
     before = {name: weight.clone() for name, weight in tiny.network.named_parameters()}

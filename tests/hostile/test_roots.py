@@ -1,6 +1,5 @@
 """Hostile roots and pictures: what is there, the command, and the sentence that it must answer with."""
 
-import faulthandler
 import json
 import os
 import shutil
@@ -23,12 +22,7 @@ LONG = "a" * 300 + ".jpg"
 PIPE, LINK = "a pipe, a device or a folder", "links out of the root"
 
 
-@pytest.fixture(autouse=True)
-def never_waits():
-    """A command that hangs ends the process of the tests, with a traceback."""
-    faulthandler.dump_traceback_later(20, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+pytestmark = pytest.mark.usefixtures("restart_clock")
 
 
 @pytest.fixture

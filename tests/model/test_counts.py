@@ -37,6 +37,7 @@ def log_probabilities(model, batch, **choices):
     return count_log_probabilities(model, batch, logits, trace.keys_values, **choices)
 
 
+@pytest.mark.slow
 def test_each_number_is_as_probable_as_its_whole_answer(half_taught, mixed_samples):
     """All numbers up to 99, and some of three digits, for images of different sizes in one batch."""
     tiny, batch = half_taught
@@ -47,6 +48,7 @@ def test_each_number_is_as_probable_as_its_whole_answer(half_taught, mixed_sampl
         np.testing.assert_allclose(found[i, numbers], scored(tiny, mixed_samples[i], numbers), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_following_the_most_probable_digits_loses_only_the_improbable(half_taught):
     tiny, batch = half_taught
     all_of_them, few = (log_probabilities(tiny, batch, digits=3, followed=k) for k in (900, 60))

@@ -11,7 +11,7 @@ from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate, to_device
 from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.forward import answer_logits
-from fsc147lib.model.load import load_model
+from fsc147lib.model.load import count_parameters, load_model
 from fsc147lib.model.network import ModelError
 from fsc147lib.model.prompt import answer, question
 
@@ -26,6 +26,11 @@ def test_tiny_leaves_nothing_out(tiny):
     assert config.vision_config.spatial_merge_size == 2
     assert tiny.network.lm_head.weight is tiny.network.model.language_model.embed_tokens.weight
     assert config.text_config.num_key_value_heads < config.text_config.num_attention_heads
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-random"])
+def test_parameters_are_counted_without_loading_them(name):
+    assert count_parameters(name) == sum(weight.numel() for weight in load_model(name).network.parameters())
 
 
 def test_tiny_weights_depend_on_the_seed_alone():

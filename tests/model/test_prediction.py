@@ -14,6 +14,7 @@ from fsc147lib.model.prediction import Prediction
 from fsc147lib.model.prompt import answer, parse_count
 
 
+@pytest.mark.slow
 def test_a_taught_model_predicts_what_it_has_learnt(taught, mixed_samples):
     tiny = taught(60)
     found = predict_samples(tiny, mixed_samples, batch_size=3)
@@ -57,6 +58,7 @@ def test_mode_mean_and_interval_by_hand():
     assert found.interval(0.9) == (10, 40) and found.interval(0.5) == (10, 12) and found.interval(0.99) == (3, 40)
 
 
+@pytest.mark.slow
 def test_own_and_true_answers_are_looked_at_apart(tiny, taught, mixed_samples):
     true, own = (look(tiny, mixed_samples, batch_size=3, answer=answer) for answer in ("true", "own"))
     assert true.titles[:2] == [f"true answer {sample.count}" for sample in mixed_samples[:2]]

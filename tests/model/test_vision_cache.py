@@ -175,7 +175,22 @@ def test_of_two_runs_at_once_one_encodes(frozen, mixed_samples, tmp_path, monkey
 def test_the_place_goes_by_size(monkeypatch):
     monkeypatch.setattr(vision_cache, "free_memory", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [vision_cache._choose_place(size) for size in (500, 501)] == ["host", "disk"]
+    assert [vision_cache.choose_place(size) for size in (500, 501)] == ["host", "disk"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vision_cache, "gpu_memory", lambda: (1000, 900))
+    monkeypatch.setattr(vision_cache, "memory_in_use", lambda _: 100)  # a quarter of 1000 stays for activations
+    assert [vision_cache.choose_place(size) for size in (250, 251)] == ["gpu", "host"]
+    assert [vision_cache.choose_place(size, states=400) for size in (150, 151)] == ["gpu", "host"]
+
+
+def test_batches_have_their_features_ahead(frozen, mixed_samples, tmp_path):
+    cache = make(frozen, mixed_samples, tmp_path)
+    collate = Collate(frozen.tokenizer, frozen.image_processor, pixels=False)
+    batches = [collate(mixed_samples[:1]), collate(mixed_samples[1:])]
+    found = list(cache.ahead(batches))
+    assert [batch["names"] for batch in found] == [batch["names"] for batch in batches]
+    for batch, alone in zip(found, map(cache.add_to, batches), strict=True):
+        assert torch.equal(batch["image_features"], alone["image_features"])
 
 
 @pytest.fixture

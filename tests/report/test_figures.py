@@ -118,12 +118,28 @@ def test_empty_scenes_are_drawn(samples):
 def test_comparison_puts_each_map_in_its_column(samples):
     maps = np.random.default_rng(0).random((2, 2, 14, 14))
     figure = figures.map_comparison(samples[:2], {"before": maps[0], "after": maps[1]}, ["one", "two"])
-    grid = np.array(figure.axes).reshape(2, 4)
+    grid = np.array(figure.axes[:8]).reshape(2, 4)
     for i in range(2):
         np.testing.assert_array_equal(grid[i, 1].images[1].get_array(), samples[i].target)
         for j in range(2):
             np.testing.assert_array_equal(grid[i, 2 + j].images[1].get_array(), maps[j, i])
     assert grid[1, 0].get_title() == "two"
+
+
+def test_maps_in_one_figure_share_scale_and_opacity_and_have_a_bar(samples):
+    flat, peak = np.full((14, 14), 1 / 196), np.zeros((14, 14))
+    peak[3, 4] = 1
+    figure = figures.map_comparison(samples[:1], {"flat": flat[None], "peak": peak[None]})
+    drawn = [axes.images[1] for axes in figure.axes[1:4]]
+    assert len({(image.norm.vmin, image.norm.vmax, image.get_alpha()) for image in drawn}) == 1
+    assert drawn[1].norm.vmax > 2 / 196  # a flat map does not glow like a peak
+    assert figure.axes[4].get_ylabel() == "part of the map in a cell"
+
+
+def test_maps_are_lighter_where_there_is_more_also_in_grey():
+    for name in (figures.MAP_COLOURS, figures.DIFFERENCE_COLOURS):
+        grey = plt.get_cmap(name)(np.linspace(0, 1, 64))[:, :3] @ (0.2126, 0.7152, 0.0722)
+        assert (np.diff(grey) > 0).all()
 
 
 def test_layer_head_grid_tells_the_mass(samples):
@@ -144,7 +160,8 @@ def timings():
 def test_bars_are_medians_and_leave_out_what_did_not_fit():
     axes = figures.overhead_bars(timings()).axes
     assert [patch.get_height() for patch in axes[0].patches[:1]] == [80]
-    assert [patch.get_height() for patch in axes[1].patches] == [0, 300]
+    assert [patch.get_height() for patch in axes[1].patches] == [0, 300 / 1024]
+    assert len(axes[0].get_legend().get_texts()) == 3
     assert "b, trained: out of memory" in axes[1].get_title()
 
 
@@ -152,6 +169,18 @@ def test_overhead_falls_with_k():
     axes = figures.overhead_against_every(timings()).axes[0]
     np.testing.assert_allclose(axes.lines[0].get_ydata()[:3], [80, 40, 20])
     assert axes.lines[1].get_xydata().tolist() == [[16, 5]]
+
+
+def test_an_overhead_below_zero_is_named_and_not_drawn():
+    base, trained, _ = timings()
+    axes = figures.overhead_against_every([base, {**trained, "overhead_median": -0.01}]).axes[0]
+    assert not len(axes.lines[0].get_ydata()) and np.isnan(axes.lines[1].get_ydata()).all()
+    assert axes.get_legend().get_texts()[0].get_text() == "a, trained: -1.0 %, lost in the noise"
+
+
+def test_loss_curves_are_running_means():
+    axes = figures.loss_curves([{"name": "fp32", "losses": [4.0, 2.0, 1.0, 1.0]}], width=2).axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[2, 3], [3, 1.5], [4, 1]])
 
 
 def test_lazy_curves_count_time_in_plain_steps():
@@ -168,21 +197,6 @@ def test_throughput_bars_name_the_batch():
     axes = figures.throughput_bars(rows).axes[0]
     assert [patch.get_width() for patch in axes.patches] == [10, 50]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["plain (batch 8)", "fast (batch 8)"]
-
-
-def test_browser_redraws_what_is_chosen(samples):
-    drawn = []
-
-    def draw(split, index):
-        drawn.append((split, index))
-        return plt.figure(figsize=(index + 1, 1))
-
-    widget = figures.browser(draw, split=["train", "val"], index=range(5))
-    menu, slider = widget.children[0].children
-    before = bytes(widget.children[1].value)
-    menu.value, slider.value = "val", 3
-    assert before.startswith(b"\x89PNG") and widget.children[1].value != before
-    assert drawn == [("train", 0), ("val", 0), ("val", 3)] and slider.max == 4
 
 
 @pytest.mark.parametrize("words", [r"$\frac{$ bolts", "$5 and $10 bills", r"\alpha", "100 % {_}^"])

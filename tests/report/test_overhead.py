@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fsc147lib.data.fsc147 import FSC147
+from fsc147lib.model.device import peak_memory
 from fsc147lib.model.heatmaps import Heatmap
 from fsc147lib.report import overhead
 from fsc147lib.report.overhead import OverheadConfig, load_or_shape, measure_overhead, time_losses
-from fsc147lib.report.timing import peak_memory, table, take_turns, write_report
+from fsc147lib.report.timing import table, take_turns, write_report
 
 
 def test_variants_take_turns():

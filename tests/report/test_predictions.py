@@ -29,7 +29,7 @@ def prediction():
 
 
 def test_a_prediction_shows_picture_map_and_distribution(prediction, tmp_path):
-    photograph, heatmap, numbers = predictions.prediction_figure(prediction, true=9).axes
+    photograph, heatmap, numbers, _ = predictions.prediction_figure(prediction, true=9).axes
     assert photograph.get_title() == "apples for 3$ or 4$: 'COUNT: 12'" and heatmap.get_title() == "own answer 12"
     (bars,) = [patch for patch in numbers.patches if hasattr(patch, "get_data")]
     values, edges, _ = bars.get_data()

@@ -84,6 +84,31 @@ def test_results_are_in_one_place_for_the_runner_and_for_a_kernel(tmp_path, monk
     assert found[0] == found[1] and found[0].is_relative_to(tmp_path / "runs")
 
 
+@pytest.mark.parametrize(("gib", "parameters", "expected"), [
+    (14.0, 2.1e9, {"lora": 16, "gradient_checkpointing": True, "batch_size": 8}),
+    (21.5, 2.1e9, {"lora": 16, "batch_size": 8}),
+    (38.5, 2.1e9, {"gradient_checkpointing": True, "batch_size": 8}),
+    (78.0, 2.1e9, {"batch_size": 16}),
+    (78.0, 8.8e9, {"lora": 16, "batch_size": 8}),
+    (14.0, 2e6, {"batch_size": 16}),
+])  # fmt: skip
+def test_a_card_s_memory_picks_the_options(tmp_path, monkeypatch, capsys, gib, parameters, expected):
+    monkeypatch.setattr(workbook.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(workbook, "gpu_memory", lambda: (int(gib * 2**30), int(gib * 2**30)))
+    monkeypatch.setattr(workbook, "count_parameters", lambda name: parameters)
+    assert workbook.Settings(tmp_path, "model", tmp_path).fit() == {"limit": 240, **expected}
+    assert " GiB of the GPU are free.\n" in capsys.readouterr().out
+
+
+def test_a_card_that_another_kernel_holds_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workbook.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(workbook, "gpu_memory", lambda: (14 * 2**30, 3 * 2**30))
+    monkeypatch.setattr(workbook, "count_parameters", lambda name: 2.1e9)
+    workbook.Settings(tmp_path, "model", tmp_path).fit()
+    printed = capsys.readouterr().out
+    assert "3.0 GiB of the GPU are free, 9.0 are needed" in printed and "kernel of another notebook" in printed
+
+
 def test_notebook_4_before_3_says_what_to_run(tmp_path):
     with pytest.raises(workbook.WorkbookError, match="run 03_dual_loss_finetuning.ipynb first"):
         workbook.settings(tmp_path, out=tmp_path).trained()
@@ -109,17 +134,35 @@ def notebook(path, *sources):
 
 @pytest.mark.slow
 def test_a_notebook_is_executed_and_written(tmp_path):
-    path = notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)")
+    bar = "import sys\nprint('\\r      \\r', end='', file=sys.stderr)"  # what a progress bar leaves behind
+    path = notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)", bar)
     with tqdm(disable=True) as progress:
         assert workbook.run_notebook(path, tmp_path / "out", progress) > 0
     assert "42" in (tmp_path / "out" / "a.html").read_text()
     assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[1].outputs[0].text == "42\n"
+    assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[2].outputs == []
     assert not nbformat.read(path, as_version=4).cells[1].outputs
 
 
-def test_a_failing_notebook_is_named_and_what_ran_is_kept(tmp_path):
-    path = notebook(tmp_path / "a.ipynb", "print('before')", "raise RuntimeError('the reason')")
-    with tqdm(disable=True) as progress, pytest.raises(workbook.WorkbookError, match="(?s)a.ipynb failed.*the reason"):
+@pytest.mark.slow
+def test_links_between_notebooks_lead_from_page_to_page(tmp_path):
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("[next](02_b.ipynb), `open x.ipynb`")])
+    nbformat.write(book, tmp_path / "a.ipynb")
+    with tqdm(disable=True) as progress:
+        workbook.run_notebook(tmp_path / "a.ipynb", tmp_path / "out", progress)
+    page = (tmp_path / "out" / "a.html").read_text()
+    assert 'href="02_b.html"' in page and "open x.ipynb" in page
+    assert "02_b.ipynb" in (tmp_path / "out" / "a.ipynb").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [("raise RuntimeError('the reason')", "the reason"), ("import os; os._exit(1)", "Kernel died")],
+)
+def test_a_failing_notebook_is_named_and_what_ran_is_kept(tmp_path, cell, reason):
+    path = notebook(tmp_path / "a.ipynb", "print('before')", cell)
+    with tqdm(disable=True) as progress, pytest.raises(workbook.WorkbookError, match=f"(?s)a.ipynb failed.*{reason}"):
         workbook.run_notebook(path, tmp_path / "out", progress)
     assert "before" in (tmp_path / "out" / "a.html").read_text()
 

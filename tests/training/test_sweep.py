@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fsc147lib.options import ConfigError
-from fsc147lib.report.sweeps import sweep_figure, sweep_groups, sweep_table
+from fsc147lib.report.sweeps import splits_table, sweep_figure, sweep_groups, sweep_table
 from fsc147lib.training import sweep
 from fsc147lib.training.sweep import SweepConfig, grid_runs, run_sweep
 
@@ -97,3 +97,15 @@ def test_seeds_are_put_together():
     assert "4.00 (3.00 to 5.00)" in text and "out of memory" in text
     lines = sweep_figure(rows).axes[0].get_lines()
     assert [line.get_ydata().tolist() for line in lines] == [[9, 4, 5], [9, 2, 1]]
+
+
+def test_splits_are_compared_seed_by_seed_and_picture_by_picture():
+    def answered(weight, seed, errors):
+        metrics = {"mae": sum(errors) / len(errors), "exact": 0.25, "kl": 0.5}
+        return row(weight, seed, [9, 2], 0.5, splits={"test": {"metrics": metrics, "error": errors, "kl": [0.5] * 4}})
+
+    rows = [answered(0, 0, [2, 3, 4, 5]), answered(0, 1, [3, 4, 5, 6]), answered(1, 0, [1, 2, 3, 4]),
+            answered(1, 2, [9, 9, 9, 9]), row(1, 3, [9, 2], 0.5)]  # fmt: skip
+    head, without, weighted = splits_table(rows, "test").splitlines()
+    assert "4.00 (3.50 to 4.50)" in without and without.split()[2] == "2"
+    assert "5.75 (2.50 to 9.00)" in weighted and "1.00 (1.00 to 1.00)" in weighted  # of seed 0, which both have

@@ -1,0 +1,88 @@
+"""What fits on a card of 16, 24, 40 or 80 GB: the rows of docs/cards.md, measured on one card of 80 GB.
+
+Run it as `python -m fsc147lib.report.cards OUT.json`.  PyTorch's allocator is limited to what such a card leaves a
+process, the model has random weights at its true shape, and the pictures are as wide as FSC147's widest.
+
+Left out: how a plan is measured (`training.plan`).
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data import make_dataset
+from ..data.faults import ANNOTATIONS
+from ..training import loop, plan
+from .overhead import load_or_shape
+from .timing import write_report
+
+CARDS = {"16 GB": 14.0, "24 GB": 21.5, "40 GB": 38.5, "80 GB": 78.0}
+"""GiB that are left beside the driver's own (a T4 has 14.6, an L4 22.0, an A100 39.4 or 79.1)."""
+
+ROWS = [  # card, rank of adapters, gradient checkpointing, precision
+    ("16 GB", 16, True, "fp16"),
+    ("40 GB", None, True, "bf16"),
+    ("80 GB", None, False, "bf16"),
+    ("24 GB", 16, True, "bf16"),
+    ("24 GB", 16, False, "bf16"),
+    ("16 GB", 16, False, "fp16"),
+    ("40 GB", None, False, "bf16"),
+    ("80 GB", None, True, "bf16"),
+    ("40 GB", 16, False, "bf16"),
+    ("24 GB", None, True, "bf16"),
+]
+
+
+def widest_pictures(root: Path, number: int = 64) -> Path:
+    """A drawn root whose training pictures are as wide, at 384 pixels of height, as FSC147's widest 64."""
+    make_dataset(root, number, 2, 1)
+    entries = json.loads((root / ANNOTATIONS).read_text())
+    splits = json.loads((root / "Train_Test_Val_FSC_147.json").read_text())
+    widths = np.interp(range(number), [0, 4, 10, 16, 24, 32, 48, 63], [1584, 1326, 1104, 1008, 910, 829, 768, 739])
+    for name, width in zip(splits["train"], widths.round().astype(int), strict=True):
+        (path,) = root.rglob(name)
+        image = Image.open(path)
+        scale = np.array([width / image.width, 384 / image.height])
+        for key in ("points", "box_examples_coordinates"):
+            if entries[name][key]:
+                entries[name][key] = (np.array(entries[name][key]) * scale).tolist()
+        image.resize((int(width), 384)).save(path)
+    (root / ANNOTATIONS).write_text(json.dumps(entries))
+    return root
+
+
+def measure_cards(path: Path, model: str = "qwen3-vl-2b", compiled: bool = False) -> list[dict]:
+    """Measure all rows; print and write each as it is known."""
+    total, rows = torch.cuda.mem_get_info()[1], []
+    loop.load_model = lambda name, **_: load_or_shape(name, "cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        root = widest_pictures(Path(folder) / "root")
+        for card, lora, checkpointing, precision in ROWS:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, CARDS[card] * 2**30 / total))
+            found = plan.largest_that_fits(
+                loop.TrainConfig(
+                    root, Path(folder) / "run", model, epochs=2, batch_size=64, vision_cache="host", compile=compiled,
+                    workers=0, lora=lora, gradient_checkpointing=checkpointing, precision=precision,
+                )
+            )  # fmt: skip
+            size = found.config.batch_size
+            rows.append({
+                "name": card, "room": CARDS[card], "lora": lora, "gradient_checkpointing": checkpointing,
+                "precision": precision, "compiled": compiled, "fits": found.fits, "batch_size": size,
+                "gib": found.total / 2**30, "images_per_second": size * found.config.accumulation / found.step,
+            })  # fmt: skip
+            words = " ".join([f"--lora {lora}"] * bool(lora) + ["--gradient-checkpointing"] * checkpointing) or "none"
+            cells = [size, f"{found.total / 2**30:.1f} GiB", f"{rows[-1]['images_per_second']:.1f}"]
+            cells = cells if found.fits else ["does not fit", f"states {found.total / 2**30:.1f} GiB", ""]
+            print("| " + " | ".join(map(str, [card, words, precision, *cells])) + " |", flush=True)
+            write_report(path, {"model": model, "rows": rows})
+    return rows
+
+
+if __name__ == "__main__":
+    measure_cards(Path(sys.argv[1]), compiled="--compile" in sys.argv)

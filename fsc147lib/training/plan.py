@@ -1,0 +1,182 @@
+"""`train --dry-run`: what a run needs on this machine, from one measured step of its longest images.
+
+Left out: the run itself (`loop`), and what each card has room for (docs/cards.md).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..evaluation.answering import answering_batch_size, evaluate_samples
+from ..model.adapt import freeze_vision
+from ..model.collate import Collate, to_device
+from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, seconds_of
+from ..model.vision_cache import VisionCache, choose_place
+from .loop import Run, TrainConfig
+from .schedule import lazy_weight
+
+
+@dataclass(frozen=True)
+class TrainCommand(TrainConfig):
+    """Fine-tune with both losses; --preset seed, quick or full gives the options below other defaults."""
+
+    dry_run: bool = False
+    """Train nothing: measure a step of the longest images, and say what memory and time the run needs."""
+
+
+@dataclass
+class Plan:
+    """What a run needs; bytes and seconds."""
+
+    config: TrainConfig
+    room: int  # of the GPU, or of the machine's memory
+    memory: dict[str, int]  # what takes it up; of the states alone where these leave no room for a step
+    cache: tuple[str, int]  # where image features lie, "off" for nowhere, and how large they are
+    base: int  # in use before the first step
+    fits: bool = False
+    step: float = math.nan
+    first_step: float = math.nan  # which compiles
+    epoch: float = math.nan  # without its validation
+
+    @property
+    def states(self) -> dict[str, int]:
+        return {name: size for name, size in self.memory.items() if name not in ("activations", "vision cache")}
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    def line(self) -> str:
+        """The options that matter, memory and speed in one line."""
+        config = self.config
+        words = f"--batch-size {config.batch_size} --accumulation {config.accumulation}"
+        words += f" --lora {config.lora}" * bool(config.lora)
+        words += " --gradient-checkpointing" * config.gradient_checkpointing
+        return f"{words}: {_gib(self.total)}, a step {self.step:.2f} s, an epoch {_time(self.epoch)}"
+
+    def __str__(self) -> str:
+        place, size = self.cache
+        rows = [f"{name:22}{_gib(size):>10}" for name, size in {**self.memory, "together": self.total}.items()]
+        rows[-1] += f" of {_gib(self.room)} that are free"
+        if place in ("host", "disk"):
+            rows.append(f"{'vision cache':22}{_gib(size):>10} on the {place}")
+        if self.fits:
+            rows.append(f"a step of the longest images {self.step:.2f} s, the first {self.first_step:.1f} s")
+            rows.append(f"an epoch about {_time(self.epoch)}, without its validation")
+        return "\n".join(rows)
+
+
+def plan_training(config: TrainConfig) -> list[Plan]:
+    """Measure a run as it is asked for; where it does not fit, others too.  Nothing is written.
+
+    Returns:
+        The plan of the run itself; where it has no room, those of the others that have: a smaller batch (and a step
+        in as many more parts), gradient checkpointing, adapters.
+
+    Raises:
+        ConfigError, DataError, ModelError: as `train` does.
+    """
+    plans = [largest_that_fits(config, smallest=config.batch_size)]
+    if not plans[0].fits:
+        checkpointed = replace(config, gradient_checkpointing=True)
+        adapters = replace(checkpointed, lora=config.lora or 16, unfreeze_vision_at=None)
+        others = [largest_that_fits(other) for other in dict.fromkeys((config, checkpointed, adapters))]
+        plans += [plan for plan in others if plan.fits]
+    return plans
+
+
+def describe(plans: list[Plan]) -> str:
+    """Plans as a person reads them."""
+    first, *others = plans
+    if first.fits:
+        return f"{first}\nit fits"
+    cures = [f"  {plan.line()}" for plan in others] or ["  nothing that was tried: take a smaller model, or make room"]
+    return "\n".join([str(first), "it does not fit; what does:", *cures])
+
+
+def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
+    """The plan of the batch that is wanted or, where it has no room, of its half, its quarter ..."""
+    free_models()
+    on_gpu = torch.cuda.is_available()
+    room = gpu_memory()[1] if on_gpu else free_memory()
+    run = Run(config)
+    network = run.model.network
+    freeze_vision(network, not run.config.vision_trains(run.config.epochs - 1))
+    trained = sum(weight.nbytes for weight in network.parameters() if weight.requires_grad)
+    states = {"weights": sum(weight.nbytes for weight in network.parameters()), "gradients": trained}
+    states["AdamW's two moments"] = 2 * trained
+    base = memory_in_use(run.accelerator.device.type)
+    plan, size = Plan(run.config, room, states, ("off", 0), base), config.batch_size
+    if plan.total > room:
+        return plan
+    if not on_gpu:  # where memory ends there, the process does: one image says how many have room
+        one = _measured(run, plan, 1).memory["activations"]
+        while size > smallest and plan.total + size * one > room:
+            size //= 2
+        if plan.total + size * one > room:
+            return replace(plan, memory=states | {"activations": size * one})
+    while size >= smallest and not plan.fits:
+        try:
+            plan = _measured(run, plan, size)
+        except torch.OutOfMemoryError:
+            run.training_step.unchecked.clear()
+            run.training_step.optimizer.zero_grad()
+            free_models()
+        size //= 2
+    return plan
+
+
+def _measured(run: Run, plan: Plan, size: int) -> Plan:
+    """The plan with a batch of so many images, from a step and a validation of the longest ones."""
+    config, step, network = run.config, run.training_step, run.model.network
+    device, lengths = run.accelerator.device, run.batches.lengths
+    parts = run.batches.per_step * math.ceil(config.batch_size / size)
+    longest = sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-size:]
+    samples = [run.samples["train"][i] for i in longest]
+    pixels, cache = not config.caches_vision or network.model.visual.pos_embed.weight.requires_grad, ("off", 0)
+    collate = Collate(run.model.tokenizer, run.model.image_processor, pixels=pixels)
+    if not pixels:
+        step.cache = VisionCache(run.model, samples, run.accelerator, "host", compiled=run.heatmap.compiled)
+        others = [collate.lengths(sample) for sample in run.samples["val"]]
+        tokens = sum(rows * columns // 4 for rows, columns, _ in [*lengths * (1 + config.flip), *others])
+        needed = step.cache.features.nbytes // step.cache.shape[0] * tokens
+        cache = choose_place(needed) if config.vision_cache == "auto" else config.vision_cache, needed
+    window = [to_device(collate(samples), device)] * min(2, parts)
+    seconds, every = [], config.resolved_heatmap_every
+
+    def train(weight: float) -> None:
+        step.loss.train()
+        seconds.append(seconds_of(lambda: step(window, weight), device.type))
+        step.check()
+
+    def validate() -> None:
+        many = answering_batch_size(size, run.heatmap)
+        evaluate_samples(run.model, samples * (many // size), many, run.heatmap, run.accelerator)
+
+    looking = lazy_weight(config.attention_weight, every, 0)
+    train(looking)  # allocates what stays, and compiles
+    peaks = peak_memory(lambda: train(looking), device.type), peak_memory(validate, device.type)  # None: not on a Mac
+    *_, gradients, moments = plan.states.values()
+    stays = plan.base + moments + gradients, plan.base + moments  # beside activations, in a step and in a validation
+    used = [int((peak or 0) * 2**20) - beside for peak, beside in zip(peaks, stays, strict=True)]
+    memory = plan.states | {"activations": max(0, *used)}
+    if cache[0] == "gpu":
+        memory["vision cache"] = cache[1]
+    if every > 1:
+        train(0.0)
+    mean = (seconds[1] + (every - 1) * seconds[-1]) / every / len(window)  # of a batch
+    padded = sum(max(lengths[i][2] for i, _ in part) * len(part) for part in run.batches.batches)
+    return replace(
+        plan, config=replace(config, batch_size=size, accumulation=parts), memory=memory, cache=cache,
+        fits=sum(memory.values()) <= plan.room, step=mean * parts, first_step=seconds[0],
+        epoch=mean * padded / (len(samples) * lengths[longest[-1]][2]),
+    )  # fmt: skip
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
