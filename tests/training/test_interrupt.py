@@ -160,7 +160,7 @@ def test_killed_at_random_moments(config):
 
     `FSC147_KILLS=20 python -m pytest tests/training/test_interrupt.py -k killed -s` makes 20 kills.
     """
-    rng, options = random.Random(KILLS), {"epochs": 4, "model": "tiny"}
+    rng, options = random.Random(KILLS), {"epochs": 4, "model": "tiny", "learning_rate": 3e-4}
     whole = config("whole", **options)
     maes = [line["val"]["mae"] for line in train(whole).epochs[1:]]
     assert min(maes) < maes[0], "best/ moves in the course of the run"

@@ -205,7 +205,7 @@ def test_a_checkpoint_without_training_state_cannot_be_resumed(config, started):
 def test_a_damaged_training_state_is_named(config, started, name):
     path = started / "last" / name
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ModelError, match="training state in .*last is damaged.*--model"):
+    with pytest.raises(ModelError, match=f"last/{name} has 200 bytes, but .* the checkpoint is damaged.*--model"):
         train(config(epochs=1, resume=True))
 
 
