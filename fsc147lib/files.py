@@ -11,8 +11,10 @@ import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 MAX_BYTES = 2**30
 """A larger file is not read: FSC147's largest has 30 MB."""
@@ -93,6 +95,22 @@ def recover_folder(folder: Path) -> None:
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
+
+
+@contextmanager
+def file_lock(path: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock: a file that is there meanwhile, and that frees itself where the process dies.
+
+    Raises:
+        filelock.Timeout: another holds it, and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path, timeout=-1 if wait else 0):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # where a file in use cannot be removed, it stays
+                path.unlink()
 
 
 # --- Manifests: whether a folder holds what was written into it

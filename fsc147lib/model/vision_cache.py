@@ -18,13 +18,13 @@ import PIL
 import torch
 import transformers
 from accelerate import Accelerator
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data import fsc147
 from ..data.fsc147 import Sample
+from ..files import file_lock
 from ..options import ConfigError
 from . import forward, layers, pixels
 from .collate import Batch, Collate, to_device
@@ -91,8 +91,7 @@ class VisionCache:
             self._fill(network, accelerator, loader, compiled)
             return
         path = Path(folder) / f"{cache_key(model, samples, self.dtype)}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with file_lock(path.with_suffix(".lock"), wait=True):
             if not _is_whole(path, self.shape):
                 draft = path.with_name(path.name + ".writing")
                 header = _header(self.shape, self.dtype, model)

@@ -18,11 +18,11 @@ from pathlib import Path
 from uuid import uuid4
 
 from accelerate import PartialState
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from ..data.fsc147 import Sample
 from ..evaluation.answering import to_csv
-from ..files import recover_folder, set_aside, write_json, write_text
+from ..files import file_lock, recover_folder, set_aside, write_json, write_text
 from ..options import ConfigError
 from .checkpoint import RUN_ID, VALIDATION, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
 
@@ -98,16 +98,11 @@ def locked(out: Path) -> Iterator[None]:
     if not PartialState().is_main_process:
         yield
         return
-    lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire()
+        with file_lock(out.parent / f".{out.name}.lock", wait=False):
+            yield
     except Timeout as error:
         raise ConfigError(f"another run is at work in {out}: wait for its end, or name another --out") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class RunFolder:

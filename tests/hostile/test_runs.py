@@ -191,6 +191,7 @@ def test_a_second_run_in_a_folder_is_refused(out, small_root):
             train(settings_of(small_root, out.with_name("new"), resume=False))
 
     train(settings_of(small_root, out.with_name("new"), resume=False, epochs=1), second)
+    assert not list(out.parent.glob(".*.lock"))
 
 
 def full(*_, **__):
