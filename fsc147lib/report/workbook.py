@@ -116,7 +116,7 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
     The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT win over the arguments.
     """
     if "ipykernel" in sys.modules:  # photographs as PNG would make megabytes of a notebook
-        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})
         tqdm.__init__ = partialmethod(tqdm.__init__, file=sys.stdout)  # on stderr each bar leaves an empty red box
     data = os.environ.get("FSC147_DATA") or data
     model = os.environ.get("FSC147_MODEL") or str(model)
