@@ -18,7 +18,8 @@ check: lint
 test: lint
 	$(PYTEST) tests
 	rm -rf runs/nbval
-	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider notebooks
+	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -c "from fsc147lib.report.workbook import settings; settings()"
+	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider -n 2 --dist loadfile notebooks
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
