@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A process for each core, four at most; files whose tests share fixtures stay together.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: run check test lint lab setup outputs lock clean
+.PHONY: run check test slow lint lab setup outputs lock clean
 
 run: setup
 	$(BIN)/python -m fsc147lib.report.workbook
@@ -14,12 +14,16 @@ run: setup
 check: lint
 	$(PYTEST) -m "not slow" tests
 
-# Everything; the notebooks' results go to an empty folder, not among those of `make run`.
+# The notebooks' results go to an empty folder, not among those of `make run`.
 test: lint
-	$(PYTEST) tests
+	$(PYTEST) -m "not slow" tests
 	rm -rf runs/nbval
 	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -c "from fsc147lib.report.workbook import settings; settings()"
 	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider -n 2 --dist loadfile notebooks
+
+# The tests that train or wait for longer, about six minutes.
+slow: setup
+	$(PYTEST) -m slow tests
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

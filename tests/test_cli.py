@@ -78,7 +78,7 @@ def test_synth_train_evaluate(command, tmp_path):
         (("evaluate", "--data", "nowhere"), "DataError"),
         (("evaluate", "--data", "nowhere", "--json", "x.csv"), "json (--json) is x.csv"),
         (("evaluate", "--data", "nowhere", "--json", "."), "a file, not a folder"),
-        (("synth", ".", "--train", "0"), "not empty"),
+        (("synth", ".", "--train", "1"), "not empty"),
         (("synth", "new", "--seed", "-1"), "--seed is -1"),
     ],
 )
