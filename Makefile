@@ -21,7 +21,7 @@ test: lint
 	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -c "from fsc147lib.report.workbook import settings; settings()"
 	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider -n 2 --dist loadfile notebooks
 
-# The tests that train or wait for longer, about six minutes.
+# The tests that train or wait for longer.
 slow: setup
 	$(PYTEST) -m slow tests
 

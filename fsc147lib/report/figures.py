@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import display
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.scale import SymmetricalLogScale
@@ -132,60 +131,6 @@ def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
     axes.barh(np.arange(len(order)), numbers[order], color=COUNT_COLOUR)
     axes.set_yticks(np.arange(len(order)), names[order], parse_math=False)
     axes.set(xlabel="images")
-    return figure
-
-
-class LiveCurve:
-    """Both losses and the validation error, redrawn while training runs: `train(config, on_log=LiveCurve())`.
-
-    Args:
-        baseline: MAE of the mean predictor, drawn as a line if given.
-        every: log lines between two drawings; 0 draws only when `figure()` is called.
-    """
-
-    def __init__(self, baseline: float | None = None, every: int = 5):
-        self.baseline, self.every, self.lines, self._handle = baseline, every, [], None
-
-    def __call__(self, line: dict) -> None:
-        self.lines.append(line)
-        if self.every and (len(self.lines) % self.every == 0 or "val" in line):
-            figure = self.figure()
-            if self._handle is None:
-                self._handle = display(figure, display_id=True)
-            else:
-                self._handle.update(figure)
-            plt.close(figure)
-
-    def figure(self) -> Figure:
-        return training_curves(self.lines, self.baseline)
-
-
-def training_curves(lines: Sequence[dict], baseline: float | None = None) -> Figure:
-    """Count loss, attention loss and validation MAE against steps.
-
-    Args:
-        lines: of metrics.jsonl.
-        baseline: MAE of the mean predictor, drawn as a line if given.
-    """
-    steps = [line for line in lines if "val" not in line]
-    epochs = [line for line in lines if "val" in line]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained")
-    for place, key, value, colour, label, validated in (
-        (axes[0], "count_loss", "count_loss", COUNT_COLOUR, "count loss (nats per token)", "val"),
-        (axes[1], "attention_loss", "kl", ATTENTION_COLOUR, "attention loss", "val: KL (nats)"),
-    ):
-        seen = [line for line in steps if line[key] is not None]
-        place.plot([line["step"] for line in seen], [line[key] for line in seen], color=colour, label="train")
-        place.plot(
-            [line["step"] for line in epochs], [line["val"][value] for line in epochs], "o", color=GREY, label=validated
-        )
-        place.set(xlabel="step", title=label, ylim=(0, None))
-        place.legend(frameon=False, fontsize=LABEL)
-    axes[2].plot([line["step"] for line in epochs], [line["val"]["mae"] for line in epochs], "o-", color=GREY)
-    axes[2].set(xlabel="step", title="validation MAE (objects)", ylim=(0, None))
-    if baseline is not None:
-        axes[2].axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
-        axes[2].legend(frameon=False, fontsize=LABEL)
     return figure
 
 

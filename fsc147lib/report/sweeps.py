@@ -27,6 +27,10 @@ SPLIT_COLUMNS = {
 }
 
 
+def _group_name(row: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in row["options"].items() if key != "seed") or "all"
+
+
 def sweep_groups(rows: Sequence[dict]) -> list[dict]:
     """The rows of `run_sweep` that differ in their seed alone, put together.
 
@@ -37,8 +41,7 @@ def sweep_groups(rows: Sequence[dict]) -> list[dict]:
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        name = ", ".join(f"{key} {value}" for key, value in row["options"].items() if key != "seed")
-        groups.setdefault(name or "all", []).append(row)
+        groups.setdefault(_group_name(row), []).append(row)
     found = []
     for name, members in groups.items():
         finished = [row for row in members if row["finished"]]
@@ -85,8 +88,7 @@ def splits_table(rows: Sequence[dict], split: str) -> str:
     groups: dict[str, dict] = {}
     for row in rows:
         if split in row.get("splits", {}):
-            name = ", ".join(f"{key} {value}" for key, value in row["options"].items() if key != "seed")
-            groups.setdefault(name or "all", {})[row["options"].get("seed")] = row["splits"][split]
+            groups.setdefault(_group_name(row), {})[row["options"].get("seed")] = row["splits"][split]
     first, lines = next(iter(groups.values()), {}), []
     for name, found in groups.items():
         values = {key: [answers["metrics"][key] for answers in found.values()] for key in ("mae", "exact", "kl")}

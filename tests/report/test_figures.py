@@ -13,7 +13,7 @@ import pytest
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation.answering import ImageResult
-from fsc147lib.report import figures
+from fsc147lib.report import figures, sweeps
 
 
 @pytest.fixture(autouse=True)
@@ -63,29 +63,12 @@ def test_histogram_counts_every_image_on_log_axes():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train (4 images)", "val (2 images)"]
 
 
-def lines():
-    val = {"count_loss": 0.5, "kl": 0.4, "mae": 6.0}
-    return [
-        {"step": 0, "epoch": 0, "val": val},
-        {"step": 1, "epoch": 1, "count_loss": 3.0, "attention_loss": 1.1},
-        {"step": 2, "epoch": 1, "count_loss": 2.0, "attention_loss": 0.9},
-        {"step": 2, "epoch": 1, "val": {**val, "mae": 5.0}},
-    ]
-
-
-def test_curves_are_the_logs(samples):
-    axes = figures.training_curves(lines(), baseline=12.0).axes
-    np.testing.assert_array_equal(axes[0].lines[0].get_xydata(), [[1, 3], [2, 2]])
-    np.testing.assert_array_equal(axes[1].lines[0].get_xydata(), [[1, 1.1], [2, 0.9]])
-    np.testing.assert_array_equal(axes[2].lines[0].get_xydata(), [[0, 6], [2, 5]])
-    assert list(axes[2].lines[1].get_ydata()) == [12, 12]
-
-
-def test_the_live_curve_collects(capsys):
-    curve = figures.LiveCurve(every=0)
-    for line in lines():
-        curve(line)
-    np.testing.assert_array_equal(curve.figure().axes[0].lines[0].get_ydata(), [3, 2])
+def test_epoch_curves_are_the_logs():
+    epochs = [{"epoch": epoch, "val": {"mae": mae, "kl": kl}} for epoch, mae, kl in ((0, 6.0, 0.4), (1, 5.0, 0.3))]
+    mae, kl = sweeps.epoch_curves({"both": epochs}, baseline=12.0).axes
+    np.testing.assert_array_equal(mae.lines[0].get_xydata(), [[0, 6], [1, 5]])
+    np.testing.assert_array_equal(kl.lines[0].get_xydata(), [[0, 0.4], [1, 0.3]])
+    assert list(mae.lines[1].get_ydata()) == [12, 12] and len(kl.lines) == 1
 
 
 def test_predictions_and_lost_answers():
