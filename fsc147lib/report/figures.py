@@ -21,6 +21,7 @@ from ..evaluation.answering import ImageResult
 from ..model import Look
 
 NO_TARGET = "nothing to count: no target"
+NOTHING = 1e-12  # the largest value of a map that is 0 everywhere
 COUNT_COLOUR, ATTENTION_COLOUR, GREY = "#1f6fb4", "#d9541e", "#777777"
 MAP_COLOURS, DIFFERENCE_COLOURS = "viridis", "cividis"
 """Lighter is more, so that they read in grey, and for the colour-blind."""
@@ -55,7 +56,7 @@ def show_map(
     Returns:
         What `show_scale` explains: colours go with the square root, so that one peak does not darken all else.
     """
-    largest = max(float(values.max()) if largest is None else largest, 1e-12)
+    largest = max(float(values.max()) if largest is None else largest, NOTHING)
     axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
     shown = axes.imshow(
         values, cmap=DIFFERENCE_COLOURS if signed else MAP_COLOURS, alpha=opacity,
@@ -68,7 +69,12 @@ def show_map(
 
 
 def show_scale(shown, axes, label: str = "part of the map in a cell", extend: str = "neither") -> None:
-    """The colour bar of maps on one scale, beside the axes given; pointed where some values lie above ("max")."""
+    """The colour bar of maps on one scale, beside the axes given; pointed where some values lie above ("max").
+
+    An empty scene's maps are 0 everywhere: no colour stands for anything, and there is no bar.
+    """
+    if shown.norm.vmax <= NOTHING:
+        return
     bar = shown.figure.colorbar(shown, ax=axes, label=label, extend=extend, fraction=0.03, pad=0.01, aspect=30)
     bar.solids.set_alpha(1)
     bar.ax.tick_params(labelsize=LABEL)

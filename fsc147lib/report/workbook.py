@@ -21,6 +21,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from ..data.scenes import make_dataset
 from ..evaluation.tables import PUBLISHED
@@ -117,6 +118,7 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
     """
     if "ipykernel" in sys.modules:  # photographs as PNG would make megabytes of a notebook
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})
+        disable_progress_bar()  # transformers' own would stay in the page as text
         tqdm.__init__ = partialmethod(tqdm.__init__, file=sys.stdout)  # on stderr each bar leaves an empty red box
     data = os.environ.get("FSC147_DATA") or data
     model = os.environ.get("FSC147_MODEL") or str(model)
@@ -143,6 +145,7 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
         extra_arguments=["--IPKernelApp.log_level=40"],  # or each kernel warns of its unencrypted local socket
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_executed=lambda **_: progress.update(),
+        coalesce_streams=True,  # or each step of a progress bar stays as a line of its own
     )
     started = time.perf_counter()
     try:

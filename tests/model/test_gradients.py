@@ -294,8 +294,8 @@ def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
 @pytest.mark.slow
 def test_a_lazy_run_logs_what_it_looked_at(root, tmp_path):
     config = TrainConfig(data=root, model="tiny-random", out=tmp_path / "run", batch_size=4, epochs=1,
-                         heatmap="token_gradient",
-                         heatmap_layer=2, heatmap_every=3, log_every=1, tracking="disabled")  # fmt: skip
+                         heatmap="token_gradient", heatmap_layer=2, heatmap_every=3, attention_weight=0.1,
+                         log_every=1, tracking="disabled")  # fmt: skip
     result = train(config)
     seen = [line["attention_loss"] is not None for line in result.steps]
     assert seen == [True, False, False] * 2

@@ -134,13 +134,14 @@ def notebook(path, *sources):
 
 @pytest.mark.slow
 def test_a_notebook_is_executed_and_written(tmp_path):
-    bar = "import sys\nprint('\\r      \\r', end='', file=sys.stderr)"  # what a progress bar leaves behind
-    path = notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)", bar)
+    bar = "import sys\nfrom tqdm import tqdm\nfor i in tqdm([1, 2], file=sys.stdout, leave=False):\n    pass\n"
+    path = notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)", bar, bar + "print('read')")
     with tqdm(disable=True) as progress:
         assert workbook.run_notebook(path, tmp_path / "out", progress) > 0
     assert "42" in (tmp_path / "out" / "a.html").read_text()
     assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[1].outputs[0].text == "42\n"
     assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[2].outputs == []
+    assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[3].outputs[0].text.strip() == "read"
     assert not nbformat.read(path, as_version=4).cells[1].outputs
 
 
