@@ -36,7 +36,7 @@ def save_prediction(prediction: Prediction, path: Path) -> None:
 
 
 def show_distribution(axes, prediction: Prediction, true: int | None = None) -> None:
-    """How probable each number is, with the 90 % interval, the model's own answer and, where it is given, the true count."""
+    """How probable each number is, with the 90 % interval, the model's own answer and the true count, if given."""
     distribution, (low, high) = prediction.distribution, prediction.interval(0.9)
     axes.axvspan(low - 0.5, high + 0.5, color=COUNT_COLOUR, alpha=0.12, label=f"90 %: {low} to {high}")
     axes.stairs(distribution, np.arange(len(distribution) + 1) - 0.5, fill=True, color=COUNT_COLOUR)
