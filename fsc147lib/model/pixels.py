@@ -14,8 +14,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from ..data.faults import DataError
-from ..data.fsc147 import Sample
-from ..data.picture import InMemory
+from ..data.samples import Sample
 from .device import free_memory
 
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps memory that processes share; a container may have little of it
@@ -67,7 +66,7 @@ class PixelStore:
 
     def __init__(self, samples: list[Sample], image_processor, shared: bool = False):
         self.image_processor = image_processor
-        kept = [sample for sample in samples if not isinstance(sample, InMemory)]  # whose names need not differ
+        kept = [sample for sample in samples if sample.in_memory is None]  # whose names need not differ
         sizes = {sample.image_path: resized_size(sample, image_processor) for sample in kept}
         starts = [0, *accumulate(3 * height * width for height, width in sizes.values())]
         free = free_memory()
@@ -90,7 +89,7 @@ class PixelStore:
             columns = resized_size(sample, processor)[1] // patch
             image = from_patches(self.patches(sample.mirror_of), columns, patch, merge)
             return to_patches(image.flip(1), patch, merge)
-        if isinstance(sample, InMemory) or sample.image_path not in self.places:
+        if sample.in_memory is not None or sample.image_path not in self.places:
             return resized_patches(sample, processor)
         number, start, end = self.places[sample.image_path]
         kept = self.bytes[start:end].view(-1, 3 * patch * patch)

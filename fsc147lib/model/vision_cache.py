@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data import fsc147
-from ..data.fsc147 import Sample
+from ..data import Sample
+from ..data import samples as images
 from ..files import DamagedFolder, file_lock, new_draft, read_manifest, replace_folder, write_manifest
 from ..options import ConfigError
 from . import forward, layers, pixels
@@ -167,7 +167,7 @@ def cache_key(model: CountingModel, samples: list[Sample], dtype: torch.dtype) -
 
 def code_version() -> str:
     """Of all code between an image's file and its features: a hash of this library's modules, others' versions."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (fsc147, pixels, forward, layers))
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (images, pixels, forward, layers))
     others = [f"{library.__name__} {library.__version__}" for library in (torch, transformers, PIL)]
     return ", ".join([hashlib.sha256(sources).hexdigest()[:16], *others])
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from ..data.fsc147 import Sample
+from ..data import Sample
 from ..data.scenes import draw_scene
 from ..evaluation.metrics import bootstrap_interval
 from ..model.answers import count_loss

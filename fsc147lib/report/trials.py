@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.fsc147 import Sample
+from ..data import Sample
 from ..model.collate import Batch, to_device
 from ..model.device import free_models, peak_memory, seconds_of
 from ..model.network import freeze_vision
