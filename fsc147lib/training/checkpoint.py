@@ -107,49 +107,40 @@ def _fault_of(folder: Path, run: str) -> str:
 
 def link_checkpoint(source: Path, folder: Path) -> None:
     """Make `folder` the same checkpoint as `source`, sharing the files on disk where the disk can."""
+
+    def link(file: str, copy: str) -> None:
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copy2(file, copy)
+
     draft = new_draft(folder)
-    shutil.copytree(source, draft, copy_function=_link)
+    shutil.copytree(source, draft, copy_function=link)
     replace_folder(draft, folder)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
     """Put the optimizer's moments back and return the rest of the state.
 
     Raises:
-        ModelError: the folder is no checkpoint of a run, damaged, or of another set of parameters.
+        ModelError: the training state is missing, damaged, or of another set of parameters.
     """
-    for name in (STATE, TENSORS):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} holds no {name}: resume needs the folder last/ of a run that was trained here")
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    moments: dict[int, dict[str, torch.Tensor]] = {}
     try:
-        state, tensors = json.loads((folder / STATE).read_text()), load_file(folder / TENSORS)
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in tensors.items():
-            i, key = name.split(".", 1)
-            moments.setdefault(int(i), {})[key] = value
+        state = json.loads((folder / STATE).read_text())
         if missing := {"step", "epoch", "data", "steps", "epochs"} - set(state):
             raise ValueError(f"{STATE} has no {min(missing)}")
-    except (ValueError, TypeError, SafetensorError) as error:
+        for name, value in load_file(folder / TENSORS).items():
+            i, key = name.split(".", 1)
+            shape = shapes[int(i)] if int(i) < len(shapes) else ()
+            if value.ndim and value.shape != shape:
+                raise ValueError(f"{key} of parameter {i} has the shape {list(value.shape)} instead of {list(shape)}")
+            moments.setdefault(int(i), {})[key] = value
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ModelError(
-            f"the training state in {folder} is damaged ({error}): train again from its weights, with "
-            f"--model {folder} and another --out"
+            f"the training state in {folder} is damaged, or of another model ({error}): train again from its weights, "
+            f"with --model {folder} and another --out"
         ) from error
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(i >= len(parameters) for i in moments):
-        raise ModelError(f"{folder / TENSORS} is of a model with more parameters than this one's {len(parameters)}")
-    for i, row in moments.items():
-        for key, value in row.items():
-            if value.ndim and value.shape != parameters[i].shape:
-                raise ModelError(
-                    f"{key} of parameter {i} in {folder / TENSORS} has the shape {list(value.shape)} instead of "
-                    f"{list(parameters[i].shape)}: it is of another model"
-                )
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
