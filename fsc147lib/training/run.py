@@ -1,8 +1,8 @@
 """The folder of a run: who may use it, what it holds, and how a run comes back from it.
 
 `config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `summary.json` (validation
-before, best and last), `best.csv` (the best one, image by image), `best/` and `last/` (checkpoints), `last.old/`
-(the checkpoint before, used where the last is damaged), `run_id`, `wandb/`.
+before, best and last), `best/` and `last/` (checkpoints), `last.old/` (the checkpoint before, used where the last is
+damaged), `run_id`, `wandb/`.
 
 Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`).
 """
@@ -24,7 +24,7 @@ from ..data.fsc147 import Sample
 from ..evaluation.answering import to_csv
 from ..files import file_lock, recover_folder, set_aside, write_json, write_text
 from ..options import ConfigError
-from .checkpoint import RUN_ID, VALIDATION, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
+from .checkpoint import RUN_ID, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
 
 MAY_CHANGE = {
     "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite", "dry_run",
@@ -122,7 +122,7 @@ class RunFolder:
 
     def __init__(self, config):
         self.config, self.out, self.writes = config, config.out, is_main_process()
-        self.run, self.checkpoint = uuid4().hex, self.out / "last"
+        self.checkpoint = self.out / "last"
         self.before = self.out.with_name(self.out.name + ".old")  # an earlier run, until this one's first checkpoint
         self.tracker = None
         recover_folder(self.out / "last")
@@ -132,7 +132,7 @@ class RunFolder:
             if not finished_epoch:
                 raise ConfigError(f"there is nothing to resume in {self.out}: no epoch of a run was finished there")
             need_same_run(config)
-            self.checkpoint, self.run = sound_checkpoint(self.out, self.run)
+            self.checkpoint = sound_checkpoint(self.out)
         elif finished_epoch and not config.overwrite:
             raise ConfigError(
                 f"{self.out} holds a run already: name another --out, go on with --resume, or --overwrite it"
@@ -145,6 +145,7 @@ class RunFolder:
         if self.writes:
             if not self.config.resume:
                 set_aside(self.out)
+                write_text(self.out / RUN_ID, uuid4().hex)
             write_text(self.out / "config.json", self.config.to_json())
             (self.out / "metrics.jsonl").touch()
             if self.config.tracking != "disabled":
@@ -181,7 +182,7 @@ class RunFolder:
             self.tracker.log(line)
 
     def save(self, run) -> None:
-        """Write last/; after an epoch's validation also summary.json, and best/ and best.csv if its MAE is the lowest.
+        """Write last/; after an epoch's validation also summary.json, and best/ if its MAE is the lowest.
 
         Args:
             run: a `loop.Run`; within an epoch, the one before counts as the last whole one.
@@ -198,19 +199,16 @@ class RunFolder:
             last.rename(self.out / f"damaged-{uuid4().hex[:8]}")
             recover_folder(last)
             self.checkpoint = last
-        save_checkpoint(last, run.model, step.optimizer, state, self.run, listed)
-        write_text(self.out / RUN_ID, self.run)
+        save_checkpoint(last, run.model, step.optimizer, state, (self.out / RUN_ID).read_text(), listed)
         if whole:
             self._publish(result)
         shutil.rmtree(self.before, ignore_errors=True)
 
     def _publish(self, result: TrainResult) -> None:
-        """Write what follows from the checkpoint of a whole epoch: summary.json, best/ and best.csv."""
+        """Write what follows from the checkpoint of a whole epoch: summary.json, and best/."""
         summary = result.summary()
         if summary["best"]["epoch"] == summary["last"]["epoch"]:
             link_checkpoint(self.checkpoint, self.out / "best")
-            if (self.checkpoint / VALIDATION).is_file():  # an older version has none
-                write_text(self.out / "best.csv", (self.checkpoint / VALIDATION).read_text())
         write_json(self.out / "summary.json", summary)
 
     def close(self) -> None:
