@@ -16,7 +16,7 @@ from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
 from PIL import Image
 
-from ..data.fsc147 import Sample
+from ..data import Sample
 from ..evaluation.answering import ImageResult
 from ..model import Look
 

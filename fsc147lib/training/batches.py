@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..data.fsc147 import Sample
+from ..data import Sample
 from ..model.collate import Batch
 from ..options import ConfigError
 

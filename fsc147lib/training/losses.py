@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..data import kl_divergence
+from ..data.targets import centre_blob, kl_divergence
 from ..model import Batch, Heatmap, answer_logits, count_loss, select_rows
 
 
@@ -17,13 +17,6 @@ def squared_error(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
 
 ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
 """An attention loss is a function of target and heatmap [B, 14, 14] to [B]."""
-
-
-def centre_blob(target: torch.Tensor) -> torch.Tensor:
-    """The same Gaussian in the middle for all images, standard deviation an eighth of the side: a control."""
-    cells = torch.arange(target.shape[-1], device=target.device, dtype=target.dtype)
-    profile = torch.exp(-0.5 * ((cells - cells.mean()) / (len(cells) / 8)) ** 2)
-    return (profile[:, None] * profile / profile.sum() ** 2).expand_as(target)
 
 
 ATTENTION_TARGETS = {
