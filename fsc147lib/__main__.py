@@ -122,7 +122,7 @@ def run_throughput(config) -> int:
 def run_verify(config) -> int:
     from .report.verify import verify_model
 
-    return 0 if all(line.passed for line in verify_model(config)) else 1
+    return 0 if all(row["passed"] for row in verify_model(config)) else 1
 
 
 COMMANDS = {  # name: (the dataclass of its options and the module it lies in, what runs, a line of help)

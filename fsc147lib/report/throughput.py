@@ -8,7 +8,10 @@ Left out: what a variant does in its process (`trials`), the cost of each heatma
 
 import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +19,9 @@ import numpy as np
 import torch
 
 from ..options import Precision, need, need_report
-from .overhead import load_or_shape
+from .shapes import load_or_shape
 from .timing import table, write_report
-from .trials import Variant, serve
+from .trials import Variant, trial_of
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,6 @@ class ThroughputConfig:
     """Only variants with this in their name."""
     curves: int | None = None
     """Instead of timing: count losses of so many steps from one start, in bf16 (this library and plain) and in fp32."""
-    learning_rate: float = 1e-5
-    """Of these curves."""
     json: Path | None = None
     """Write what was measured here, as it becomes known, and the rows to the same name with .csv."""
 
@@ -69,21 +70,17 @@ def variants_of(on_gpu: bool, frozen: bool, narrow: bool = False) -> list[Varian
     """From peers to what `train` does: compiled layers on a GPU, a cache if the encoder is frozen.
 
     Args:
-        narrow: in bf16: Trainer then has bfloat16 parameters, and a last variant shows what those would save `train`.
+        narrow: give Trainer bfloat16 parameters.
     """
     best = Variant("+ compiled layers" if on_gpu else "+ batches by size", compiled=on_gpu, answers=True)
-    variants = [
+    return [
         Variant("plain transformers loop", peer="loop", by_size=False),
         Variant("transformers.Trainer", peer="trainer", by_size=False, narrow=narrow),
         Variant("layers called directly", by_size=False),
         *([Variant("+ batches by size")] if on_gpu else []),
         best,
+        *([replace(best, name="+ vision cache", cached=True)] if frozen else []),
     ]
-    if frozen:
-        variants.append(replace(best, name="+ vision cache", cached=True))
-    if narrow:
-        variants.append(replace(best, name=f"{best.name}, bf16 parameters", narrow=True, answers=False))
-    return variants
 
 
 def curves_of(on_gpu: bool) -> list[Variant]:
@@ -95,30 +92,17 @@ def curves_of(on_gpu: bool) -> list[Variant]:
     ]
 
 
-class VariantProcess:
-    """A variant's process, seen from outside."""
+def do(job: str, variant: Variant, config: ThroughputConfig, folder: Path) -> dict | None:
+    """In a variant's process: what a method of its `Trial` returns."""
+    return getattr(trial_of(variant, config, folder), job)()
 
-    def __init__(self, variant: Variant, config: ThroughputConfig, folder: Path):
-        context = multiprocessing.get_context("spawn")  # a forked one could not use the GPU
-        self.variant, (self.connection, theirs) = variant, context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, variant, config, folder))
-        self.process.start()
-        theirs.close()
 
-    def ask(self, what: str | None = None) -> dict:
-        """The row that a method of `Trial` returns, or one with `failed`; None waits until the process is ready."""
-        try:
-            if what:
-                self.connection.send(what)
-            return self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            return {"name": self.variant.name, "failed": f"the process ended with status {self.process.exitcode}"}
-
-    def close(self) -> None:
-        self.connection.close()
-        self.process.join(20)
-        self.process.kill()
+def ask(process: ProcessPoolExecutor, job: str, variant: Variant, *about) -> dict:
+    """The row that a job of a variant returns, or one with `failed`."""
+    try:
+        return process.submit(do, job, variant, *about).result()
+    except Exception as error:  # also of a process that is gone
+        return {"name": variant.name, "failed": f"{type(error).__name__}: {error}"}
 
 
 def compare(rows: list[dict]) -> list[dict]:
@@ -153,26 +137,22 @@ def measure_throughput(config: ThroughputConfig) -> dict:
     names = [variant.name for variant in variants]
     variants = [variant for variant in variants if (config.only or "") in variant.name]
     need(config, "only", bool(variants), f"part of one of these: {', '.join(names)}")
-    jobs = ["losses"] if config.curves else ["turn"] * config.rounds + ["validate"] * min(2, config.rounds)
+    jobs = ["losses"] if config.curves else ["turn"] * config.rounds
+    jobs += ["validate"] * (config.validation and not config.curves and min(2, config.rounds))
     rows: dict[str, dict] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [VariantProcess(variant, config, Path(folder)) for variant in variants]
-        try:
-            for process in processes:
-                process.ask()
-            for job in jobs[: None if config.validation else config.rounds]:
-                for process in processes:
-                    name = process.variant.name
-                    over = {"failed", "out_of_memory"} & rows.get(name, {}).keys()
-                    if over or job == "validate" and not process.variant.answers:
-                        continue
-                    rows[name] = process.ask(job)
-                    report = {"rows": compare(list(rows.values()))}
-                    if config.json is not None:
-                        write_report(config.json, report, config)
-                    print(name, rows[name].get("rates", rows[name]), rows[name].get("validation_rates", ""), flush=True)
-        finally:
-            for process in processes:
-                process.close()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
+        processes = {variant: stack.enter_context(ProcessPoolExecutor(1, spawn)) for variant in variants}
+        wait([process.submit(do, "rest", variant, config, folder) for variant, process in processes.items()])
+        for job, (variant, process) in product(jobs, processes.items()):
+            over = {"failed", "out_of_memory"} & rows.get(variant.name, {}).keys()
+            if over or job == "validate" and not variant.answers:
+                continue
+            rows[variant.name] = row = ask(process, job, variant, config, folder)
+            report = {"rows": compare(list(rows.values()))}
+            if config.json is not None:
+                write_report(config.json, report, config)
+            print(variant.name, row.get("rates", row), row.get("validation_rates", ""), flush=True)
     print("\n" + table(report["rows"]))
     return report
