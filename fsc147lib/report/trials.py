@@ -8,9 +8,10 @@ Left out: which turns there are, and what is made of their numbers (`throughput`
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
+from itertools import count
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,53 +20,38 @@ from torch.utils.data import DataLoader
 from ..model.adapt import freeze_vision
 from ..model.collate import Batch, to_device
 from ..model.device import free_models, peak_memory, seconds_of
+from ..training.batches import windows
 from ..training.loop import Run, TrainConfig
+from ..training.losses import LossParts
 from .peers import PlainCollate, PlainLoss, trainer_steps
 from .shapes import load_or_shape
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to train; the switches are those of `TrainConfig`."""
+class Variant(NamedTuple):
+    """One way to train: by `train`'s options and, where it is named, by a peer."""
 
     name: str
-    peer: str | None = None  # "loop" or "trainer": not by this library
-    by_size: bool = True
-    compiled: bool = False
-    cached: bool = False
-    narrow: bool = False  # parameters and optimizer in bfloat16
+    config: TrainConfig  # a `ThroughputConfig`
+    peer: Literal["loop", "trainer"] | None = None
     answers: bool = False  # validation is timed as well
-    precision: str | None = None
-
-
-def settings_of(variant: Variant, config, folder: Path) -> TrainConfig:
-    """The run that a variant is, as `train` would be asked for it."""
-    return TrainConfig(
-        config.data, out=folder / variant.name.replace(" ", "-"), model=config.model, epochs=2,
-        batch_size=config.batch_size, precision=variant.precision or config.precision, limit=config.limit,
-        gradient_checkpointing=config.gradient_checkpointing, batch_by_size=variant.by_size,
-        compile=variant.compiled, lora=config.lora, workers=config.workers, tracking="disabled",
-        vision_cache=config.vision_cache if variant.cached else "off",
-        attention_weight=0 if variant.peer or config.curves else TrainConfig.attention_weight,
-    )  # fmt: skip
 
 
 class Trial:
     """A variant as a run, which trains, answers and rests as its parent asks."""
 
-    def __init__(self, variant: Variant, config, folder: Path):
-        self.variant, self.config, self.batch_size = variant, config, config.batch_size
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.run = run = Run(settings_of(variant, config, folder), model=load_or_shape(config.model, self.device))
-        self.network, self.step = run.model.network, run.training_step
+    def __init__(self, variant: Variant):
+        self.variant, self.device = variant, "cuda" if torch.cuda.is_available() else "cpu"
+        config = replace(variant.config, out=variant.config.out / variant.name)
+        self.run = run = Run(config, model=load_or_shape(config.model, self.device))
+        self.network, self.step, self.batch_size = run.model.network, run.training_step, config.batch_size
+        self.in_bf16 = run.accelerator.mixed_precision == "bf16"
         if variant.peer:
             self.step.loss = run.accelerator.prepare(PlainLoss(self.network))
-        self.in_bf16 = run.accelerator.mixed_precision == "bf16"
         freeze_vision(self.network.train(), not run.config.vision_trains(0))
-        if variant.narrow:
+        if variant.peer == "trainer" and self.in_bf16 and not config.lora:  # as Qwen's own fine-tuning has them
             self.network.to(torch.bfloat16)
         self.types = [weight.dtype for weight in self.network.parameters()]
-        self.opened, self.batches = False, None
+        self.opened, self.windows = False, None
         self.turns: list[dict[str, float]] = []
         self.answered: list[float] = []  # images a second
         self.rest()
@@ -80,11 +66,11 @@ class Trial:
                 self.turns.append(found | {"retries": alloc_retries() - before})
                 break
             except torch.cuda.OutOfMemoryError:
-                self.batches, self.turns = None, []
+                self.windows, self.turns = None, []
             self.rest()  # once the error, and what it holds, is gone
             self.batch_size //= 2
         self.rest()
-        return self.row()
+        return row_of(self)
 
     def validate(self) -> dict:
         """Losses, maps and greedy answers of the validation images; not in time: a first pass, which compiles."""
@@ -93,12 +79,12 @@ class Trial:
             self.run.validate()
         self.answered.append(len(self.run.samples["val"]) / seconds_of(self.run.validate, self.device))
         self.rest()
-        return self.row()
+        return row_of(self)
 
     def losses(self) -> dict:
         """Count losses, step by step, of steps that move the weights."""
         self.wake()
-        found = [float(self.train_on(next(self.batches)).count) for _ in range(self.config.curves)]
+        found = [float(self.train_on(next(self.windows)).count) for _ in range(self.variant.config.curves)]
         return {"name": self.variant.name, "batch_size": self.batch_size, "losses": found}
 
     def wake(self) -> None:
@@ -110,7 +96,7 @@ class Trial:
             self.opened = True
         if self.step.cache and self.step.cache.place == "gpu":
             self.step.cache.features = self.step.cache.features.to(self.device)
-        if self.batches is None:
+        if self.windows is None:
             self.begin()
 
     def rest(self) -> None:
@@ -128,7 +114,7 @@ class Trial:
         """Open the loader, and step on the longest images, which tells the memory; the first step compiles."""
         run, began = self.run, time.perf_counter()
         run.config = replace(run.config, batch_size=self.batch_size)
-        run.open_loader(pixels=not self.variant.cached)
+        run.open_loader(pixels=not run.config.caches_vision)
         if self.variant.peer:
             run.loader = run.accelerator.prepare(DataLoader(
                 run.loader.dataset, batch_sampler=run.batches, collate_fn=PlainCollate(run.model),
@@ -142,64 +128,64 @@ class Trial:
         if self.variant.peer == "trainer":
             step = partial(self.trainer, longest, 1)
         else:
-            step = partial(self.train_on, to_device(run.loader.collate_fn(longest), self.device))
+            step = partial(self.train_on, [to_device(run.loader.collate_fn(longest), self.device)])
         step()
         self.startup = time.perf_counter() - began
         self.peak = peak_memory(step, self.device)
         self.speed = measured_speed(self.device, torch.bfloat16 if self.in_bf16 else torch.float32)
-        self.batches = self.epochs()
+        self.windows = self.epochs()
 
-    def epochs(self) -> Iterator[Batch]:
-        """Batches of one epoch after the other."""
-        epoch = 0
-        while True:
+    def epochs(self) -> Iterator[list[Batch]]:
+        """The batches of each step, of one epoch after the other."""
+        for epoch in count():
             self.run.batches.shuffle(epoch)
-            yield from self.step.cache.ahead(self.run.loader) if self.step.cache else self.run.loader
-            epoch += 1
+            batches = self.step.cache.ahead(self.run.loader) if self.step.cache else self.run.loader
+            yield from windows(batches, self.run.batches.sizes)
 
     def trainer(self, samples, steps: int) -> tuple[list[Batch], float]:
         return trainer_steps(self.run.model, samples, self.batch_size, steps, self.in_bf16, self.run.workers)
 
-    def train_on(self, batch: Batch):
-        return self.step([batch], self.run.config.attention_weight)[0]
+    def train_on(self, window: list[Batch]) -> LossParts:
+        return self.step(window, self.run.config.attention_weight)[0]
 
     def train(self) -> dict[str, float]:
         """Some steps, after one that allocates what stays: what they saw, their seconds, and those of waiting."""
         if self.variant.peer == "trainer":
-            batches, seconds = self.trainer(self.run.samples["train"], self.config.steps)
+            batches, seconds = self.trainer(self.run.samples["train"], self.variant.config.steps)
             return sizes_of(batches) | {"seconds": seconds}
-        self.train_on(next(self.batches))
-        batches, waits = [], []
+        self.train_on(next(self.windows))
+        found, waits = [], []
 
         def steps() -> None:
-            for _ in range(self.config.steps):
-                waits.append(seconds_of(lambda: batches.append(next(self.batches))))
-                self.train_on(batches[-1])
+            for _ in range(self.variant.config.steps):
+                waits.append(seconds_of(lambda: found.append(next(self.windows))))
+                self.train_on(found[-1])
             self.step.check()
 
         seconds = seconds_of(steps, self.device)
-        return sizes_of(batches) | {"seconds": seconds, "waited": sum(waits)}
-
-    def row(self) -> dict:
-        """Medians over turns, see `throughput.measure_throughput`."""
-        if not self.turns:
-            return {"name": self.variant.name, "out_of_memory": True}
-        part = {key: np.array([turn[key] for turn in self.turns]) for key in self.turns[0]}
-        rates, cache = part["images"] / part["seconds"], self.step.cache
-        flops = [step_flops(self.network.config, turn, encoder=not cache) for turn in self.turns]
-        return {
-            "name": self.variant.name, "batch_size": self.batch_size, "images_per_second": float(np.median(rates)),
-            "peak_share": float(np.median(flops / part["seconds"]) / self.speed), "peak_memory": self.peak,
-            "retries": int(part["retries"].sum()), "padding": float(1 - part["tokens"].sum() / part["places"].sum()),
-            "waiting": float(np.median(part["waited"] / part["seconds"])) if "waited" in part else None,
-            "startup": self.startup, "rates": rates.tolist(), "validation_rates": self.answered,
-            "validation_per_second": float(np.median(self.answered)) if self.answered else None,
-            "cache": cache and {"place": cache.place, "bytes": cache.features.nbytes},
-        }  # fmt: skip
+        return sizes_of(sum(found, [])) | {"seconds": seconds, "waited": sum(waits)}
 
 
 trial_of = cache(Trial)
 """The one trial of this process."""
+
+
+def row_of(trial: Trial) -> dict:
+    """Medians over turns, see `throughput.measure_throughput`."""
+    if not trial.turns:
+        return {"name": trial.variant.name, "out_of_memory": True}
+    part = {key: np.array([turn[key] for turn in trial.turns]) for key in trial.turns[0]}
+    rates, cache = part["images"] / part["seconds"], trial.step.cache
+    flops = [step_flops(trial.network.config, turn, encoder=not cache) for turn in trial.turns]
+    return {
+        "name": trial.variant.name, "batch_size": trial.batch_size, "images_per_second": float(np.median(rates)),
+        "peak_share": float(np.median(flops / part["seconds"]) / trial.speed), "peak_memory": trial.peak,
+        "retries": int(part["retries"].sum()), "padding": float(1 - part["tokens"].sum() / part["places"].sum()),
+        "waiting": float(np.median(part["waited"] / part["seconds"])) if "waited" in part else None,
+        "startup": trial.startup, "rates": rates.tolist(), "validation_rates": trial.answered,
+        "validation_per_second": float(np.median(trial.answered)) if trial.answered else None,
+        "cache": cache and {"place": cache.place, "bytes": cache.features.nbytes},
+    }  # fmt: skip
 
 
 def sizes_of(batches: list[Batch]) -> dict[str, int]:

@@ -38,8 +38,9 @@ def config(tiny, root, tmp_path):
     tiny.recipe = Recipe()  # a frozen encoder, as a large trained model has
     tiny.save(tmp_path / "model")  # a trained model: its encoder is frozen
     return ThroughputConfig(
-        data=root, model=str(tmp_path / "model"), batch_size=4, rounds=1, steps=1, limit=8, json=tmp_path / "t.json"
-    )
+        data=root, out=tmp_path, model=str(tmp_path / "model"), batch_size=4, epochs=2, rounds=1, steps=1, limit=8,
+        tracking="disabled", json=tmp_path / "t.json",
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -72,18 +73,18 @@ def test_three_precisions_learn_the_same(config):
 
 
 @pytest.fixture
-def trial(config, tmp_path):
-    return Trial(Variant("here", cached=True), config, tmp_path)
+def trial(config):
+    return Trial(Variant("here", config))
 
 
 def test_a_batch_without_room_becomes_the_half_and_begins_anew(trial, monkeypatch):
     assert trial.turn()["rates"] and trial.batch_size == 4
     real, room = Trial.train_on, 2
 
-    def train_on(self, batch):
-        if len(batch["names"]) > room:
+    def train_on(self, window):
+        if len(window[0]["names"]) > room:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(self, batch)
+        return real(self, window)
 
     monkeypatch.setattr(Trial, "train_on", train_on)
     row = trial.turn()
@@ -93,7 +94,7 @@ def test_a_batch_without_room_becomes_the_half_and_begins_anew(trial, monkeypatc
     assert row == {"name": "here", "out_of_memory": True} and "here: out of memory" in table([row])
 
 
-def test_so_does_the_batch_of_the_trainer(config, tmp_path, monkeypatch):
+def test_so_does_the_batch_of_the_trainer(config, monkeypatch):
     real = trials.trainer_steps
 
     def trainer_steps(model, samples, batch_size, *args):
@@ -101,7 +102,7 @@ def test_so_does_the_batch_of_the_trainer(config, tmp_path, monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return real(model, samples, batch_size, *args)
 
-    trial = Trial(Variant("theirs", peer="trainer"), config, tmp_path)
+    trial = Trial(Variant("theirs", config, peer="trainer"))
     assert trial.turn()["batch_size"] == 4
     monkeypatch.setattr(trials, "trainer_steps", trainer_steps)
     assert trial.turn()["batch_size"] == 2
@@ -109,10 +110,10 @@ def test_so_does_the_batch_of_the_trainer(config, tmp_path, monkeypatch):
 
 def test_a_process_that_fails_or_dies_is_a_row(config, tmp_path):
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        row = ask(process, "turn", Variant("lost"), replace(config, data=tmp_path / "nowhere"), tmp_path)
+        row = ask(process, "turn", Variant("lost", replace(config, data=tmp_path / "nowhere")))
         assert row["name"] == "lost" and "nowhere" in row["failed"] and "lost: failed" in table([row])
         process.submit(os._exit, 3)
-        assert "terminated" in ask(process, "turn", Variant("lost"), config, tmp_path)["failed"]
+        assert "terminated" in ask(process, "turn", Variant("lost", config))["failed"]
 
 
 def test_ratios_are_within_a_turn_and_a_spread_is_told():
@@ -125,8 +126,10 @@ def test_ratios_are_within_a_turn_and_a_spread_is_told():
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_variants(on_gpu):
-    frozen, training = (variants_of(on_gpu, frozen) for frozen in (True, False))
-    assert any(variant.cached for variant in frozen) and not any(variant.cached for variant in training)
-    assert any(variant.compiled for variant in frozen) == on_gpu
+def test_variants(config, on_gpu):
+    frozen, training = (variants_of(config, on_gpu, frozen) for frozen in (True, False))
     assert [variant.peer for variant in frozen[:3]] == ["loop", "trainer", None]
+    assert frozen[:-1] == training and "cache" in frozen[-1].name and frozen[-1].config.vision_cache == "auto"
+    assert all(variant.config.vision_cache == "off" for variant in training)
+    assert any(variant.config.compile for variant in frozen) == on_gpu
+    assert [variant.answers for variant in training].count(True) == 1
