@@ -1,8 +1,7 @@
 """The command line: `fsc147lib COMMAND ...`, also as `python -m fsc147lib COMMAND ...`.
 
 A command is an entry of `COMMANDS`.  Its options are the fields of a dataclass that lies beside the code that
-reads them, so a new option is one line there.  The list of commands needs none of their modules: a command's
-module, and torch with it, is imported once that command is chosen.
+reads them.  A command's module, and torch with it, is imported once that command is chosen.
 
 Left out: everything that a command does; each calls one function.
 """
@@ -15,7 +14,7 @@ from .files import write_json, write_text
 from .options import parse_options
 
 
-def run_check(config) -> int:
+def run_check(config) -> bool:
     from .data import check
 
     report = check(config.root, config.category, config.max_pixels)
@@ -25,27 +24,25 @@ def run_check(config) -> int:
         print(f"{len(report.exclude)} training images to leave out are in {config.exclude}")
     if config.json is not None:
         write_json(config.json, report.to_dict())
-    return 0 if report.clean else 1
+    return report.clean
 
 
-def run_import(config) -> int:
+def run_import(config) -> None:
     from .data.own import import_pictures
 
     sizes = import_pictures(config)
     print(f"{config.out}: " + ", ".join(f"{size} pictures in {split}" for split, size in sizes.items()))
-    return 0
 
 
-def run_synth(config) -> int:
+def run_synth(config) -> None:
     from .data import make_dataset
 
     out = make_dataset(config.out, config.train, config.val, config.test, config.seed, sprites=config.sprites)
     print(f"drew {config.train} train, {config.val} val and {config.test} test pictures in {out},")
     print("and as many in val_seen and test_seen, of training's categories")
-    return 0
 
 
-def run_train(config) -> int:
+def run_train(config) -> bool:
     from .evaluation import metrics_table
     from .training import train
     from .training.plan import describe, plan_training
@@ -53,17 +50,17 @@ def run_train(config) -> int:
     if config.dry_run:
         plans = plan_training(config)
         print(describe(plans))
-        return 0 if plans[0].fits else 1
+        return plans[0].fits
     summary = train(config).summary()
     columns = {"before": summary["before"]}
     columns |= {f"{name}, epoch {summary[name]['epoch']}": summary[name] for name in ("best", "last")}
     title = f"{summary['images']['val']} images of the split val of {config.data}, {config.model} trained on"
     print(metrics_table(f"{title} {summary['images']['train']}", columns, summary["baselines"]))
     print(f"\nweights in {config.out}/best and {config.out}/last, losses in {config.out}/metrics.jsonl")
-    return 0
+    return True
 
 
-def run_evaluate(config) -> int:
+def run_evaluate(config) -> None:
     from .evaluation import evaluate, metrics_table
 
     found = evaluate(config)
@@ -71,23 +68,20 @@ def run_evaluate(config) -> int:
     print(metrics_table(title, {"model": found.metrics}, found.baselines, found.bins))
     if config.json is not None:
         found.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
-    return 0
 
 
-def run_predict(config) -> int:
+def run_predict(config) -> None:
     from .model.prediction import predict_files
+    from .report.predictions import save_prediction
 
     for i, prediction in enumerate(predict_files(config)):
         print(prediction)
         if config.map is not None:
-            from .report.predictions import save_prediction
-
             save_prediction(prediction, config.map_path(i))
             print(f"  map in {config.map_path(i)}")
-    return 0
 
 
-def run_sweep(config) -> int:
+def run_sweep(config) -> bool:
     from . import training
     from .report.sweeps import sweep_figure, sweep_table
 
@@ -95,37 +89,23 @@ def run_sweep(config) -> int:
     print(sweep_table(rows))
     sweep_figure(rows).savefig(config.out / "sweep.png", dpi=120)
     print(f"all of it in {config.out}/sweep.json, drawn in {config.out}/sweep.png")
-    return 0 if all(row["finished"] for row in rows) else 1
+    return all(row["finished"] for row in rows)
 
 
-def run_compare(config) -> int:
+def run_compare(config) -> None:
     from .report.comparison import compare_runs
 
     print(compare_runs(config))
-    return 0
 
 
-def run_overhead(config) -> int:
-    from .report.overhead import measure_overhead
-
-    measure_overhead(config)
-    return 0
-
-
-def run_throughput(config) -> int:
-    from .report.throughput import measure_throughput
-
-    measure_throughput(config)
-    return 0
-
-
-def run_verify(config) -> int:
+def run_verify(config) -> bool:
     from .report.verify import verify_model
 
-    return 0 if all(row["passed"] for row in verify_model(config)) else 1
+    return all(row["passed"] for row in verify_model(config))
 
 
-COMMANDS = {  # name: (the dataclass of its options and the module it lies in, what runs, a line of help)
+# name: (module and dataclass of its options; what runs, or its name in that module, False if it found faults; help)
+COMMANDS = {
     "check": ("data.checking:CheckConfig", run_check, "count what an FSC147 root holds and list every fault"),
     "import": ("data.own:ImportConfig", run_import, "make a root of pictures of your own, from CSV or COCO JSON"),
     "synth": ("data.scenes:SynthConfig", run_synth, "draw a small data set in FSC147's layout"),
@@ -135,8 +115,8 @@ COMMANDS = {  # name: (the dataclass of its options and the module it lies in, w
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
     "predict": ("model.prediction:PredictConfig", run_predict, "count in your pictures, and show where it looks"),
     "compare": ("report.comparison:CompareConfig", run_compare, "lay training runs side by side, with intervals"),
-    "overhead": ("report.overhead:OverheadConfig", run_overhead, "measure what the attention loss costs"),
-    "throughput": ("report.throughput:ThroughputConfig", run_throughput, "measure training, variant by variant"),
+    "overhead": ("report.overhead:OverheadConfig", "measure_overhead", "measure what the attention loss costs"),
+    "throughput": ("report.throughput:ThroughputConfig", "measure_throughput", "measure training, variant by variant"),
 }
 
 
@@ -146,9 +126,7 @@ def main(words: list[str] | None = None) -> int:
     0: done.  1: faults found.  2: refused, with the reason on stderr.  130, 143: stopped by Ctrl-C or SIGTERM.
 
     A file of your own that adds a heatmap method first has the same commands: `sys.exit(main())` at its end.
-
-    Args:
-        words: what follows the program's name on the command line, from `sys.argv` if None.
+    `words` follow the program's name on the command line; None: those of `sys.argv`.
     """
     words = sys.argv[1:] if words is None else words
     program = Path(sys.argv[0]).name
@@ -160,10 +138,11 @@ def main(words: list[str] | None = None) -> int:
         print(f"{words[0]!r} is no command\n\n{overview(program)}", file=sys.stderr)
         return 2
     options, run, _ = COMMANDS[words[0]]
-    module, config = options.split(":")
+    place, config = options.split(":")
     try:
-        config = getattr(importlib.import_module(f"fsc147lib.{module}"), config)
-        return run(parse_options(config, words[1:], f"{program} {words[0]}"))
+        module = importlib.import_module(f"fsc147lib.{place}")
+        run = getattr(module, run) if isinstance(run, str) else run
+        return 1 if run(parse_options(getattr(module, config), words[1:], f"{program} {words[0]}")) is False else 0
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -178,7 +157,6 @@ def main(words: list[str] | None = None) -> int:
 
 
 def overview(program: str) -> str:
-    """The commands, a line each."""
     lines = [f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items()]
     return "\n".join([f"usage: {program} COMMAND ...", "", *lines, "", f"options: {program} COMMAND --help"])
 

@@ -10,7 +10,6 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -99,11 +98,7 @@ def recover_folder(folder: Path) -> None:
 
 @contextmanager
 def file_lock(path: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock: a file that is there meanwhile, and that frees itself where the process dies.
-
-    Raises:
-        filelock.Timeout: another holds it, and `wait` is False.
-    """
+    """Hold a lock that frees itself where the process dies; filelock.Timeout if another has it, unless we `wait`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path, timeout=-1 if wait else 0):
         try:
@@ -116,7 +111,6 @@ def file_lock(path: Path, wait: bool) -> Iterator[None]:
 # --- Manifests: whether a folder holds what was written into it
 
 MANIFEST = "manifest.json"
-
 START = 2**20
 """Bytes at the start of a file that are always compared; of most files that is all of it."""
 
@@ -127,12 +121,9 @@ class DamagedFolder(ValueError):
 
 def write_manifest(folder: Path, **about) -> None:
     """Write down each file's size and SHA-256, of the whole and of its start, and what else is to be known of them."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    with ThreadPoolExecutor() as threads:  # large files, of which there are two
-        wholes = list(threads.map(_sha256, paths))
     files = {
-        path.name: {"bytes": path.stat().st_size, "start": _sha256(path, START), "sha256": whole}
-        for path, whole in zip(paths, wholes, strict=True)
+        path.name: {"bytes": path.stat().st_size, "start": _sha256(path, START), "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
     }
     (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
 
@@ -165,7 +156,7 @@ def read_manifest(folder: str | Path, whole: bool = False) -> dict | None:
     return manifest
 
 
-def _sha256(path: Path, most: int | None = None) -> str:
+def _sha256(path: Path, most: int = -1) -> str:
     with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(most)) if most else hashlib.file_digest(file, "sha256")
+        digest = hashlib.file_digest(file, "sha256") if most < 0 else hashlib.sha256(file.read(most))
     return digest.hexdigest()

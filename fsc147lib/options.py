@@ -2,8 +2,6 @@
 
 A dataclass is also the command line: `TrainConfig(epochs=2)` is `train --epochs 2`.  Values are checked
 where one is made, so that a long run does not end on a typing error.
-
-Left out: the options themselves.
 """
 
 import os

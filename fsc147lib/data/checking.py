@@ -1,6 +1,6 @@
 """`check`: what a root holds, and every fault of it, by file; unlike opening a split, it decodes every image.
 
-Left out: what a fault is (`faults`), and the scan that finds those of the text files and headers (`fsc147`).
+Left out: the faults of text files and headers, which the scan finds (`fsc147`).
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from tyro.conf import Positional
 
 from ..options import need, need_report
 from .faults import ANNOTATIONS, DENSITIES, IMAGES, MAX_PIXELS, PARTS, DataError, Fault, Faults
-from .fsc147 import Sample, scan
+from .fsc147 import scan
+from .samples import Sample
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def check(root: str | Path, category: str | None = None, max_pixels: int = MAX_P
 
     `category` and `max_pixels` as in `FSC147`.
     """
-    samples, faults = scan(Path(os.path.expanduser(root)), category=category, max_pixels=max_pixels)
+    samples, faults = scan(Path(os.path.expanduser(root)), None, True, category, max_pixels)
     unusable = {fault.file for fault in faults if fault.fatal}
     unique = {sample.name: sample for listed in samples.values() for sample in listed}
     usable = {n: s for n, s in unique.items() if not unusable & {f"{IMAGES}/", f"{IMAGES}/{n}"}}
@@ -117,17 +118,16 @@ def _pixel_faults(sample: Sample) -> Faults:
         _ = sample.image  # decoded for its errors alone
     except DataError as error:
         return faults.add("unreadable-image", f"{IMAGES}/{name}", name, f"cannot be decoded ({error.__cause__})")
-    limits = np.array([width, height, width, height])
+    limits, picture = np.array([width, height, width, height]), f"the {width} x {height} image"
     dots = sample.points[((sample.points < 0) | (sample.points > limits[:2])).any(axis=1)]
     if len(dots):
-        problem = f"{len(dots)} of {sample.count} dots outside the {width} x {height} image, first {dots[0].tolist()}"
+        problem = f"{len(dots)} of {sample.count} dots outside {picture}, first {dots[0].tolist()}"
         faults.add("dot-outside", ANNOTATIONS, name, problem)
     boxes = sample.boxes[((sample.boxes < 0) | (sample.boxes > limits)).any(axis=1)]
     if len(boxes):
-        faults.add("bad-box", ANNOTATIONS, name, f"box {boxes[0].tolist()} leaves the {width} x {height} image")
+        faults.add("bad-box", ANNOTATIONS, name, f"box {boxes[0].tolist()} leaves {picture}")
     try:
-        if sample.density_path:
-            _ = sample.density  # loaded for its errors alone
+        _ = sample.density_path and sample.density
     except DataError as error:
         faults.add("bad-density", f"{DENSITIES}/{sample.density_path.name}", name, str(error.__cause__))
     return faults

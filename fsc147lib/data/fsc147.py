@@ -3,18 +3,17 @@
 One scan finds the faults of a root, both when `FSC147` opens a split and when `check` reports on all of them
 (`checking`).  It reads the annotations and the images' headers.
 
-Left out: downloading, augmentation beyond the mirror image, and tensors (`collate`).
+Left out: downloading, and what a fault is (`faults`).
 """
 
+import json
 import os
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Collection
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..files import need_file, need_inside
 from .faults import (
@@ -25,143 +24,26 @@ from .faults import (
     IMAGES,
     MAX_COUNT,
     MAX_PIXELS,
+    PARTS,
     SPLITS,
     DataError,
     Faults,
-    is_category,
+    category_problem,
     is_plain,
-    list_folder,
-    parse_classes,
-    parse_json,
-    read_numbers,
-    read_text,
+    need_category,
     size_problem,
-    split_names,
 )
-from .targets import density_map, target_heatmap
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What an image may be, whatever its name: not EPS, for which Pillow runs Ghostscript."""
+from .samples import Sample
 
 
-def _read(kind: str, path: Path, read):
-    """`read(path)`, with whatever it raises as a DataError: Pillow and numpy raise many types on damaged files."""
-    try:
-        return read(path)
-    except Exception as error:
-        problem = f"cannot be read ({type(error).__name__}: {error})"
-        raise DataError(str(Faults().add(kind, path, path.name, problem))) from error
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """An image of which the header alone is read, in a format that Pillow decodes by itself."""
-    return Image.open(need_file(path), formats=FORMATS)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, its 16 bits scaled to 8; Pillow would cut them off at 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its mode {image.mode} has numbers of any range: save it with 8 or 16 bits")
-    return image.convert("RGB")
-
-
-def _header_size(path: Path) -> tuple[int, int]:
-    with open_image(path) as image:
-        return image.height, image.width
-
-
-def _decode(path: Path) -> Image.Image:
-    with open_image(path) as image:
-        return to_rgb(image)
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One annotated image, in pixels of the stored 384-pixel image; what lies on disk is read when asked for.
-
-    A missing or damaged file raises DataError from `image`, `size`, `density`, `target` and `flipped`.
-    """
-
-    name: str
-    category: str
-    points: np.ndarray  # [N, 2] float32 x, y; N is 0 where there is nothing to count
-    boxes: np.ndarray  # [K, 4] float32 x1, y1, x2, y2 of the exemplars; K is 3 to 6 in FSC147, else perhaps 0
-    image_path: Path
-    density_path: Path | None = None
-    mirror_of: "Sample | None" = None  # where a mirror image takes its pixels and maps from
-
-    @property
-    def count(self) -> int:
-        return len(self.points)
-
-    @property
-    def image(self) -> Image.Image:
-        """RGB, decoded at each access (thousands would not fit in memory).
-
-        EXIF orientation is ignored, because the annotations refer to the stored pixels.
-        """
-        if self.mirror_of is not None:
-            return self.mirror_of.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return _read("unreadable-image", self.image_path, _decode)
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in pixels, from the image's header."""
-        return self.mirror_of.size if self.mirror_of else _read("unreadable-image", self.image_path, _header_size)
-
-    @property
-    def density(self) -> np.ndarray:
-        """[H, W] float32, objects per pixel: the official .npy where present, else made from the dots."""
-        if self.mirror_of is not None:
-            return self.mirror_of.density[:, ::-1].copy()
-        size = self.size  # first, so that a damaged image is not reported as a damaged density
-        if self.density_path is None:
-            return density_map(self.points, size)
-        return _read("bad-density", self.density_path, self._load_density)
-
-    def _load_density(self, path: Path) -> np.ndarray:
-        density = np.load(need_file(path), allow_pickle=False)
-        if density.dtype.kind not in "fiu":
-            raise ValueError(f"it holds {density.dtype}, and no numbers of objects")
-        if density.shape != self.size:
-            raise ValueError(f"its shape is {density.shape}, the image is {self.size} (height, width)")
-        with np.errstate(over="ignore"):
-            density = density.astype(np.float32)
-        total = density.sum(dtype=float)
-        if not np.isfinite(total) or density.min() < 0:
-            raise ValueError("it holds numbers that are negative or not finite")
-        if (total > 0) != (self.count > 0):
-            raise ValueError(f"it sums to {total:g}, but there are {self.count} dots")
-        return density
-
-    @cached_property
-    def target(self) -> np.ndarray:
-        """[14, 14] float32 summing to 1, or zeros in an empty scene: the target heatmap, computed once."""
-        if self.mirror_of is not None:
-            return self.mirror_of.target[:, ::-1].copy()
-        return target_heatmap(self.points, self.size)
-
-    def flipped(self) -> "Sample":
-        """The left-right mirror image; flipping twice gives the very same sample."""
-        if self.mirror_of is not None:
-            return self.mirror_of
-        width = np.float32(self.size[1])
-        points, boxes = self.points.copy(), self.boxes[:, [2, 1, 0, 3]]  # x1 and x2 change places
-        points[:, 0] = width - points[:, 0]
-        boxes[:, [0, 2]] = width - boxes[:, [0, 2]]
-        return Sample(self.name, self.category, points, boxes, self.image_path, self.density_path, mirror_of=self)
-
-
-class FSC147(Sequence):
-    """The samples of one split, in the split file's order; an index gives a `Sample`, a slice a list.
+class FSC147(list):
+    """The samples of one split, in the split file's order: a list of `Sample`.
 
     Args:
         root: folder in the official layout.
         split: any split of the split file: train, val, test, val_coco, test_coco.
-        require_images: False reads annotations with no image on disk (what needs one then raises).
-        allow_missing: leave out names of the split that have no annotation, instead of raising.
+        images: False reads the annotations alone: names without one are left out, and images may be missing (what
+            needs one then raises).
         category: what all images show; the root then needs no class file, and none is read.
         max_pixels: of an image; a larger one is a fault.
 
@@ -173,24 +55,17 @@ class FSC147(Sequence):
         self,
         root: str | Path,
         split: str = "train",
-        require_images: bool = True,
-        allow_missing: bool = False,
+        images: bool = True,
         category: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
         self.root, self.split = Path(os.path.expanduser(root)), split
-        samples, faults = scan(self.root, split, require_images, category, max_pixels)
-        fatal = Faults(f for f in faults if f.fatal and not (allow_missing and f.kind == "no-annotation"))
+        samples, faults = scan(self.root, split, images, category, max_pixels)
+        fatal = Faults(f for f in faults if f.fatal and (images or f.kind != "no-annotation"))
         if fatal:
             raise DataError(f"{self.root} cannot be opened for split {split!r}:\n{fatal}")
-        self._samples = samples[split]
-        self.categories = sorted({sample.category for sample in self._samples})
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index):
-        return self._samples[index]
+        super().__init__(samples[split])
+        self.categories = sorted({sample.category for sample in self})
 
 
 def open_split(
@@ -223,17 +98,13 @@ def open_split(
 def split_counts(root: str | Path, split: str = "train") -> list[int]:
     """The counts of a split, from the annotations alone; empty where there is no such split that can be opened."""
     try:
-        return [sample.count for sample in FSC147(root, split, False, True, category=FALLBACK_CATEGORY)]
+        return [sample.count for sample in FSC147(root, split, images=False, category=FALLBACK_CATEGORY)]
     except DataError:
         return []
 
 
 def scan(
-    root: Path,
-    wanted: str | None = None,
-    images: bool = True,
-    category: str | None = None,
-    max_pixels: int = MAX_PIXELS,
+    root: Path, wanted: str | None, images: bool, category: str | None, max_pixels: int
 ) -> tuple[dict[str, list[Sample]], Faults]:
     """Read a root, of an image no more than its header: of one split, or (None) of all; other arguments as `FSC147`'s.
 
@@ -241,39 +112,37 @@ def scan(
         Per split the samples with a readable annotation; all faults found.
     """
     faults = Faults()
-    if category is not None and not is_category(category):
-        raise DataError(f"the category is {category!r:.60}: name what to count, for example 'apples'")
+    if category is not None:
+        need_category(category)
     if not os.path.isdir(root):
         return {}, faults.add("missing-file", root, "ROOT", "there is no such folder")
-    present = list_folder(root, "", "broken-file", faults)
-    if present is None:
+    present = _read_part(root, "", _names_in, faults)
+    if present is not None and not present & {SPLITS, ANNOTATIONS, CLASSES, IMAGES}:
+        faults.add("missing-file", root, "ROOT", "the folder holds nothing of the layout")
+    if faults:
         return {}, faults
-    if not present & {SPLITS, ANNOTATIONS, CLASSES, IMAGES}:
-        return {}, faults.add("missing-file", root, "ROOT", "the folder holds nothing of the layout")
-    splits = read_text(root, SPLITS, parse_json, faults)
-    annotations = read_text(root, ANNOTATIONS, parse_json, faults)
+    splits = _read_part(root, SPLITS, lambda path: _parse_json(_text_of(path)), faults)
+    annotations = _read_part(root, ANNOTATIONS, lambda path: _parse_json(_text_of(path)), faults)
     if category is None:
-        classes = read_text(root, CLASSES, lambda text: parse_classes(text, faults), faults)
+        classes = _read_part(root, CLASSES, lambda path: _parse_classes(_text_of(path), faults), faults)
     else:
-        classes = {name: category for name in annotations or ()}
-    pictures, maps = (list_folder(root, folder, "broken-file", faults) for folder in (IMAGES, DENSITIES))
-    if pictures is None:
-        if images and IMAGES not in {fault.entry for fault in faults}:
-            faults.add("missing-file", f"{IMAGES}/", IMAGES, "there is no such folder")
-        images = False  # said once, not for every image
+        classes = _Object([(name, category) for name in annotations or ()])
+    pictures = _read_part(root, f"{IMAGES}/", _names_in, faults, needed=images)
+    maps = _read_part(root, f"{DENSITIES}/", _names_in, faults, needed=False)
     if splits is None or annotations is None:
         return {}, faults
     if wanted not in (None, *splits):
         problem = f"there is no such split, only {', '.join(map(repr, splits))}"
         return {}, faults.add("bad-split", SPLITS, wanted, problem)
-    names = {split: split_names(splits, split, faults) for split in (splits if wanted is None else [wanted])}
+    names = {split: _split_names(splits, split, faults) for split in (splits if wanted is None else [wanted])}
     samples = {}
     for name in dict.fromkeys(chain.from_iterable(names.values())):
         samples[name] = _read_entry(root, name, annotations, classes, maps or (), faults)
-        if images and samples[name] and name not in pictures:
-            faults.add("missing-image", f"{IMAGES}/{name}", name, "there is no such file")
-        elif images and samples[name]:
-            _check_header(samples[name], annotations[name], root, max_pixels, faults)
+        if images and samples[name] and pictures is not None:  # a missing folder is one fault, not one for each image
+            if name in pictures:
+                _check_header(samples[name], annotations[name], root, max_pixels, faults)
+            else:
+                faults.add("missing-image", f"{IMAGES}/{name}", name, "there is no such file")
     if wanted is None:
         for split, purpose in (("train", "train on"), ("val", "validate on")):
             if splits.get(split, []) == []:
@@ -318,8 +187,8 @@ def _read_entry(root: Path, name: str, annotations, classes, maps: Collection[st
     if name in annotations.repeated or getattr(entry, "repeated", None):
         faults.add("duplicate-key", ANNOTATIONS, name, "the entry, or a key in it, is there twice")
     try:
-        points, given = read_numbers(entry, "points", 2), "box_examples_coordinates" in entry
-        corners = read_numbers(entry, "box_examples_coordinates", 4, 2) if given else np.zeros((0, 4, 2), np.float32)
+        points, given = _read_numbers(entry, "points", 2), "box_examples_coordinates" in entry
+        corners = _read_numbers(entry, "box_examples_coordinates", 4, 2) if given else np.zeros((0, 4, 2), np.float32)
         if len(points) > MAX_COUNT:
             raise ValueError(f"{len(points):,} dots, more than the {MAX_COUNT:,} that an answer can tell")
     except ValueError as error:
@@ -329,10 +198,13 @@ def _read_entry(root: Path, name: str, annotations, classes, maps: Collection[st
     flat = boxes[(boxes[:, 2:] <= boxes[:, :2]).any(axis=1)]
     if len(flat):
         faults.add("bad-box", ANNOTATIONS, name, f"box {flat[0].tolist()} has no area")
-    if classes is not None and name not in classes:  # None: the whole file is at fault already
-        faults.add("no-category", CLASSES, name, "no line gives its category")
-    if name in getattr(classes, "repeated", ()):
-        faults.add("duplicate-key", CLASSES, name, "two lines give its category")
+    category = FALLBACK_CATEGORY
+    if classes is not None:  # None: the whole file is at fault already
+        category = classes.get(name, FALLBACK_CATEGORY)
+        if name not in classes:
+            faults.add("no-category", CLASSES, name, "no line gives its category")
+        if name in classes.repeated:
+            faults.add("duplicate-key", CLASSES, name, "two lines give its category")
     density = Path(name).stem + ".npy"
     density_path = root / DENSITIES / density if density in maps else None
     try:
@@ -340,5 +212,96 @@ def _read_entry(root: Path, name: str, annotations, classes, maps: Collection[st
     except OSError as error:
         faults.add("bad-density", f"{DENSITIES}/{density}", name, str(error))
         density_path = None
-    category = (classes or {}).get(name, FALLBACK_CATEGORY)
     return Sample(name, category, points, boxes, root / IMAGES / name, density_path)
+
+
+def _read_numbers(entry: dict, key: str, *shape: int) -> np.ndarray:
+    """`entry[key]`, nested lists, as float32 [N, *shape]; ValueError says what is wrong with it."""
+    if not isinstance(entry, dict) or key not in entry:
+        raise ValueError(f"the entry has no {key!r}")
+    values = [entry[key]]
+    for length in (None, *shape):
+        for value in values:
+            if type(value) is not list or length not in (None, len(value)):
+                raise ValueError(f"{key!r} holds {value!r:.60} instead of a list{f' of {length}' if length else ''}")
+        values = list(chain.from_iterable(values))
+    for value in values:
+        if type(value) not in (int, float) or not abs(value) < 1e9:  # true is no number; nor is NaN below anything
+            raise ValueError(f"{key!r} holds {value!r:.60} instead of a finite number of pixels")
+    return np.array(values, dtype=np.float32).reshape(-1, *shape)
+
+
+def _split_names(splits: "_Object", split: str, faults: Faults) -> list[str]:
+    """The names of one split; empty with a fault added if it is no list of strings."""
+    names = splits[split]
+    if not split.isprintable():
+        faults.add("bad-split", SPLITS, split, "its name holds characters that cannot be shown")
+        return []
+    if type(names) is not list or not all(type(name) is str for name in names):
+        faults.add("bad-split", SPLITS, split, "not a list of strings")
+        return []
+    if split in splits.repeated:
+        faults.add("duplicate-key", SPLITS, split, "the split is there twice")
+    for name, times in Counter(names).items():
+        if times > 1:
+            faults.add("duplicate-name", SPLITS, name, f"{times} times in {split!r}")
+    for other in PARTS if split in PARTS else ():
+        if PARTS[other] != PARTS[split] and type(splits.get(other)) is list:
+            pair = " and in ".join(repr(s) for s in PARTS if s in (split, other))
+            for name in set(names).intersection(n for n in splits[other] if type(n) is str):
+                faults.add("duplicate-name", SPLITS, name, f"in {pair}")
+    return names
+
+
+def _read_part(root: Path, part: str, read: Callable, faults: Faults, needed: bool = True):
+    """`read` a file or a folder ("folder/", or "" for the root); None, and mostly with a fault added, if it cannot."""
+    file, entry = part or root, part.rstrip("/") or "ROOT"
+    try:
+        return read(need_inside(root / part, root))
+    except FileNotFoundError:
+        if needed:
+            faults.add("missing-file", file, entry, f"there is no such {'folder' if part.endswith('/') else 'file'}")
+    except json.JSONDecodeError as error:
+        faults.add("broken-file", file, f"line {error.lineno}, column {error.colno}", f"not JSON: {error.msg}")
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        faults.add("broken-file", file, entry, f"cannot be read: {getattr(error, 'strerror', None) or error}")
+    return None
+
+
+def _names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder))
+
+
+def _text_of(file: Path) -> str:
+    return need_file(file).read_text("utf-8-sig")
+
+
+class _Object(dict):
+    """What a file says by key, and which keys were there more than once."""
+
+    def __init__(self, pairs: list[tuple]):
+        super().__init__(pairs)
+        times = Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
+        self.repeated = {key for key in times if times[key] > 1}
+
+
+def _parse_json(text: str) -> _Object:
+    value = json.loads(text, object_pairs_hook=_Object)
+    if not isinstance(value, _Object):
+        raise ValueError("the top level is no JSON object")
+    return value
+
+
+def _parse_classes(text: str, faults: Faults) -> _Object:
+    """Category by image name, from lines of name, tab, category."""
+    pairs = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        name, _, category = (part.strip() for part in line.partition("\t"))
+        problem = "has no name, tab and category" if line.strip() else ""
+        if name and category:
+            problem = category_problem(category)
+        if problem:
+            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category or line!r:.60} {problem}")
+        elif name:
+            pairs.append((name, category))
+    return _Object(pairs)

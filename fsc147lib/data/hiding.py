@@ -10,18 +10,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .faults import DataError
-from .fsc147 import Sample
-from .picture import InMemory, need_category
+from .faults import DataError, need_category
+from .samples import Sample
 
 Fill = Literal["grey", "mean", "blur"]
 """What stands in hidden cells: middle grey, the picture's mean colour, or the picture blurred beyond recognition."""
 
-BLUR_GRID = 7
-"""A blurred picture is the smooth surface through so many by so many mean colours."""
+BLUR_GRID = 7  # a blurred picture is the smooth surface through so many by so many mean colours
 
 
-def hide(sample: Sample, cells: np.ndarray, fill: Fill = "grey", category: str | None = None) -> InMemory:
+def hide(sample: Sample, cells: np.ndarray, fill: Fill = "grey", category: str | None = None) -> Sample:
     """The sample with some cells of its picture hidden, and without the dots and boxes in them.
 
     Args:
@@ -36,8 +34,8 @@ def hide(sample: Sample, cells: np.ndarray, fill: Fill = "grey", category: str |
     Raises:
         DataError: the cells are no grid, or the category or the fill is not known.
     """
-    if category is not None:
-        need_category(category)
+    category = sample.category if category is None else category
+    need_category(category)
     if fill not in get_args(Fill):
         raise DataError(f"fill is {fill!r:.40}: choose one of {', '.join(get_args(Fill))}")
     cells = np.asarray(cells, dtype=bool)
@@ -45,39 +43,25 @@ def hide(sample: Sample, cells: np.ndarray, fill: Fill = "grey", category: str |
         raise DataError(f"cells has shape {cells.shape}: give a grid such as 14 x 14, True where hidden")
     image = torch.from_numpy(np.array(sample.image))
     hidden = Image.fromarray(hide_cells(image, torch.from_numpy(cells)[None], fill)[0].numpy())
-    points, boxes = sample.points, sample.boxes
-    left, boxes_left = (
-        ~covers(cells, points, sample.size),
-        ~covers(cells, (boxes[:, :2] + boxes[:, 2:]) / 2, sample.size),
-    )
-    return InMemory(hidden, sample.name, category or sample.category, points[left], boxes[boxes_left])
+    points = sample.points[~covers(cells, sample.points, sample.size)]
+    boxes = sample.boxes[~covers(cells, (sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2, sample.size)]
+    return Sample(sample.name, category, points, boxes, sample.image_path, in_memory=hidden)
 
 
 def covers(cells: np.ndarray, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Whether each point lies in a cell that is True.
+    """Whether each point [N, 2] x, y of an image of `size` (height, width) pixels lies in a cell that is True.
 
-    Args:
-        cells: [..., rows, columns] bool.
-        points: [N, 2] x, y in pixels.
-        size: (height, width) of the image in pixels.
-
-    Returns:
-        [..., N] bool.
+    `cells` [..., rows, columns] bool -> [..., N] bool.
     """
     rows, columns = cells.shape[-2:]
-    y, x = (np.int64(points[:, axis] * n / length) for axis, n, length in ((1, rows, size[0]), (0, columns, size[1])))
+    x, y = (points * [columns, rows] / size[::-1]).astype(np.int64).T
     return cells[..., y.clip(0, rows - 1), x.clip(0, columns - 1)]
 
 
 def hide_cells(image: torch.Tensor, cells: torch.Tensor, fill: Fill) -> torch.Tensor:
-    """A picture once for each choice of hidden cells.
+    """A picture [H, W, 3] uint8 once for each choice of hidden cells, [N, H, W, 3].
 
-    Args:
-        image: [H, W, 3] uint8.
-        cells: [N, rows, columns] bool, a grid stretched over it; a pixel belongs to the cell of its centre.
-
-    Returns:
-        [N, H, W, 3] uint8.
+    `cells` [N, rows, columns] bool is a grid stretched over it; a pixel belongs to the cell of its centre.
     """
     y, x = (
         (2 * torch.arange(length, device=image.device) + 1) * n // (2 * length)

@@ -7,8 +7,6 @@ import csv
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,8 +17,8 @@ from tyro.conf import Positional
 
 from ..files import need_file, new_folder
 from ..options import need
-from .faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS, DataError, is_category, is_plain
-from .picture import SHORT_SIDE, open_picture, shrunk
+from .faults import IMAGES, DataError, category_problem, is_plain, write_layout
+from .samples import open_picture, shrunk
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,14 @@ class ImportConfig:
     """Part of the pictures that goes to the test split."""
     seed: int = 0
     """Of that choice."""
-    short_side: int = SHORT_SIDE
-    """Pictures are shrunk to so many pixels on their shorter side, as FSC147's are."""
 
     def __post_init__(self):
         need(self, "points", (self.points is None) != (self.coco is None), "given, or --coco, and not both")
         need(self, "val", 0 <= self.val < 1, "in 0..1")
         need(self, "test", self.test >= 0 and self.val + self.test < 1, "at least 0, and below 1 together with --val")
         need(self, "seed", self.seed >= 0, "at least 0")
-        need(self, "short_side", self.short_side >= 32, "at least 32")
-        need(self, "category", self.category is None or is_category(self.category), "the name of what is counted")
+        named = self.category is None or not category_problem(self.category)
+        need(self, "category", named, "the name of what is counted")
 
 
 @dataclass
@@ -89,15 +85,13 @@ def import_pictures(config: ImportConfig) -> dict[str, int]:
             sources[stored] = source
             image = open_picture(source)
             _need_fitting(source, label, image.size)
-            small = shrunk(image, config.short_side)
+            small = shrunk(image)
             small.save(draft / IMAGES / stored, quality=95)
             scale = np.array(small.size) / image.size
             entries[stored] = {"points": (np.array(label.points).reshape(-1, 2) * scale).round(3).tolist()}
         splits = choose_splits(list(entries), config.val, config.test, config.seed)
-        (draft / ANNOTATIONS).write_text(json.dumps(entries, indent=1))
-        (draft / SPLITS).write_text(json.dumps(splits, indent=1))
-        lines = (f"{name}\t{label.category}\n" for name, label in zip(entries, labels.values(), strict=True))
-        (draft / CLASSES).write_text("".join(lines))
+        categories = [label.category for label in labels.values()]
+        write_layout(draft, entries, splits, dict(zip(entries, categories, strict=True)))
     return {split: len(names) for split, names in splits.items()}
 
 
@@ -114,13 +108,12 @@ def find_picture(folder: Path, name: str) -> Path:
 
 def choose_splits(names: list[str], val: float, test: float, seed: int) -> dict[str, list[str]]:
     """Names by split, at random: a split that is wanted gets a picture at least; `test` is left out where it is 0."""
-    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    order = iter([names[i] for i in np.random.default_rng(seed).permutation(len(names))])
     sizes = {split: max(1, round(part * len(names))) for split, part in (("val", val), ("test", test)) if part}
     if sum(sizes.values()) >= len(names):
         raise DataError(f"too few pictures for train and {' and '.join(sizes)}: there is {len(names)}, label more")
-    parts = iter(order)
-    held_out = {split: sorted(islice(parts, size)) for split, size in sizes.items()}
-    return {"train": sorted(parts), **held_out}
+    held_out = {split: sorted(islice(order, size)) for split, size in sizes.items()}
+    return {"train": sorted(order), **held_out}
 
 
 def _need_fitting(path: Path, label: Labels, size: tuple[int, int]) -> None:
@@ -138,7 +131,7 @@ def _need_fitting(path: Path, label: Labels, size: tuple[int, int]) -> None:
 # --- Labels
 
 
-def read_points(path: Path, category: str | None = None) -> dict[str, Labels]:
+def read_points(path: Path, category: str | None) -> dict[str, Labels]:
     """Dots from CSV, by picture.  A DataError says the file, the line and what is wrong with it.
 
     Args:
@@ -147,87 +140,83 @@ def read_points(path: Path, category: str | None = None) -> dict[str, Labels]:
             there is nothing to count.
         category: what is counted; needed where there is no such column.
     """
-    if not path.is_dir():
-        return _read_csv(path, category)
-    files = sorted(path.glob("*.csv"))
-    return {file.stem: _read_csv(file, _need_category(category, file), file.stem)[file.stem] for file in files}
-
-
-def _read_csv(path: Path, category: str | None, image: str | None = None) -> dict[str, Labels]:
-    """The labels in one file; `image`: all its lines are of this picture."""
-    try:
-        with need_file(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as CSV: {error}") from error
-    columns = {"x", "y"} if image else {"image", "x", "y"}
-    if columns - set(reader.fieldnames or ()):
-        raise DataError(f"{path} must begin with a line that names the columns {', '.join(sorted(columns))}")
-    labels = {image: Labels(category, [])} if image else {}
-    for number, row in rows:
-        place, name, kind = f"{path}, line {number}", image or _cell(row, "image"), _cell(row, "category")
-        if not name:
-            raise DataError(f"{place}: no image is named")
-        label = labels.setdefault(name, Labels(category or _need_category(kind or None, place), []))
-        if category is None and label.category != kind:
-            raise DataError(f"{place}: {name} shows {label.category!r} and {kind!r}: choose one with --category")
-        if (row["x"] or row["y"]) and category in (None, kind or category):
-            label.points.append((_number(row["x"], "x", place), _number(row["y"], "y", place)))
+    labels: dict[str, Labels] = {}
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+        if path.is_dir():
+            labels[file.stem] = Labels(_need_category(category, file), [])
+        for number, row in _csv_rows(file, {"x", "y"} if path.is_dir() else {"image", "x", "y"}):
+            place, kind = f"{file}, line {number}", row.get("category", "")
+            name = file.stem if path.is_dir() else row["image"]
+            if not name:
+                raise DataError(f"{place}: no image is named")
+            label = labels.setdefault(name, Labels(category or _need_category(kind or None, place), []))
+            if category is None and label.category != kind:
+                raise DataError(f"{place}: {name} shows {label.category!r} and {kind!r}: choose one with --category")
+            if (row["x"] or row["y"]) and category in (None, kind or category):
+                label.points.append((_number(row, "x", place), _number(row, "y", place)))
     return labels
 
 
-def _cell(row: dict, column: str) -> str:
-    return (row.get(column) or "").strip()
-
-
-def _number(text: str | None, name: str, place: str) -> float:
+def _csv_rows(path: Path, columns: set[str]) -> list[tuple[int, dict[str, str]]]:
+    """The lines of a CSV file that has some columns, with their numbers; cells are stripped, and "" if missing."""
     try:
-        value = float(text or "")
+        with need_file(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restkey="", restval="", skipinitialspace=True)
+            rows = [(reader.line_num, {k: v.strip() for k, v in row.items() if k}) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}") from error
+    if columns - set(reader.fieldnames or ()):
+        raise DataError(f"{path} must begin with a line that names the columns {', '.join(sorted(columns))}")
+    return rows
+
+
+def _number(row: dict[str, str], name: str, place: str) -> float:
+    try:
+        value = float(row[name])
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{place}: {name} is {text!r}, but must be a number of pixels")
+        raise DataError(f"{place}: {name} is {row[name]!r}, but must be a number of pixels")
     return value
 
 
 def _need_category(text: str | None, place) -> str:
-    if not is_category(text or ""):
+    if category_problem(text or ""):
         raise DataError(f"{place}: the category is {text!r}: name what is counted there, or with --category for all")
     return text
 
 
 def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
-    """The centres of a COCO file's boxes, by picture.  A DataError says in which image or annotation what is wrong.
+    """The centres of a COCO file's boxes, by picture.  A DataError says in which entry what is wrong.
 
     Args:
         path: JSON as docs/data.md describes it.
         category: what is counted; None where each picture shows one category.  A picture without it has a count
             of 0; one with a crowd of it (`iscrowd`) is left out, for its count is not known.
     """
+    names, pictures, crowds, entry = {}, {}, set(), None
     try:
         content = json.loads(need_file(path).read_text("utf-8-sig"))
-        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-        pictures = {entry["id"]: entry for entry in content["images"]}
-        annotations = list(content["annotations"])
+        for entry in content["categories"]:
+            names[entry["id"]] = str(entry["name"])
+        for entry in content["images"]:
+            pictures[entry["id"]] = Path(entry["file_name"]).name, (int(entry["width"]), int(entry["height"]))
+        centres: dict = {number: defaultdict(list) for number in pictures}  # image's id -> category -> x, y
+        for entry in content["annotations"]:
+            number, kind = entry["image_id"], names[entry["category_id"]]
+            x, y, width, height = map(float, entry["bbox"])
+            centres[number][kind].append((x + width / 2, y + height / 2))
+            if entry.get("iscrowd"):
+                crowds.add((number, kind))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is no COCO file ({type(error).__name__}: {error}): see docs/data.md") from error
+        place = f" in {entry!r:.200}" if entry else ""
+        raise DataError(f"{path} is no COCO file ({type(error).__name__}: {error}{place}): see docs/data.md") from error
     if category not in (None, *names.values()):
         raise DataError(f"{path} has no category {category!r}, only {', '.join(sorted(names.values()))}")
     only = next(iter(names.values())) if len(names) == 1 else None
-    found: dict = {number: defaultdict(list) for number in pictures}  # category -> its boxes' centres
-    crowds = set()
-    for entry in annotations:
-        with _named(path, "an annotation", entry):
-            kind, (x, y, width, height) = names[entry["category_id"]], map(float, entry["bbox"])
-            found[entry["image_id"]][kind].append((x + width / 2, y + height / 2))
-            if entry.get("iscrowd"):
-                crowds.add((entry["image_id"], kind))
     labels: dict[str, Labels] = {}
-    for number, kinds in found.items():
-        with _named(path, "an image", pictures[number]):
-            name = Path(pictures[number]["file_name"]).name
-            size = int(pictures[number]["width"]), int(pictures[number]["height"])
+    for number, (name, size) in pictures.items():
+        kinds = centres[number]
         if name in labels:
             raise DataError(f"{path}: two images are called {name}: rename one, and its file")
         if category is None and len(kinds) > 1:
@@ -236,12 +225,3 @@ def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
         if kind is not None and (number, kind) not in crowds:
             labels[name] = Labels(_need_category(kind, path), kinds[kind], size)
     return labels
-
-
-@contextmanager
-def _named(path: Path, what: str, entry) -> Iterator[None]:
-    """Say of which entry of a file an error is."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: {what} cannot be used ({error!r}): {entry!r:.200}") from error

@@ -6,7 +6,6 @@ of each object, up to three exemplar boxes.  A seed gives the same bytes again (
 Left out: what an object looks like (`drawing`, and `sprites` for cut-outs).
 """
 
-import json
 import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from tyro.conf import Positional
 
 from ..files import new_folder
 from .drawing import Shapes, any_colour
-from .faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
+from .faults import IMAGES, write_layout
 from .sprites import Sprites, read_sprites
 
 HEIGHT = 384
@@ -215,7 +214,6 @@ def make_dataset(
             drawn = list(pool.map(draw, [(*job, n) for n, job in enumerate(jobs, start=1)], chunksize=8))
         names = iter(drawn)
         splits = {split: [name for name, _, _ in islice(names, number)] for split, number in sizes.items()}
-        (draft / ANNOTATIONS).write_text(json.dumps({name: entry for name, _, entry in drawn}))
-        (draft / SPLITS).write_text(json.dumps(splits, indent=1))
-        (draft / CLASSES).write_text("".join(f"{name}\t{category}\n" for name, category, _ in drawn))
+        categories = {name: category for name, category, _ in drawn}
+        write_layout(draft, {name: entry for name, _, entry in drawn}, splits, categories)
     return Path(out)

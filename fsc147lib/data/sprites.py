@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .faults import is_category
+from .faults import category_problem
 
 ENDINGS = (".png", ".webp")
 HELD_OUT_PART = 0.15  # of the nouns, for each of val and test
@@ -78,7 +78,7 @@ def read_sprites(folder: str | Path, seed: int = 0) -> Sprites:
     for path in files:
         name = _words(path.parent.name) if a_folder_each else _name(path)
         if name and _is_cut_out(path):
-            if not is_category(name):
+            if category_problem(name):
                 raise ValueError(f"--sprites: {str(path)!r} would be called {name!r}, which a prompt cannot hold")
             pictures[name].append(path)
     if not pictures:

@@ -3,7 +3,7 @@
 The density of an image follows Ranjan et al., "Learning To Count Everything" (CVPR 2021): one Gaussian on each dot, in
 a window as wide as the image's mean nearest-neighbour distance, with a standard deviation of a quarter of that window.
 The window is square, so a Gaussian is the product of a row profile and a column profile: a whole density map is one
-matrix product, and its 14x14 heatmap never needs the pixels at all.  Left out: anything that knows a model.
+matrix product, and its 14x14 heatmap never needs the pixels at all.
 """
 
 import numpy as np
@@ -21,9 +21,7 @@ def nearest_neighbour_distance(points: np.ndarray) -> float:
     """Mean distance in pixels from each dot, [N, 2] x, y, to its nearest other; NaN with fewer than two dots."""
     if len(points) < 2:
         return float("nan")
-    places, place, times = np.unique(
-        np.asarray(points, dtype=np.float32), axis=0, return_inverse=True, return_counts=True
-    )
+    places, place, times = np.unique(np.float32(points), axis=0, return_inverse=True, return_counts=True)
     _, nearest = KDTree(places).query(places, k=[2])  # itself is the nearest; len(places) where there is no other
     distances = np.sqrt(((places - places[nearest[:, 0] % len(places)]) ** 2).sum(axis=1))
     distances[times > 1] = 0
@@ -38,8 +36,7 @@ def gaussian_window(points: np.ndarray, size: tuple[int, int]) -> float:
 def _profiles(centres: np.ndarray, length: int, window: float) -> np.ndarray:
     """One truncated Gaussian per dot along one axis, each summing to 1 inside the image: [N, length].
 
-    Dots outside are moved onto the border, and the part of a Gaussian that would fall outside is given back to the
-    part inside: this keeps the sum of the density equal to the count.
+    Dots outside are moved onto the border, and the part of a Gaussian that would fall outside goes to the rest.
     """
     centres = np.clip(np.asarray(centres, dtype=np.float64), 0, length)[:, None]
     offsets = np.arange(length) + 0.5 - centres  # [N, length], from the dot to each pixel's centre
@@ -48,17 +45,15 @@ def _profiles(centres: np.ndarray, length: int, window: float) -> np.ndarray:
     return profile / profile.sum(axis=1, keepdims=True)
 
 
-def density_map(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def density_map(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] | None = None) -> np.ndarray:
     """The density of dots [N, 2] x, y in pixels over an image of (height, width) pixels.
 
+    Args:
+        grid: rows and columns to sum it up to, stretched over the image; None for its pixels.
+
     Returns:
-        [height, width] float32, objects per pixel, summing to N; dots outside count on the border.
+        [height, width] or `grid` float64, objects per pixel or cell, summing to N; dots outside count on the border.
     """
-    return _summed(points, size).astype(np.float32)
-
-
-def _summed(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] | None = None) -> np.ndarray:
-    """The sum of all dots' Gaussians over the pixels, or over a grid of (rows, columns) instead; float64."""
     points = np.asarray(points).reshape(-1, 2)
     window, total = gaussian_window(points, size), np.zeros(grid or size)
     for start in range(0, len(points), CHUNK):
@@ -70,14 +65,14 @@ def _summed(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] | N
     return total
 
 
-def target_heatmap(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] = (GRID, GRID)) -> np.ndarray:
+def target_heatmap(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Where the objects are: the density of `density_map` on a coarse grid stretched over the image, over its sum.
 
     Returns:
-        [rows, columns] of the grid, float32, non-negative, summing to 1; zeros without a dot, for then there is no
-        distribution to aim at: losses and metrics leave such an image out.
+        [14, 14] float32, non-negative, summing to 1; zeros without a dot, for then there is no distribution to aim
+        at: losses and metrics leave such an image out.
     """
-    return (_summed(points, size, grid) / max(1, len(points))).astype(np.float32)
+    return (density_map(points, size, (GRID, GRID)) / max(1, len(points))).astype(np.float32)
 
 
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
@@ -110,3 +105,13 @@ def kl_divergence(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
     """
     target, heatmap = target.float(), heatmap.float()
     return (torch.xlogy(target, target) - target * heatmap.clamp_min(TINY_MASS).log()).sum(dim=(1, 2))
+
+
+def centre_blob(target: torch.Tensor, spread: float = 1 / 8) -> torch.Tensor:
+    """Maps like `target` [B, 14, 14] that know nothing of their image: a Gaussian in the middle, each summing to 1.
+
+    `spread` is its standard deviation as a part of the side.
+    """
+    cells = torch.arange(target.shape[-1], device=target.device, dtype=target.dtype)
+    profile = torch.exp(-0.5 * ((cells - cells.mean()) / (len(cells) * spread)) ** 2)
+    return (profile[:, None] * profile / profile.sum() ** 2).expand_as(target)

@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.fsc147 import MAX_PIXELS, Sample, open_split, split_counts
+from ..data import Sample
+from ..data.faults import MAX_PIXELS
+from ..data.fsc147 import open_split, split_counts
 from ..files import write_json, write_text
 from ..model import (
     Batch,

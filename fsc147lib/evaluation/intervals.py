@@ -1,6 +1,6 @@
 """Whether probabilities of counts can be believed: how often the truth lies in the interval that claims to hold it.
 
-Left out: where the probabilities come from (`model.counts`).
+Left out: where the probabilities come from (`model.answers`).
 """
 
 from collections.abc import Sequence

@@ -16,12 +16,11 @@ import torch
 
 from ..data import Sample, open_split
 from ..evaluation.metrics import bootstrap_interval
-from ..model.adapt import freeze_vision
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
 from ..model.device import make_accelerator, peak_memory, seconds_of
 from ..model.heatmaps import METHODS, Heatmap, method_names
-from ..model.network import CountingModel
+from ..model.network import CountingModel, freeze_vision
 from ..options import Precision, need, need_report
 from ..training.losses import DualLoss, LossParts
 from ..training.step import TrainingStep, make_optimizer

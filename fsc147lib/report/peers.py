@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..data.fsc147 import Sample
+from ..data import Sample
 from ..model.collate import Batch, Collate
 from ..model.device import wait_for
 from ..model.network import CountingModel

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import Qwen3VLConfig
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from ..data import make_dataset
 from ..data.faults import ANNOTATIONS, IMAGES, SPLITS
 from ..model.load import load_model
-from ..model.network import CountingModel, random_network
+from ..model.network import CountingModel
 
 SMALL_ENCODER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
 LARGE_ENCODER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
@@ -42,7 +42,7 @@ def load_or_shape(name: str, device: str = "cpu") -> CountingModel:
         "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": width, "initializer_range": 0.02,
     }  # fmt: skip
     with torch.device(device):
-        network = random_network(Qwen3VLConfig(**config))
+        network = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
     tiny.image_processor.size = {"shortest_edge": 65536, "longest_edge": 16777216}  # the real one's limits
     return CountingModel(network, tiny.tokenizer, tiny.image_processor)
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..model.adapt import freeze_vision
 from ..model.collate import Batch, to_device
 from ..model.device import free_models, peak_memory, seconds_of
+from ..model.network import freeze_vision
 from ..training.batches import windows
 from ..training.loop import Run, TrainConfig
 from ..training.losses import LossParts
@@ -158,7 +158,7 @@ class Trial:
 
         def steps() -> None:
             for _ in range(self.variant.config.steps):
-                waits.append(seconds_of(lambda: found.append(next(self.windows))))
+                waits.append(seconds_of(lambda: found.append(next(self.windows)), "cpu"))
                 self.train_on(found[-1])
             self.step.check()
 

@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..data.fsc147 import Sample
+from ..data import Sample
 from ..model.collate import Batch, Collate
 from ..model.network import CountingModel
 from ..model.pixels import PixelStore

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..data import kl_divergence
+from ..data.targets import centre_blob, kl_divergence
 from ..model import Batch, Heatmap, answer_logits, count_loss, select_rows
 
 
@@ -30,13 +30,6 @@ ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
 def another_image(target: torch.Tensor) -> torch.Tensor:
     """Targets [B, 14, 14] dealt to the next image of the batch: a control, with nothing to learn but statistics."""
     return target.roll(1, dims=0)
-
-
-def centre_blob(target: torch.Tensor) -> torch.Tensor:
-    """The same Gaussian in the middle for all images, standard deviation an eighth of the side: a control."""
-    cells = torch.arange(target.shape[-1], device=target.device, dtype=target.dtype)
-    profile = torch.exp(-0.5 * ((cells - cells.mean()) / (len(cells) / 8)) ** 2)
-    return (profile[:, None] * profile / profile.sum() ** 2).expand_as(target)
 
 
 ATTENTION_TARGETS = {"objects": lambda target: target, "shuffled": another_image, "centre": centre_blob}

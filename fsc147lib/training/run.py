@@ -20,7 +20,7 @@ from uuid import uuid4
 from accelerate import PartialState
 from filelock import Timeout
 
-from ..data.fsc147 import Sample
+from ..data import Sample
 from ..evaluation.answering import to_csv
 from ..files import file_lock, recover_folder, set_aside, write_json, write_text
 from ..options import ConfigError

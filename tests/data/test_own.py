@@ -8,7 +8,7 @@ from PIL import Image
 
 from fsc147lib.data import FSC147, DataError, check
 from fsc147lib.data.own import ImportConfig, import_pictures, read_coco
-from fsc147lib.data.picture import open_picture, shrunk
+from fsc147lib.data.samples import open_picture, shrunk
 from fsc147lib.options import ConfigError
 
 
@@ -133,12 +133,12 @@ def test_bad_csv_is_refused_in_a_sentence(tmp_path, images, lines, message):
     ("change", "message"),
     [
         ({"images": None}, "is no COCO file"),
-        ({"categories": [{"id": 7}]}, "is no COCO file (KeyError: 'name')"),
-        ({"annotations": [{"image_id": 9, "category_id": 7, "bbox": [1, 2, 3, 4]}]}, "cannot be used (KeyError(9))"),
-        ({"annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3]}]}, "an annotation cannot be used"),
+        ({"categories": [{"id": 7}]}, "is no COCO file (KeyError: 'name' in {'id': 7})"),
+        ({"annotations": [{"image_id": 9, "category_id": 7, "bbox": [1, 2, 3, 4]}]}, "(KeyError: 9 in {'image_id': 9"),
+        ({"annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3]}]}, "in {'image_id': 1, 'category_id'"),
         ({"images": [{"id": i, "file_name": f"{i}/a.jpg", "width": 1, "height": 1} for i in (1, 2)],
           "annotations": []}, "two images are called a.jpg"),
-        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "image cannot be used (KeyError('width'))"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "(KeyError: 'width' in {'id': 1"),
         ({"images": [{"id": 1, "file_name": "a.jpg", "width": 768, "height": 1536}], "annotations": []},
          "1536 x 768 pixels, but its labels are of 768 x 1536"),
     ],
