@@ -3,7 +3,7 @@
 P(37) is the probability of the whole answer "COUNT: 37": of "COUNT: ", of 3, of 7 after it, and of the end after
 both.  All prefixes of one length are evaluated in one pass, each attending to the prompt and to its own digits.
 
-Left out: what a distribution says (`prediction`), and whether it is right (`evaluation.intervals`).
+Left out: what a distribution says (`prediction`), and whether it is right (`evaluation.metrics`).
 """
 
 import torch
