@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from teaching import teach
 from tokenizers import AddedToken, normalizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from fsc147lib.data.faults import ANNOTATIONS, SPLITS
 from fsc147lib.data.fsc147 import FSC147
@@ -27,8 +27,7 @@ from fsc147lib.data.scenes import make_dataset
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import normalised_pixels
 from fsc147lib.model.load import load_model
-from fsc147lib.model.network import CountingModel, random_network
-from fsc147lib.model.tiny import tiny_config
+from fsc147lib.model.network import CountingModel
 
 
 @pytest.fixture(scope="session")
@@ -70,13 +69,18 @@ def qwen_folder(tmp_path_factory):
              "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]  # fmt: skip
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in later])  # 151657 to 151668
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    config = tiny_config(tokenizer)
-    config.text_config.vocab_size = 151936
+    tiny = load_model("tiny-random")
+    config, text = tiny.network.config, tiny.network.config.text_config
+    text.vocab_size, text.eos_token_id, text.pad_token_id = 151936, tokenizer.eos_token_id, tokenizer.pad_token_id
+    for token in ("image", "video"):
+        setattr(config, f"{token}_token_id", tokenizer.convert_tokens_to_ids(f"<|{token}_pad|>"))
+    for side in ("start", "end"):
+        setattr(config, f"vision_{side}_token_id", tokenizer.convert_tokens_to_ids(f"<|vision_{side}|>"))
     torch.manual_seed(0)
-    network = random_network(config)
+    network = Qwen3VLForConditionalGeneration(config)
     network.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     network.generation_config.pad_token_id = tokenizer.pad_token_id
-    CountingModel(network, tokenizer, load_model("tiny").image_processor).save(folder)
+    CountingModel(network, tokenizer, tiny.image_processor).save(folder)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "Qwen2Tokenizer"}))
     return folder

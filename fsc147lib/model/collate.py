@@ -14,7 +14,7 @@ import torch
 
 from ..data import GRID, Sample, area_weights
 from .pixels import PixelStore, resized_size
-from .prompt import IMAGE_TOKEN, Tokens, neutral_tail, tokenize, with_answer
+from .prompt import IMAGE_TOKEN, Tokens, neutral_tail, tokenize
 
 
 class Batch(TypedDict, total=False):
@@ -56,6 +56,11 @@ LAYOUTS = {
 }
 
 
+def image_key(sample: Sample) -> tuple[str, bool]:
+    """How a batch names an image: its file, and whether it is mirrored."""
+    return str((sample.mirror_of or sample).image_path), sample.mirror_of is not None
+
+
 class Collate:
     """Makes a `Batch` of samples: `DataLoader(samples, collate_fn=Collate(tokenizer, image_processor))`.
 
@@ -90,10 +95,10 @@ class Collate:
         """The batch of some samples; `answers` are the tokens of one to each in place of the true one."""
         tokens = [self.tokens(sample) for sample in samples]
         if answers is not None:
-            tokens = [with_answer(self.tokenizer, *pair) for pair in zip(tokens, answers, strict=True)]
-        *sizes, lengths = zip(*map(self.lengths, samples, tokens), strict=True)
-        sizes = list(zip(*sizes, strict=True))
-        rows, length, width = len(samples), max(lengths), max(len(t.answer) for t in tokens)
+            tokens = [each.with_answer(self.tokenizer, ids) for each, ids in zip(tokens, answers, strict=True)]
+        lengths = [self.lengths(sample, each) for sample, each in zip(samples, tokens, strict=True)]
+        sizes = [(height, width) for height, width, _ in lengths]
+        rows, length, width = len(samples), max(total for *_, total in lengths), max(len(t.answer) for t in tokens)
         batch = Batch(
             names=[sample.name for sample in samples],
             count=[sample.count for sample in samples],
@@ -102,7 +107,7 @@ class Collate:
             mm_token_type_ids=torch.zeros(rows, length, dtype=torch.int),
             image_sizes=sizes,
             image_grid_thw=torch.tensor([(1, *size) for size in sizes]),
-            image_keys=[(str((s.mirror_of or s).image_path), s.mirror_of is not None) for s in samples],
+            image_keys=[image_key(sample) for sample in samples],
             position_ids=torch.zeros(3, rows, length, dtype=torch.long),
             labels=torch.full((rows, length), -100),
             answer_positions=torch.zeros(rows, width, dtype=torch.long),
@@ -114,31 +119,31 @@ class Collate:
             target=torch.from_numpy(np.stack([sample.target for sample in samples])),
             neutral_tail=self.neutral_tail,
         )
-        merge = self.image_processor.merge_size
         for i, (parts, (height, breadth)) in enumerate(zip(tokens, sizes, strict=True)):
-            self._write_row(batch, i, parts, height // merge, breadth // merge, lengths[i])
+            merge = self.image_processor.merge_size
+            self._write_row(batch, i, parts, height // merge, breadth // merge)
         batch["visual_index"] = batch["mm_token_type_ids"].flatten().nonzero()[:, 0]
         if self.pixels:
             batch["pixel_values"] = torch.cat([self.store.patches(sample) for sample in samples])
             batch["pixel_scale"] = torch.tensor([self.image_processor.image_mean, self.image_processor.image_std])
         return batch
 
-    def _write_row(self, batch: Batch, i: int, parts: Tokens, height: int, width: int, length: int) -> None:
+    def _write_row(self, batch: Batch, i: int, parts: Tokens, height: int, width: int) -> None:
         """Fill row i: head, height x width visual tokens, tail and answer."""
-        head, visual = len(parts.head), height * width
+        head, visual, n = len(parts.head), height * width, len(parts.answer)
         ids = [*parts.head, *[self.image_token] * visual, *parts.tail, *parts.answer]
+        length, on_image = len(ids), slice(head, head + visual)
         batch["input_ids"][i, :length] = torch.tensor(ids)
         batch["attention_mask"][i, :length] = 1
-        on_image = slice(head, head + visual)
         batch["mm_token_type_ids"][i, on_image] = 1
-        y, x, row_weights, column_weights = _token_grid(height, width)
-        batch["position_ids"][:, i, :length] = _mrope(head, y, x, length - head - visual)
-        start, n = length - len(parts.answer), len(parts.answer)
-        batch["labels"][i, start:length] = batch["answer_labels"][i, :n] = torch.tensor(parts.answer)
-        batch["answer_positions"][i, :n] = torch.arange(start - 1, length - 1)
+        y, x, batch["row_weights"][i, :, on_image], batch["column_weights"][i, :, on_image] = _token_grid(height, width)
+        # M-RoPE: text counts on, an image stands at one time and spreads over height and width
+        before, image = torch.arange(head), head + torch.stack([torch.zeros_like(y), y, x])
+        after = head + max(height, width) + torch.arange(length - head - visual)
+        batch["position_ids"][:, i, :length] = torch.cat([before.expand(3, -1), image, after.expand(3, -1)], dim=1)
+        batch["labels"][i, length - n : length] = batch["answer_labels"][i, :n] = torch.tensor(parts.answer)
+        batch["answer_positions"][i, :n] = torch.arange(length - n - 1, length - 1)
         batch["digit_weights"][i, :n] = torch.tensor(parts.is_digit) / sum(parts.is_digit)
-        batch["row_weights"][i, :, on_image] = row_weights
-        batch["column_weights"][i, :, on_image] = column_weights
 
 
 @lru_cache(maxsize=512)
@@ -147,13 +152,6 @@ def _token_grid(height: int, width: int) -> tuple[torch.Tensor, ...]:
     y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
     rows, columns = (torch.from_numpy(area_weights(length, GRID)).float() for length in (height, width))
     return y, x, rows[:, y], columns[:, x]
-
-
-def _mrope(head: int, y: torch.Tensor, x: torch.Tensor, tail: int) -> torch.Tensor:
-    """Qwen3-VL's positions [3, T]: text counts on, an image stands at one time and spreads over height and width."""
-    image = torch.stack([torch.zeros_like(y), y, x]) + head
-    after = head + max(int(y[-1]), int(x[-1])) + 1
-    return torch.cat([torch.arange(head).expand(3, -1), image, torch.arange(after, after + tail).expand(3, -1)], dim=1)
 
 
 def need_right_padding(batch: Batch) -> None:

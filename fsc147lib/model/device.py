@@ -38,13 +38,12 @@ def make_accelerator(precision: str) -> Accelerator:
     Raises:
         ConfigError: fp16 without a GPU.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, on_mac = torch.cuda.is_available(), torch.backends.mps.is_available()
     if precision == "auto":
         narrow = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         precision = narrow if on_gpu else "fp32"
     if precision == "fp16" and not on_gpu:
         raise ConfigError("precision (--precision) is fp16, but must be fp32 or bf16 without an NVIDIA GPU")
-    on_mac = torch.backends.mps.is_available()
     if on_mac:
         warnings.warn("Apple's MPS was never tried with this library, so it computes on the CPU", stacklevel=2)
     AcceleratorState._shared_state = {}  # not emptied: that would change the precision of who has the one before
@@ -60,16 +59,15 @@ def default_workers() -> int:
     return min(8, max(1, (os.cpu_count() or 1) - 1)) if torch.cuda.is_available() else 0
 
 
-def free_memory() -> int:
-    """Bytes of this machine's memory that are free for use."""
-    return psutil.virtual_memory().available
-
-
 def free_models() -> None:
     """Give the memory of models that nobody refers to any more back to the GPU."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # which does nothing where there is no GPU
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that are free for use."""
+    return psutil.virtual_memory().available
 
 
 def gpu_memory() -> tuple[int, int]:
@@ -79,16 +77,13 @@ def gpu_memory() -> tuple[int, int]:
     return most, min(most, free + torch.cuda.memory_reserved())
 
 
-def memory_in_use(device: str = "cpu") -> int:
-    """Bytes of the tensors on the GPU, or else of the whole process."""
+def memory_in_use(device: str) -> int:
+    """Bytes of the tensors on "cuda", or else of the whole process."""
     return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
 
 
-def peak_memory(run: Callable[[], object], device: str = "cpu") -> float | None:
-    """MiB at the highest point of a call: of the GPU, or else of the whole process.
-
-    The process's peak can be measured anew on Linux alone; elsewhere the answer is None.
-    """
+def peak_memory(run: Callable[[], object], device: str) -> float | None:
+    """MiB at the highest point of a call: of tensors on "cuda", or else of the whole process; None if not on Linux."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -102,7 +97,7 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> float | None:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
-def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
+def seconds_of(run: Callable[[], object], device: str) -> float:
     """Seconds of a call; on "cuda" what it asks of the GPU included."""
     wait_for(device)
     started = time.perf_counter()

@@ -54,7 +54,7 @@ def answer_logits(
 
     Args:
         network: from `load_model`.
-        batch: from `collate.Collate`, on the network's device.
+        batch: from `collate.Collate`, on the network's device; ValueError where it is padded on the left.
         rows_of: layers of the language model whose attention rows are traced.
         rows_in_output: let the pass go on from these rows, so that its logits have gradients with respect to
             them.  The numbers stay the same.
@@ -77,7 +77,7 @@ def answer_logits(
     embeddings, *deepstack = images
     if gradient_from is not None and not through_vision:
         deepstack[gradient_from:] = [_differentiable(features) for features in deepstack[gradient_from:]]
-    hidden = _embed_tokens(network, batch["input_ids"])  # [B, T, C]
+    hidden = _in_autocast_dtype(model.embed_tokens(batch["input_ids"]))  # [B, T, C]
     hidden = hidden.flatten(0, 1).index_copy(0, visual, embeddings.to(hidden)).view_as(hidden)
     cos, sin = model.rotary_emb(hidden, batch["position_ids"])
     for i, layer in enumerate(model.layers):
@@ -103,33 +103,29 @@ def answer_logits(
     return network.lm_head(model.norm(hidden)), trace
 
 
-def next_token_logits(
+def continue_pass(
     network,
     tokens: torch.Tensor,
     position_ids: torch.Tensor,
     seen: torch.Tensor,
     past: list[KeysValues],
     *,
+    rows_of: tuple[int, ...] = (),
     compiled: bool = False,
-) -> torch.Tensor:
-    """Going on after a pass that kept its keys: by one token in decoding, or by several that are alternatives.
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Going on after a pass that kept its keys: by one token in decoding, or by several, also alternatives.
 
     Args:
         tokens: [B, S]; position_ids: [3, B, S] of these.
         seen: [B, 1, S, K + S] which of the past's K positions, and of the tokens, are attended to.
         past: keys and values of each layer; those of the tokens are put behind them.
+        rows_of: layers whose attention rows are returned.
 
     Returns:
-        [B, S, V].
+        [B, S, V] logits, and layer -> rows [B, H, S, K + S].
     """
-    hidden, _ = run_on(network, tokens, position_ids, seen, past, compiled=compiled)
-    return network.lm_head(network.model.language_model.norm(hidden))
-
-
-def run_on(network, tokens, position_ids, seen, past, *, rows_of: tuple[int, ...] = (), compiled: bool = False):
-    """The layers of `next_token_logits`: hidden [B, S, C], and of some layers the rows [B, H, S, K + S]."""
     model, rows = network.model.language_model, {}
-    hidden = _embed_tokens(network, tokens)
+    hidden = _in_autocast_dtype(model.embed_tokens(tokens))
     cos, sin = model.rotary_emb(hidden, position_ids)
     for i, layer in enumerate(model.layers):
         hidden, found, past[i] = run_layer(
@@ -137,12 +133,7 @@ def run_on(network, tokens, position_ids, seen, past, *, rows_of: tuple[int, ...
         )
         if i in rows_of:
             rows[i] = found
-    return hidden, rows
-
-
-def _embed_tokens(network, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> [B, T, C]."""
-    return _in_autocast_dtype(network.model.language_model.embed_tokens(tokens))
+    return network.lm_head(model.norm(hidden)), rows
 
 
 def _differentiable(x: torch.Tensor) -> torch.Tensor:

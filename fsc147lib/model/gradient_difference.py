@@ -9,11 +9,10 @@ step, and rounding, which grows as the step shrinks.
 Left out: what is made of the gradient (`heatmaps`).
 """
 
-from contextlib import contextmanager
-
 import torch
 
 from ..options import ConfigError
+from .answers import digits_score
 from .collate import Batch
 from .forward import answer_logits, encode_images
 
@@ -40,29 +39,34 @@ def gradients_by_difference(heatmap, batch: Batch, compiled: bool = False, **kwa
             encoded = encode_images(network, batch, compiled=compiled)
         batch = {**batch, "image_features": torch.stack(encoded, dim=1)}
     kwargs |= {"gradient_from": heatmap.state_layer, "keeps_graph": False, "compiled": compiled}
-    with _still(network):
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    try:  # here the weights are constants
+        for weight in trained:
+            weight.requires_grad_(False)
         logits, trace = answer_logits(network, batch, **kwargs)
         gradients = torch.autograd.grad(digits_score(logits, batch).sum(), trace.inputs)
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
     states = [x.detach() for x in trace.inputs]
-    autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
 
-    def differentiate(by_state, by_gradient) -> None:
+    def add_to_weights(by_state, by_gradient) -> None:
+        """Backward of the loss, whose derivatives by the states and by their gradients these are."""
         steps = _steps(states, by_gradient, batch)  # [B]
         owners = batch["visual_index"] // batch["input_ids"].shape[1]  # [V] the image of each visual token
-        for sign in (1, -1):
-            signed = sign * steps
-            shift = [by * (signed[:, None, None] if by.ndim == 3 else signed[owners, None]) for by in by_gradient]
-            with torch.enable_grad(), torch.autocast(kind, enabled=autocast[0], dtype=autocast[1]):
-                shifted, there = answer_logits(
-                    network, batch, shift=[x.to(y) for x, y in zip(shift, states, strict=True)], **kwargs
-                )
+        for signed in (steps, -steps):
+            moved = [by * (signed[:, None, None] if by.ndim == 3 else signed[owners, None]) for by in by_gradient]
+            shift = [by.to(state) for by, state in zip(moved, states, strict=True)]
+            with torch.enable_grad(), torch.autocast(kind, **autocast):
+                shifted, there = answer_logits(network, batch, shift=shift, **kwargs)
                 total = (digits_score(shifted, batch) / (2 * signed)).sum()
-                if sign > 0:  # what the states themselves do to the loss, where weights below make them
+                if signed is steps:  # what the states themselves do to the loss, where weights below make them
                     total = total + sum((x * by).sum() for x, by in zip(there.inputs, by_state, strict=True))
             total.backward()
 
     leaves = [x.detach().requires_grad_() for x in (*states, *gradients)]
-    traced = _Traced.apply(differentiate, *leaves)
+    traced = _Traced.apply(add_to_weights, *leaves)
     return logits.detach(), trace, traced[: len(states)], traced[len(states) :]
 
 
@@ -91,24 +95,3 @@ def _steps(states, directions, batch: Batch) -> torch.Tensor:
         return tokens.new_zeros(rows).index_add(0, index // length, tokens)
 
     return STEP * (squares(states) / squares(directions).clamp_min(1e-30)).sqrt()
-
-
-@contextmanager
-def _still(network):
-    """The weights as constants."""
-    trained = [weight for weight in network.parameters() if weight.requires_grad]
-    try:
-        for weight in trained:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in trained:
-            weight.requires_grad_(True)
-
-
-def digits_score(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Log-probability of each answer's digits, or of the word chosen (`looking.with_word`): [B], in nats."""
-    log_probability = logits.float().log_softmax(dim=-1)
-    labels = batch["answer_labels"].clamp_min(0).unsqueeze(-1)
-    digits = batch["digit_weights"] > 0  # [B, A]
-    return (log_probability.gather(-1, labels)[..., 0] * digits).sum(dim=1)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from ..options import ConfigError
+from .answers import digits_score
 from .collate import Batch
-from .forward import VISION, Trace, answer_logits, normalised_pixels, run_on
-from .gradient_difference import digits_score, gradients_by_difference
+from .forward import VISION, Trace, answer_logits, continue_pass, normalised_pixels
+from .gradient_difference import gradients_by_difference
 
 
 @dataclass(frozen=True)
@@ -81,36 +82,37 @@ class Heatmap:
         compiled: bool = False,
         gradient_method: str = "exact",
     ):
-        depth = network.config.text_config.num_hidden_layers
+        text = network.config.text_config
+        depth, width = text.num_hidden_layers, text.num_attention_heads
         if method not in METHODS:
             raise ConfigError(f"heatmap is {method!r}, but must be one of {', '.join(METHODS)}")
         if not 0 <= state_layer < depth:
             raise ConfigError(f"heatmap_layer is {state_layer}, but this model has 0 to {depth - 1}")
+        for name, chosen, number in (("attention_layers", layers, depth), ("attention_heads", heads, width)):
+            if chosen is not None and not (chosen and all(0 <= one < number for one in chosen)):
+                has = f"this model has 0 to {number - 1}: choose at least one of them"
+                raise ConfigError(f"{name} is {chosen}, but {has}")
         self.network, self.method, self.heads, self.state_layer = network, method, heads, state_layer
-        self.layers, self.compiled = choose_layers(network, layers, heads), compiled
+        self.layers, self.compiled = layers or default_layers(depth), compiled
         self.by_difference = method == "token_gradient" and gradient_method == "difference"
 
     def __call__(self, batch: Batch, create_graph: bool = False) -> torch.Tensor:
-        """One forward pass and its heatmap.
-
-        Args:
-            batch: from `Collate`, on the network's device.
-            create_graph: make the heatmap differentiable with respect to the network's weights.
-
-        Returns:
-            [B, 14, 14], non-negative, each summing to 1.
-
-        Raises:
-            ConfigError: `create_graph`, and the method cannot be trained.
-        """
+        """One forward pass and its heatmap [B, 14, 14], non-negative, each summing to 1; see `with_logits`."""
         return self.with_logits(batch, create_graph)[1]
 
     def with_logits(
         self, batch: Batch, create_graph: bool = False, keep_keys: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, Trace]:
-        """The same between the answer's logits [B, A, V] and the trace of that one pass.
+        """One forward pass: the answer's logits [B, A, V], the heatmap [B, 14, 14], and the trace.
 
-        The logits' graph is kept where gradients are on.
+        Args:
+            batch: from `Collate`, on the network's device.
+            create_graph: make the heatmap differentiable with respect to the network's weights.  The logits' graph
+                is kept wherever gradients are on.
+            keep_keys: trace all layers' keys and values.
+
+        Raises:
+            ConfigError: `create_graph`, and the method cannot be trained.
         """
         method = METHODS[self.method]
         if create_graph and not method.trainable:
@@ -121,21 +123,10 @@ class Heatmap:
             mass = mass.detach()
         return logits, mass / mass.sum(dim=(1, 2), keepdim=True), trace
 
-
-def choose_layers(network, layers: tuple[int, ...] | None, heads: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The layers to look at: those given, or `default_layers`.
-
-    Raises:
-        ConfigError: the language model has no such layer or head.
-    """
-    text = network.config.text_config
-    for name, chosen, number in (
-        ("attention_layers", layers, text.num_hidden_layers),
-        ("attention_heads", heads, text.num_attention_heads),
-    ):
-        if chosen is not None and not (chosen and all(0 <= one < number for one in chosen)):
-            raise ConfigError(f"{name} is {chosen}, but this model has 0 to {number - 1}: choose at least one of them")
-    return layers or default_layers(text.num_hidden_layers)
+    def mean_rows(self, rows: dict[int, torch.Tensor]) -> torch.Tensor:
+        """[B, A, T], the mean of the chosen layers' and heads' rows [B, H, A, T]."""
+        stacked = torch.stack([rows[layer] for layer in self.layers])  # [L, B, H, A, T]
+        return (stacked if self.heads is None else stacked[:, :, list(self.heads)]).mean(dim=(0, 2))
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
@@ -159,23 +150,15 @@ def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
         return (along_y * rows.unsqueeze(-2)) @ along_x.transpose(-1, -2)
 
 
-def _on_digits(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean over the positions that predict a digit: [B, ..., A, T] -> [B, ..., T]."""
+def digits_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """`visual_mass` of the mean over the positions that predict a digit: [B, ..., A, T] -> [B, ..., 14, 14]."""
     weights = batch["digit_weights"].to(rows).unflatten(0, (len(rows), *(1,) * (rows.ndim - 3)))  # [B, ..., A]
-    return (weights.unsqueeze(-1) * rows).sum(dim=-2)
+    return visual_mass((weights.unsqueeze(-1) * rows).sum(dim=-2), batch)
 
 
 def layer_head_maps(trace: Trace, batch: Batch, layers: tuple[int, ...]) -> torch.Tensor:
-    """Attention mass on the image of each layer and head while the digits are predicted.
-
-    Args:
-        trace: of a forward pass with the attention rows of these layers.
-
-    Returns:
-        [B, L, H, 14, 14]; sums are at most 1.
-    """
-    rows = torch.stack([trace.rows[layer] for layer in layers], dim=1)  # [B, L, H, A, T]
-    return visual_mass(_on_digits(rows, batch), batch)
+    """Attention mass on the image of each traced layer and head while the digits are predicted: [B, L, H, 14, 14]."""
+    return digits_mass(torch.stack([trace.rows[layer] for layer in layers], dim=1), batch)
 
 
 # --- Methods, see `register`
@@ -187,8 +170,7 @@ def attention_mass(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs)
     Only the answer's query rows are computed a second time, so this costs next to nothing.
     """
     logits, trace = answer_logits(heatmap.network, batch, rows_of=heatmap.layers, **kwargs)
-    rows = _chosen_rows(trace.rows, heatmap).mean(dim=(0, 2))
-    return logits, visual_mass(_on_digits(rows, batch), batch), trace
+    return logits, digits_mass(heatmap.mean_rows(trace.rows), batch), trace
 
 
 def relative_attention(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
@@ -208,11 +190,11 @@ def relative_attention(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwa
     image = (places < end)[:, None].expand(-1, len(steps), -1)  # [B, S, T]
     seen = torch.cat([image, (steps <= steps[:, None]).expand(len(end), -1, -1)], dim=2)[:, None]
     with torch.no_grad():
-        _, rows = run_on(
+        _, rows = continue_pass(
             heatmap.network, tail, position_ids, seen, list(trace.keys_values), rows_of=heatmap.layers,
             compiled=heatmap.compiled,
         )  # fmt: skip
-    neutral = visual_mass(_chosen_rows(rows, heatmap)[..., -1, :length].mean(dim=(0, 2)), batch)
+    neutral = visual_mass(heatmap.mean_rows(rows)[:, -1, :length], batch)
     return logits, mass / neutral.clamp_min(torch.finfo(neutral.dtype).tiny), trace
 
 
@@ -228,14 +210,13 @@ def token_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs)
         if create_graph and heatmap.by_difference:
             logits, trace, inputs, gradients = gradients_by_difference(heatmap, batch, **kwargs)
         else:
-            logits, trace = answer_logits(
-                heatmap.network, batch, gradient_from=heatmap.state_layer, create_graph=create_graph, **kwargs
-            )
+            kwargs |= {"gradient_from": heatmap.state_layer, "create_graph": create_graph}
+            logits, trace = answer_logits(heatmap.network, batch, **kwargs)
             inputs, gradients = trace.inputs, _gradients(logits, batch, trace.inputs, create_graph)
         products = ((x * gradient).abs().sum(dim=-1) for x, gradient in zip(inputs, gradients, strict=True))
         hidden, *deepstack = products  # [B, T], [V] each
         tokens = hidden.flatten()[batch["visual_index"]] + sum(deepstack)  # [V]
-    return logits, visual_mass(_on_sequence(tokens, batch), batch), trace
+    return logits, _tokens_mass(tokens, batch), trace
 
 
 def input_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
@@ -250,7 +231,7 @@ def input_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs)
         (gradient,) = _gradients(logits, batch, [pixels], create_graph)
         merged = heatmap.network.config.vision_config.spatial_merge_size**2
         tokens = gradient.abs().sum(dim=-1).unflatten(0, (-1, merged)).sum(dim=-1)  # [V]: patches come token by token
-    return logits, visual_mass(_on_sequence(tokens, batch), batch), trace
+    return logits, _tokens_mass(tokens, batch), trace
 
 
 def attention_x_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
@@ -259,17 +240,13 @@ def attention_x_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **k
     After Chefer et al., "Generic Attention-model Explainability" (ICCV 2021), without their roll-out.  Its sign
     changes leave no useful gradient to train with.
     """
+    kwargs |= {"rows_of": heatmap.layers, "rows_in_output": True, "gradient_from": min(heatmap.layers)}
     with torch.enable_grad():
-        logits, trace = answer_logits(
-            heatmap.network, batch, rows_of=heatmap.layers, rows_in_output=True, gradient_from=min(heatmap.layers),
-            **kwargs,
-        )  # fmt: skip
+        logits, trace = answer_logits(heatmap.network, batch, **kwargs)
         gradients = _gradients(logits, batch, list(trace.rows.values()), False)
-    helpful = {
-        layer: (row * gradient).relu() for (layer, row), gradient in zip(trace.rows.items(), gradients, strict=True)
-    }
-    rows = _chosen_rows(helpful, heatmap).mean(dim=(0, 2))
-    return logits, visual_mass(_on_digits(rows, batch), batch), trace
+    both = zip(trace.rows.items(), gradients, strict=True)
+    helpful = {layer: (row * gradient).relu() for (layer, row), gradient in both}
+    return logits, digits_mass(heatmap.mean_rows(helpful), batch), trace
 
 
 # Spread over K steps the gradient methods cost at most 6.5 % (notebook 02); more images would not fit beside a batch.
@@ -280,19 +257,14 @@ register("input_gradient", input_gradient, every=64, images=4)
 register("attention_x_gradient", attention_x_gradient, trainable=False)
 
 
-def _chosen_rows(rows: dict[int, torch.Tensor], heatmap: Heatmap) -> torch.Tensor:
-    """[L, B, H, A, T] of the chosen layers and heads."""
-    stacked = torch.stack([rows[layer] for layer in heatmap.layers])
-    return stacked if heatmap.heads is None else stacked[:, :, list(heatmap.heads)]
-
-
 def _gradients(logits, batch: Batch, inputs: list[torch.Tensor], create_graph: bool) -> list[torch.Tensor]:
     """Gradients of the digits' log-probability; samples do not meet, so the sum over the batch serves them all."""
     score = digits_score(logits, batch).sum()
     return list(torch.autograd.grad(score, inputs, create_graph=create_graph, retain_graph=True))
 
 
-def _on_sequence(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Values of the visual tokens [V] put in their places [B, T], 0 elsewhere."""
+def _tokens_mass(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """`visual_mass` of values of the visual tokens [V]: [B, 14, 14]."""
     empty = tokens.new_zeros(batch["input_ids"].numel())
-    return empty.index_copy(0, batch["visual_index"], tokens).view(batch["input_ids"].shape)
+    rows = empty.index_copy(0, batch["visual_index"], tokens).view(batch["input_ids"].shape)
+    return visual_mass(rows, batch)

@@ -138,14 +138,8 @@ def up_to(positions: torch.Tensor, length: int) -> torch.Tensor:
 def attention_rows(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scaling: float) -> torch.Tensor:
     """Attention probabilities of few queries, by plain products that can be differentiated as often as one likes.
 
-    Rows cost R queries instead of T, so neither eager attention nor a [T, T] matrix is needed to see, or to train,
-    where the model looks.
-
-    Args:
-        query: [B, H, R, D]; key: [B, Hk, T, D], each for H / Hk heads; seen: [B, 1, R, T] True where attended.
-
-    Returns:
-        [B, H, R, T] float32, each row summing to 1.
+    query [B, H, R, D], key [B, Hk, T, D] (each for H / Hk heads), seen [B, 1, R, T] True where attended; returns
+    [B, H, R, T] float32, each row summing to 1.
     """
     with torch.autocast(query.device.type, enabled=False):  # a softmax over hundreds of keys wants float32
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -170,10 +164,8 @@ def vision_block(
 ) -> torch.Tensor:
     """A block of the vision encoder: attention within each image and an MLP, each added to its input; [P, C].
 
-    Args:
-        block: its module; hidden: [P, C] of all images; cos, sin: [P, D] of the patches.
-        bounds: [images + 1] where each image begins and the last ends, on the CPU.
-        create_graph: let the attention have a second derivative.
+    cos, sin [P, D] are those of the patches, and `bounds` [images + 1] on the CPU where each image begins and the last
+    ends; `create_graph` lets the attention have a second derivative.
     """
     attention = block.attn
     heads = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))  # [P, 3, H, D]
@@ -193,7 +185,9 @@ def attention_by_size(query, key, value, bounds: torch.Tensor, scaling: float, c
         return _by_size(query, key, value, bounds, scaling)
 
 
-def _by_size(query, key, value, bounds, scaling: float) -> torch.Tensor:
+def _by_size(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scaling: float
+) -> torch.Tensor:
     runs = [(length, len(list(run))) for length, run in groupby(bounds.diff().tolist())]
     lengths = [length * number for length, number in runs]
     outputs = []
@@ -203,13 +197,5 @@ def _by_size(query, key, value, bounds, scaling: float) -> torch.Tensor:
     return torch.cat(outputs)
 
 
-@torch.library.custom_op("fsc147lib::attention_by_size", mutates_args=())
-def _by_size_op(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    return _by_size(query, key, value, bounds, scaling)
-
-
-@_by_size_op.register_fake
-def _(query, key, value, bounds, scaling):
-    return query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+_by_size_op = torch.library.custom_op("fsc147lib::attention_by_size", _by_size, mutates_args=())
+_by_size_op.register_fake(lambda query, *_: query.new_empty(query.shape[1], query.shape[0], query.shape[2]))

@@ -1,7 +1,5 @@
 """Load Qwen3-VL: the real one from a hub id or a folder, or a tiny one of the same classes.
 
-Whatever the name, the same `CountingModel` comes back, and all code after it is the same.
-
 A folder is not believed: no code of its own runs, nothing is unpickled, and what does not fit together is refused.
 
 Left out: the forward pass (`forward`), and `Qwen3VLProcessor`, which cannot be built without torchvision:
@@ -25,18 +23,19 @@ from transformers.utils import cached_file, logging
 
 from ..files import read_manifest
 from .device import free_models
-from .network import CountingModel, ModelError, Recipe, random_network
+from .network import CountingModel, ModelError, Recipe
 from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
-from .tiny import tiny_model
 
 SHIPPED = Path(__file__).parent / "weights"
 """Small models that come with the package, a folder each: tiny and tiny-dual."""
 
 RANDOM = "tiny-random"
-"""The same network untrained."""
+"""tiny with random weights: Qwen3-VL with every part that the real one has, in two million parameters."""
 
 TEMPLATE_SECONDS = 10
 """A chat template that is not filled in by then never ends."""
+
+NO_NETWORK = "With no network, copy the model's folder to this machine and give its path, or use 'tiny': it is at hand."
 
 
 def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingModel:
@@ -54,35 +53,71 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
             prompt needs, an image processor that cuts other patches.
     """
     free_models()  # the one before, of which two may have no room
-    if str(name) == RANDOM:
-        return tiny_model(dtype, seed)
-    name, verbosity = _find(name), logging.get_verbosity()
+    found, verbosity = _find(name), logging.get_verbosity()
     logging.set_verbosity_error()  # what else is to be said of the weights is said below
     try:
-        read_manifest(name)
-        kind = Qwen3VLConfig.get_config_dict(name)[0].get("model_type")
+        read_manifest(found)
+        kind = Qwen3VLConfig.get_config_dict(found)[0].get("model_type")
         if kind != "qwen3_vl":
             raise ModelError(f"this is a {kind!r} model: this library knows Qwen3-VL (model_type 'qwen3_vl') only")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        tokenizer.chat_template = tokenizer.chat_template or _processor_chat_template(name)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        network, about = Qwen3VLForConditionalGeneration.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        _check_weights(network, about)
+        tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
+        if not tokenizer.chat_template:  # older Qwen-VL folders keep it with the processor
+            text = Path(cached_file(found, "chat_template.json")).read_text()
+            tokenizer.chat_template = json.loads(text)["chat_template"]
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(found)
+        if str(name) == RANDOM:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                network = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(found)).to(dtype)
+        else:
+            network, about = Qwen3VLForConditionalGeneration.from_pretrained(
+                found, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            _check_weights(network, about)
         _check_tokenizer(tokenizer, network.config)
         _check_pixels(image_processor, network.config.vision_config)
     except Exception as error:  # each library below has types of its own
-        cure = (
-            "Copy all files of one model's folder anew."
-            if Path(name).is_dir()
-            else "Is it spelled right, and is the hub reachable? With no network, copy the model's folder to this "
-            "machine and give its path, or use 'tiny', which needs no download."
-        )
-        raise ModelError(f"cannot load {name}: {' '.join(str(error).split())[:500]}\n{cure}") from error
+        cure = "Copy all files of one model's folder anew."
+        if not Path(found).is_dir():
+            cure = f"Is it spelled right, and is the hub reachable? {NO_NETWORK}"
+        raise ModelError(f"cannot load {found}: {' '.join(str(error).split())[:500]}\n{cure}") from error
     finally:
         logging.set_verbosity(verbosity)
-    return CountingModel(network, tokenizer, image_processor, Recipe.read(name))
+    return CountingModel(network, tokenizer, image_processor, Recipe.read(found))
+
+
+def count_parameters(name: str | Path) -> int:
+    """Of a model by its name, from its config alone; raises as `load_model` does."""
+    try:
+        with torch.device("meta"):
+            return Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(_find(name))).num_parameters()
+    except OSError as error:
+        raise ModelError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _find(name: str | Path) -> str:
+    """The folder, or the hub id; a missing path differs from a hub id by its form."""
+    if str(name) in (RANDOM, *(folder.name for folder in SHIPPED.iterdir())):
+        return str(SHIPPED / ("tiny" if str(name) == RANDOM else name))
+    if Path(name).is_dir():
+        if (Path(name) / "best" / "config.json").is_file():
+            raise ModelError(f"{name} is the folder of a run: give one of its checkpoints, {name}/best or {name}/last")
+        if not (Path(name) / "config.json").is_file():
+            what = "give a folder that holds a saved model, for example runs/x/best"
+            raise ModelError(f"{name} has no config.json: {what}")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        what = "give 'tiny', an existing folder, or a hub id such as Qwen/Qwen3-VL-2B-Instruct"
+        raise ModelError(f"there is no model folder {name}: {what}")
+    elif not try_to_load_from_cache(str(name), "config.json"):
+        try:  # once: the libraries below ask six times, with pauses, before they say that nobody answers
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception as error:  # each version of the client has its own types
+            answer = f"the hub does not answer ({type(error).__name__})"
+            raise ModelError(f"there is no folder {name}, and {answer}. {NO_NETWORK}") from error
+    return str(name)
+
+
+# --- What is refused
 
 
 def _check_weights(network: Qwen3VLForConditionalGeneration, about: dict) -> None:
@@ -122,23 +157,6 @@ def _check_tokenizer(tokenizer, config: Qwen3VLConfig) -> None:
         raise ModelError("the chat template leaves out the question")
 
 
-def _check_pixels(processor: Qwen2VLImageProcessorPil, vision) -> None:
-    """Raise ModelError unless the image processor cuts the patches that the vision encoder takes."""
-    if vision.hidden_size % (4 * vision.num_heads):
-        raise ModelError(f"{vision.num_heads} heads do not divide the vision encoder's width of {vision.hidden_size}")
-    fixed = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size,
-             "temporal_patch_size": vision.temporal_patch_size}  # fmt: skip
-    for name, wanted in fixed.items():
-        if getattr(processor, name) != wanted:
-            raise ModelError(f"{name} is {getattr(processor, name)} in the preprocessor, but {wanted} in config.json")
-    mean, std, size = processor.image_mean, processor.image_std, processor.size
-    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, [*mean, *std])) and min(std) > 0):
-        raise ModelError(f"image_mean {mean} and image_std {std} must be three finite numbers each, image_std above 0")
-    if not 0 < size["shortest_edge"] <= size["longest_edge"] < math.inf:
-        raise ModelError(f"size is {size}, but 0 < shortest_edge <= longest_edge is needed (numbers of pixels)")
-    Image.Resampling(processor.resample)
-
-
 @contextmanager
 def _at_most(seconds: float):
     """End Python code that takes longer with a TimeoutError, where system and thread allow it."""
@@ -158,51 +176,18 @@ def _at_most(seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
-def count_parameters(name: str | Path) -> int:
-    """Of a model by its name, from its config alone; raises as `load_model` does."""
-    if str(name) == RANDOM:
-        return tiny_model(torch.float32).network.num_parameters()
-    try:
-        with torch.device("meta"):
-            return random_network(Qwen3VLConfig.from_pretrained(_find(name))).num_parameters()
-    except OSError as error:
-        raise ModelError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _find(name: str | Path) -> str:
-    """The folder, or the hub id; a missing path differs from a hub id by its form."""
-    if str(name) in (folder.name for folder in SHIPPED.iterdir()):
-        return str(SHIPPED / name)
-    if Path(name).is_dir():
-        if (Path(name) / "best" / "config.json").is_file():
-            raise ModelError(f"{name} is the folder of a run: give one of its checkpoints, {name}/best or {name}/last")
-        if not (Path(name) / "config.json").is_file():
-            raise ModelError(
-                f"{name} has no config.json: give a folder that holds a saved model, for example runs/x/best"
-            )
-        return str(name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
-        raise ModelError(
-            f"there is no model folder {name}: give 'tiny', an existing folder, "
-            "or a hub id such as Qwen/Qwen3-VL-2B-Instruct"
-        )
-    if not try_to_load_from_cache(str(name), "config.json"):
-        _need_hub(name)
-    return str(name)
-
-
-def _need_hub(name: str | Path) -> None:
-    """Ask the hub once: the libraries below ask six times, with pauses, before they say that nobody answers."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # each version of the client has its own types
-        raise ModelError(
-            f"there is no folder {name}, and the hub does not answer ({type(error).__name__}). With no network, copy "
-            "the model's folder to this machine and give its path, or use 'tiny', which needs no download."
-        ) from error
-
-
-def _processor_chat_template(name: str) -> str:
-    """The chat template where older Qwen-VL folders keep it: with the processor, not the tokenizer."""
-    path = cached_file(name, "chat_template.json")
-    return json.loads(Path(path).read_text())["chat_template"]
+def _check_pixels(processor: Qwen2VLImageProcessorPil, vision) -> None:
+    """Raise ModelError unless the image processor cuts the patches that the vision encoder takes."""
+    if vision.hidden_size % (4 * vision.num_heads):
+        raise ModelError(f"{vision.num_heads} heads do not divide the vision encoder's width of {vision.hidden_size}")
+    fixed = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size,
+             "temporal_patch_size": vision.temporal_patch_size}  # fmt: skip
+    for name, wanted in fixed.items():
+        if getattr(processor, name) != wanted:
+            raise ModelError(f"{name} is {getattr(processor, name)} in the preprocessor, but {wanted} in config.json")
+    mean, std, size = processor.image_mean, processor.image_std, processor.size
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, [*mean, *std])) and min(std) > 0):
+        raise ModelError(f"image_mean {mean} and image_std {std} must be three finite numbers each, image_std above 0")
+    if not 0 < size["shortest_edge"] <= size["longest_edge"] < math.inf:
+        raise ModelError(f"size is {size}, but 0 < shortest_edge <= longest_edge is needed (numbers of pixels)")
+    Image.Resampling(processor.resample)

@@ -20,7 +20,7 @@ from ..options import ConfigError
 from .answers import own_answers
 from .collate import Batch, Collate, to_device
 from .device import make_accelerator
-from .forward import answer_logits
+from .forward import Trace, answer_logits
 from .heatmaps import Heatmap, layer_head_maps
 from .network import CountingModel
 from .pixels import PixelStore
@@ -96,8 +96,7 @@ def look(
     accelerator = make_accelerator("auto")
     heatmap = Heatmap(model.network, method, layers, heads)
     maps, answers = [], []
-    batches = answered_batches(model, samples, accelerator, batch_size, answer, word)
-    for batch in tqdm(batches, desc="look", leave=False, total=-(-len(samples) // batch_size)):
+    for batch in answered_batches(model, samples, accelerator, batch_size, answer, word):
         with accelerator.autocast():
             if method == "attention":
                 _, trace = answer_logits(model.network, batch, rows_of=heatmap.layers)
@@ -110,7 +109,6 @@ def look(
     return Look(torch.cat(maps), answers, answer)
 
 
-@torch.no_grad()
 def answered_batches(
     model: CountingModel,
     samples: list[Sample],
@@ -120,16 +118,32 @@ def answered_batches(
     word: Word = "all",
 ) -> Iterator[Batch]:
     """Batches of the samples in their order, with the answers and the word that is looked at; see `look`."""
+    for truth, answered, *_ in ask(model, samples, accelerator, batch_size, answer == "own"):
+        yield with_word(answered if answer == "own" else truth, word)
+
+
+@torch.no_grad()
+def ask(
+    model: CountingModel, samples: list[Sample], accelerator: Accelerator, batch_size: int, own: bool = True
+) -> Iterator[tuple[Batch, Batch | None, torch.Tensor | None, Trace | None]]:
+    """Batches of the samples, put to a model that is moved to the accelerator and set to eval mode.
+
+    Returns:
+        Of each: the batch with the true answers; with `own` also the batch with the model's own, and logits [B, A, V]
+        and trace, with all keys, of the pass over the true ones.
+    """
     model.network.to(accelerator.device).eval()
-    collate = Collate(model.tokenizer, model.image_processor, PixelStore(samples, model.image_processor))
-    for start in range(0, len(samples), batch_size):
+    collate = Collate(model.tokenizer, model.image_processor)
+    for start in tqdm(range(0, len(samples), batch_size), desc="pictures", leave=False):
         chunk = samples[start : start + batch_size]
-        batch = to_device(collate(chunk), accelerator.device)
-        if answer == "own":
-            with accelerator.autocast():
-                answers, _, _ = own_answers(model, batch)
-            batch = to_device(collate(chunk, answers), accelerator.device)
-        yield with_word(batch, word)
+        collate.store = PixelStore(chunk, model.image_processor)
+        truth = to_device(collate(chunk), accelerator.device)
+        if not own:
+            yield truth, None, None, None
+            continue
+        with accelerator.autocast():
+            answers, logits, trace = own_answers(model, truth)
+        yield truth, to_device(collate(chunk, answers), accelerator.device), logits, trace
 
 
 def with_word(batch: Batch, word: Word) -> Batch:

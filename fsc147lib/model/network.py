@@ -1,6 +1,6 @@
-"""A Qwen3-VL with what it needs to read a question about an image, and how it is written to disk.
+"""A Qwen3-VL with what it needs to read a question about an image: which of its weights train, how it is saved.
 
-Left out: where its weights come from (`load`, `tiny`), which of them train (`adapt`).
+Left out: where its weights come from (`load`).
 """
 
 import json
@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ..files import new_draft, replace_folder
-from .adapt import merged_weights
 
 
 class ModelError(ValueError):
@@ -64,11 +66,59 @@ class CountingModel:
     def write_into(self, folder: Path) -> None:
         """Write the parts into a folder that nobody reads yet (`checkpoint` puts more beside them)."""
         self.network.save_pretrained(folder, state_dict=merged_weights(self.network))
-        for part in (self.tokenizer, self.image_processor):
-            part.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
         (folder / Recipe.FILE).write_text(json.dumps(asdict(self.recipe)))
 
 
-def random_network(config: Qwen3VLConfig, dtype: torch.dtype = torch.float32) -> Qwen3VLForConditionalGeneration:
-    """A network of random weights."""
-    return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> None:
+    """Stop or resume training of the vision encoder, its mergers included."""
+    network.model.visual.requires_grad_(not frozen)
+
+
+def save_memory(
+    network: Qwen3VLForConditionalGeneration, lora: int | None, checkpointing: bool, precision: str
+) -> None:
+    """Prepare a network to train in less memory.
+
+    Args:
+        lora: rank of adapters (Hu et al., "LoRA", 2021), which start as no change, beside the language model's
+            layers; all else is frozen.  None for no adapters.
+        checkpointing: compute activations a second time, instead of keeping them.
+        precision: of training; beside adapters, weights are kept in "bf16" or "fp16" if that is it.
+    """
+    if checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    if not lora:
+        return
+    if precision == "bf16":
+        network.to(torch.bfloat16)
+    elif precision == "fp16":  # matrices alone: the sum that runs through all layers would overflow
+        for module in [*network.model.language_model.layers.modules(), *network.model.visual.blocks.modules()]:
+            if isinstance(module, nn.Linear):
+                module.half()
+    names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    config = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=rf".*language_model\.layers\..*\.({names})")
+    inject_adapter_in_model(config, network)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def merged_weights(network: Qwen3VLForConditionalGeneration) -> dict[str, torch.Tensor] | None:
+    """The weights with adapters added in, under their plain names; None if there are no adapters."""
+    adapted = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    if not adapted:
+        return None
+    weights = {}
+    for name, value in network.state_dict().items():
+        if ".lora_" in name:
+            continue
+        layer, _, kind = name.rpartition(".base_layer.")
+        if layer:
+            delta = adapted[layer].get_delta_weight("default")
+            value = (value.to(delta) + delta).to(value)
+            name = f"{layer}.{kind}"
+        weights[name] = value
+    return weights

@@ -6,6 +6,7 @@ heatmaps can be held against it.
 Left out: hiding itself (`data.hiding`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,18 +14,16 @@ from typing import cast
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from ..data import GRID, Fill, Picture, Sample, hide
 from ..data.hiding import covers, hide_cells
 from ..options import ConfigError
+from .answers import count_log_probabilities, digits_score, number_tokens
 from .collate import Batch, select_rows
-from .counts import count_log_probabilities, number_tokens
 from .device import make_accelerator
 from .forward import answer_logits
-from .gradient_difference import digits_score
 from .heatmaps import Heatmap, register
-from .looking import Whose, answer_texts, answered_batches
+from .looking import answer_texts, answered_batches
 from .network import CountingModel
 from .pixels import from_patches, to_patches
 from .prediction import Prediction, predict_samples
@@ -78,8 +77,8 @@ def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
     return (covered[:, None, :, None] & covered[None, :, None, :]).flatten(0, 1)
 
 
-def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fill = "grey") -> Batch:
-    """One image of a batch and its answer, once for each choice of hidden cells [N, rows, columns].
+def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fill) -> Iterator[Batch]:
+    """One image of a batch and its answer, once for each choice of hidden cells [N, rows, columns], AT_ONCE in a batch.
 
     The cells are those of the picture as the network gets it.
 
@@ -90,10 +89,10 @@ def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fi
         raise ConfigError("occlusion hides pixels, and this batch brings kept image features: use it without a cache")
     patch, merge = network.config.vision_config.patch_size, network.config.vision_config.spatial_merge_size
     one = select_rows(batch, [row])
-    image = from_patches(one["pixel_values"], *one["image_sizes"][0], patch, merge)
-    hidden = hide_cells(image, cells.to(image.device), fill)
-    pixels = torch.cat([to_patches(picture, patch, merge) for picture in hidden])
-    return cast(Batch, {**select_rows(one, [0] * len(cells)), "pixel_values": pixels})
+    image = from_patches(one["pixel_values"], one["image_sizes"][0][1], patch, merge)
+    for chosen in cells.to(image.device).split(AT_ONCE):
+        pixels = torch.cat([to_patches(picture, patch, merge) for picture in hide_cells(image, chosen, fill)])
+        yield cast(Batch, {**select_rows(one, [0] * len(chosen)), "pixel_values": pixels})
 
 
 @torch.no_grad()
@@ -110,9 +109,10 @@ def hidden_log_probabilities(
     """
     found = []
     for row, choices in enumerate(cells):
-        hidden = [hide_in_batch(network, batch, row, chunk, fill) for chunk in choices.split(AT_ONCE)]
-        scores = [digits_score(answer_logits(network, one, compiled=compiled)[0], one) for one in hidden]
-        found.append(torch.cat(scores))
+        hidden = hide_in_batch(network, batch, row, choices, fill)
+        found.append(
+            torch.cat([digits_score(answer_logits(network, one, compiled=compiled)[0], one) for one in hidden])
+        )
     return found
 
 
@@ -162,24 +162,21 @@ def occlude(
     window: int = WINDOW,
     step: int | None = None,
     fill: Fill = "grey",
-    answer: Whose = "own",
 ) -> Occlusion:
-    """Hide window after window of each picture: what becomes of the answer, and of the expected count?
+    """Hide window after window of each picture: what becomes of the model's own answer, and of the expected count?
 
     Args:
         model: as in `look`.
         samples: with images and dots.
         window, step: of `windows`.
         fill: of `hide`.
-        answer: whose log-probability.
     """
     accelerator = make_accelerator("auto")
     hidden = windows(window, step)
     whole_first = torch.cat([torch.zeros_like(hidden[:1]), hidden])
     scores, answers = [], []
-    batches = answered_batches(model, samples, accelerator, 1, answer)
-    for batch in tqdm(batches, desc="occlude", leave=False, total=len(samples)):
-        parts = (hide_in_batch(model.network, batch, 0, cells, fill) for cells in whole_first.split(AT_ONCE))
+    for batch in answered_batches(model, samples, accelerator, 1):
+        parts = hide_in_batch(model.network, batch, 0, whole_first, fill)
         with accelerator.autocast():
             scores.append(torch.cat([_log_probability_and_count(model, part) for part in parts]))
         answers += answer_texts(model, batch)

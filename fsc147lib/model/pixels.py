@@ -47,16 +47,10 @@ def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
     return blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
 
 
-def from_patches(patches: torch.Tensor, rows: int, columns: int, patch: int, merge: int) -> torch.Tensor:
-    """The image that `to_patches` cut into so many rows and columns of patches."""
-    blocks = patches.view(rows // merge, columns // merge, merge, merge, 3, patch, patch)
-    return blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
-
-
-def mirrored(patches: torch.Tensor, width: int, patch: int, merge: int) -> torch.Tensor:
-    """The patches [P, 3 * patch * patch] of the mirror image; width in pixels."""
-    blocks = patches.view(-1, width // (merge * patch), merge, merge, 3, patch, patch)
-    return blocks.flip(1, 3, 6).view_as(patches)
+def from_patches(patches: torch.Tensor, columns: int, patch: int, merge: int) -> torch.Tensor:
+    """The image that `to_patches` cut into so many columns of patches."""
+    blocks = patches.view(-1, columns // merge, merge, merge, 3, patch, patch)
+    return blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(-1, columns * patch, 3)
 
 
 class PixelStore:
@@ -92,8 +86,9 @@ class PixelStore:
         processor = self.image_processor
         patch, merge = processor.patch_size, processor.merge_size
         if sample.mirror_of is not None:
-            _, width = resized_size(sample.mirror_of, processor)
-            return mirrored(self.patches(sample.mirror_of), width, patch, merge)
+            columns = resized_size(sample, processor)[1] // patch
+            image = from_patches(self.patches(sample.mirror_of), columns, patch, merge)
+            return to_patches(image.flip(1), patch, merge)
         if sample.in_memory is not None or sample.image_path not in self.places:
             return resized_patches(sample, processor)
         number, start, end = self.places[sample.image_path]

@@ -11,21 +11,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from ..data import Picture, Sample
 from ..files import write_json
 from ..options import Precision, need, need_report
-from .answers import own_answers
-from .collate import Collate, to_device
-from .counts import count_log_probabilities
+from .answers import count_log_probabilities
 from .device import make_accelerator
 from .heatmaps import Heatmap
 from .load import load_model
-from .looking import answer_texts, map_title
+from .looking import answer_texts, ask, map_title
 from .network import CountingModel
-from .pixels import PixelStore
 from .prompt import parse_count
 
 
@@ -140,23 +136,14 @@ def predict_samples(
 
     `heatmap` is where it looked, None for the attention; `accelerator` gives device and precision.
     """
-    accelerator = accelerator or make_accelerator("auto")
-    network = model.network.to(accelerator.device).eval()
-    heatmap = heatmap or Heatmap(network)
-    collate = Collate(model.tokenizer, model.image_processor)
-    predictions = []
-    for start in tqdm(range(0, len(samples), batch_size), desc="predict", leave=False):
-        chunk = samples[start : start + batch_size]
-        collate.store = PixelStore(chunk, model.image_processor)
-        batch = to_device(collate(chunk), accelerator.device)
+    accelerator, heatmap = accelerator or make_accelerator("auto"), heatmap or Heatmap(model.network)
+    predictions: list[Prediction] = []
+    for truth, answered, logits, trace in ask(model, samples, accelerator, batch_size):
         with accelerator.autocast():
-            answers, logits, trace = own_answers(model, batch)
-            log_p = count_log_probabilities(model, batch, logits, trace.keys_values)
-            answered = to_device(collate(chunk, answers), accelerator.device)
+            log_p = count_log_probabilities(model, truth, logits, trace.keys_values)
             maps = heatmap(answered).float().cpu().numpy()
-        for i, (sample, text) in enumerate(zip(chunk, answer_texts(model, answered), strict=True)):
-            relative = log_p[i].sub(log_p[i].max()).exp()  # an untrained model's numbers are all very improbable
-            distribution = (relative / relative.sum()).numpy()
-            covered = float(log_p[i].exp().sum())
-            predictions.append(Prediction(sample, text, parse_count(text), distribution, covered, maps[i]))
+        for text, each, map_ in zip(answer_texts(model, answered), log_p, maps, strict=True):
+            distribution = each.softmax(dim=0).numpy()  # an untrained model's numbers are all very improbable
+            sample, covered = samples[len(predictions)], float(each.exp().sum())
+            predictions.append(Prediction(sample, text, parse_count(text), distribution, covered, map_))
     return predictions

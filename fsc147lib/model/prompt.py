@@ -4,10 +4,8 @@ Left out: padding and tensors (`collate`), and the chat template, which belongs 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-QUESTION = "How many {category} are in this image? Answer with COUNT: and the number."
-ANSWER = "COUNT: {count}"
 NEUTRAL = "Write a general description of the image."
 """A question that asks for no objects: Zhang et al., "MLLMs Know Where to Look" (ICLR 2025)."""
 IMAGE_TOKEN = "<|image_pad|>"
@@ -21,37 +19,13 @@ _WHOLE = re.compile(r"[0-9]{1,3}(,[0-9]{3})+|[0-9]+")
 
 
 def question(category: str) -> str:
-    """The question about an image, for example "How many apples are in this image? ..."."""
-    return QUESTION.format(category=category)
+    """The question about an image."""
+    return f"How many {category} are in this image? Answer with COUNT: and the number."
 
 
 def answer(count: int) -> str:
     """The target answer, for example "COUNT: 37"."""
-    return ANSWER.format(count=count)
-
-
-def chat_text(tokenizer, category: str) -> str:
-    """The question about an image in the model's own chat template, up to where the answer begins.
-
-    Raises:
-        ValueError: the category holds the text of a control token, such as "<think>".
-    """
-    for token in tokenizer.get_added_vocab():
-        if token in category:
-            problem = f"the category {category!r:.60} holds {token}, which the model reads as a control token"
-            raise ValueError(f"{problem}: name the objects in words")
-    return _in_template(tokenizer, question(category))
-
-
-def neutral_tail(tokenizer) -> list[int]:
-    """Tokens of the neutral question from after the image up to where an answer begins."""
-    return _around_image(tokenizer, _in_template(tokenizer, NEUTRAL))[1]
-
-
-def _in_template(tokenizer, text: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return f"COUNT: {count}"
 
 
 def parse_count(text: str) -> int | None:
@@ -83,7 +57,12 @@ class Tokens:
     head: list[int]  # up to the image
     tail: list[int]  # after the image, up to where the answer begins
     answer: list[int]  # "COUNT: 37" and the end-of-turn token, or what the model said of its own
-    is_digit: list[bool]  # for each answer token: is it a part of the number?
+    is_digit: list[bool]  # for each answer token: is it a part of the number?  Of an answer without one, all are
+
+    def with_answer(self, tokenizer, ids: list[int]) -> "Tokens":
+        """The same prompt with another answer, for example the model's own (`answers.own_answers`)."""
+        is_digit = [tokenizer.decode([token]).strip().isdigit() for token in ids]
+        return replace(self, answer=ids, is_digit=is_digit if any(is_digit) else [True] * len(ids))
 
 
 def tokenize(tokenizer, category: str, count: int) -> Tokens:
@@ -94,9 +73,32 @@ def tokenize(tokenizer, category: str, count: int) -> Tokens:
     Raises:
         ValueError: as `chat_text`, or the chat template does not put exactly one image token into the prompt.
     """
-    head, tail = _around_image(tokenizer, chat_text(tokenizer, category))
     ids = tokenizer.encode(answer(count), add_special_tokens=False)
-    return Tokens(head, tail, *_answer_tokens(tokenizer, [*ids, tokenizer.eos_token_id]))
+    head, tail = _around_image(tokenizer, chat_text(tokenizer, category))
+    return Tokens(head, tail, [], []).with_answer(tokenizer, [*ids, tokenizer.eos_token_id])
+
+
+def chat_text(tokenizer, category: str) -> str:
+    """The question about an image in the model's own chat template, up to where the answer begins.
+
+    Raises:
+        ValueError: the category holds the text of a control token, such as "<think>".
+    """
+    for token in tokenizer.get_added_vocab():
+        if token in category:
+            problem = f"the category {category!r:.60} holds {token}, which the model reads as a control token"
+            raise ValueError(f"{problem}: name the objects in words")
+    return _in_template(tokenizer, question(category))
+
+
+def neutral_tail(tokenizer) -> list[int]:
+    """Tokens of the neutral question from after the image up to where an answer begins."""
+    return _around_image(tokenizer, _in_template(tokenizer, NEUTRAL))[1]
+
+
+def _in_template(tokenizer, text: str) -> str:
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _around_image(tokenizer, text: str) -> list[list[int]]:
@@ -105,16 +107,3 @@ def _around_image(tokenizer, text: str) -> list[list[int]]:
         made = f"the tokenizer's chat template made {text.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of one image"
         raise ValueError(f"{made}: use the tokenizer that belongs to a Qwen3-VL model")
     return [tokenizer.encode(part, add_special_tokens=False) for part in text.split(IMAGE_TOKEN)]
-
-
-def with_answer(tokenizer, tokens: Tokens, ids: list[int]) -> Tokens:
-    """The same prompt with another answer, for example the model's own (`answers.own_answers`).
-
-    Where it has no digit, all its tokens stand for the number: a map is then that of the whole answer.
-    """
-    return Tokens(tokens.head, tokens.tail, *_answer_tokens(tokenizer, ids))
-
-
-def _answer_tokens(tokenizer, ids: list[int]) -> tuple[list[int], list[bool]]:
-    is_digit = [tokenizer.decode([token]).strip().isdigit() for token in ids]
-    return ids, is_digit if any(is_digit) else [True] * len(ids)

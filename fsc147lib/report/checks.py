@@ -16,10 +16,10 @@ from ..data import GRID, Sample
 from ..data.targets import resample_map
 from ..files import DamagedFolder, read_manifest
 from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
-from ..model.adapt import freeze_vision, merged_weights, save_memory
 from ..model.answers import own_answers
 from ..model.device import peak_memory, seconds_of
 from ..model.load import RANDOM
+from ..model.network import freeze_vision, merged_weights, save_memory
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..training import DualLoss
 from ..training.step import TrainingStep, make_optimizer

@@ -14,18 +14,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import Qwen3VLConfig
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from ..data import Sample
 from ..data.scenes import draw_scene
 from ..evaluation.metrics import bootstrap_interval
-from ..model.adapt import freeze_vision, save_memory
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
 from ..model.device import make_accelerator, peak_memory, seconds_of
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
-from ..model.network import CountingModel, random_network
+from ..model.network import CountingModel, freeze_vision, save_memory
 from ..options import Precision, need, need_report
 from ..training.losses import DualLoss, LossParts
 from ..training.step import TrainingStep, make_optimizer
@@ -102,7 +101,7 @@ def load_or_shape(name: str, device: str = "cpu") -> CountingModel:
         "initializer_range": 0.02,
     }  # fmt: skip
     with torch.device(device):
-        network = random_network(Qwen3VLConfig(**config))
+        network = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
     tiny.image_processor.size = {"shortest_edge": 65536, "longest_edge": 16777216}  # the real one's limits
     return CountingModel(network, tiny.tokenizer, tiny.image_processor)
 

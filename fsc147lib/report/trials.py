@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..data import Sample
-from ..model.adapt import freeze_vision
 from ..model.collate import Batch, to_device
 from ..model.device import free_models, peak_memory, seconds_of
+from ..model.network import freeze_vision
 from ..training.loop import Run, TrainConfig
 from ..training.step import TrainingStep
 from .overhead import load_or_shape

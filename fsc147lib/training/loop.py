@@ -21,11 +21,10 @@ from tqdm import tqdm
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
-from ..model.adapt import freeze_vision, save_memory
 from ..model.device import default_workers, make_accelerator
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
-from ..model.network import CountingModel, Recipe
+from ..model.network import CountingModel, Recipe, freeze_vision, save_memory
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need

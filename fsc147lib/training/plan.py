@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..evaluation.answering import answering_batch_size, evaluate_samples
-from ..model.adapt import freeze_vision
 from ..model.collate import Collate, to_device
 from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, seconds_of
 from ..model.load import count_parameters
+from ..model.network import freeze_vision
 from ..model.vision_cache import VisionCache, choose_place
 from .loop import Run, TrainConfig
 from .schedule import lazy_weight

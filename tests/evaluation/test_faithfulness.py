@@ -10,8 +10,8 @@ from fsc147lib.data import Picture, resample_map
 from fsc147lib.evaluation import alignment, faithfulness_table, measure_maps
 from fsc147lib.evaluation.faithfulness import CHANCE, rank_correlation, redrawn_networks, token_curves
 from fsc147lib.model import Collate, Heatmap, load_model
+from fsc147lib.model.answers import digits_score
 from fsc147lib.model.forward import answer_logits
-from fsc147lib.model.gradient_difference import digits_score
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fsc147lib.model import Collate, ModelError, answer_logits
-from fsc147lib.model.counts import count_log_probabilities, number_tokens
+from fsc147lib.model.answers import count_log_probabilities, number_tokens
 from fsc147lib.model.forward import normalised_pixels
 
 

@@ -9,13 +9,13 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 
-from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.answers import agreement, greedy_tokens
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels
 from fsc147lib.model.heatmaps import Heatmap
 from fsc147lib.model.layers import attention_by_size
 from fsc147lib.model.load import load_model
+from fsc147lib.model.network import freeze_vision
 from fsc147lib.training.losses import DualLoss
 
 

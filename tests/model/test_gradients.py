@@ -5,11 +5,11 @@ import torch
 
 from fsc147lib.data.targets import resample_map
 from fsc147lib.model import forward, gradient_difference, layers
-from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import answer_logits, normalised_pixels
 from fsc147lib.model.heatmaps import METHODS, Heatmap
 from fsc147lib.model.load import load_model
+from fsc147lib.model.network import freeze_vision
 from fsc147lib.options import ConfigError
 from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss

@@ -7,12 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, BertConfig, Qwen3VLForConditionalGeneration
 
-from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate, to_device
 from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.forward import answer_logits
 from fsc147lib.model.load import count_parameters, load_model
-from fsc147lib.model.network import ModelError
+from fsc147lib.model.network import ModelError, freeze_vision
 from fsc147lib.model.prompt import answer, question
 
 

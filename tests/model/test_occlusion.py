@@ -136,4 +136,4 @@ def test_the_count_s_fall_is_that_of_predictions(dual, whole):
 def test_occlusion_needs_pixels(dual, whole):
     batch = Collate(dual.tokenizer, dual.image_processor, pixels=False)(whole)
     with pytest.raises(ConfigError, match="occlusion hides pixels.*without a cache"):
-        hide_in_batch(dual.network, batch, 0, windows(7))
+        next(hide_in_batch(dual.network, batch, 0, windows(7), "grey"))

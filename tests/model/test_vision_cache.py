@@ -6,18 +6,17 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.model import vision_cache
-from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.load import load_model
-from fsc147lib.model.network import Recipe
+from fsc147lib.model.network import Recipe, freeze_vision
 from fsc147lib.model.vision_cache import VisionCache
 from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
@@ -33,6 +32,11 @@ def frozen(tiny):
 
 def make(model, samples, folder, place="disk"):
     return VisionCache(model, samples, make_accelerator("fp32"), place, folder, batch_size=3)
+
+
+def kept_files(folder):
+    """Those that are complete."""
+    return [path for path in folder.rglob("*.npy") if path.parent.suffix != ".writing"]
 
 
 def losses(model, batch):
@@ -67,9 +71,10 @@ def no_encoder(monkeypatch):
 
 def test_a_file_is_used_again(frozen, mixed_samples, tmp_path, no_encoder):
     first = make(frozen, mixed_samples, tmp_path)
-    (path,) = tmp_path.glob("*.safetensors")
-    with safe_open(path, framework="pt") as file:
-        assert torch.equal(file.get_tensor("features"), first.features)
+    (path,) = kept_files(tmp_path)
+    assert torch.equal(torch.from_numpy(np.load(path)).view(torch.float32), first.features)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    assert manifest["encoder"]["depth"] == 4 and "torch" in manifest["code"]
     no_encoder()
     assert torch.equal(make(frozen, mixed_samples, tmp_path).features, first.features)
 
@@ -108,13 +113,13 @@ def other_code(model, samples, folder, monkeypatch):
 
 
 def a_torn_file(model, samples, folder):
-    (path,) = folder.glob("*.safetensors")
+    (path,) = kept_files(folder)
     path.write_bytes(path.read_bytes()[:-100])
     return samples
 
 
 def a_flipped_byte(model, samples, folder):
-    (path,) = folder.glob("*.safetensors")
+    (path,) = kept_files(folder)
     content = bytearray(path.read_bytes())
     content[-100] ^= 0x40
     path.write_bytes(content)
@@ -144,10 +149,10 @@ def test_half_a_file_is_no_file(frozen, mixed_samples, tmp_path, no_encoder, mon
     no_encoder()
     with pytest.raises(RuntimeError, match="the encoder ran"):
         make(frozen, mixed_samples, tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert not kept_files(tmp_path)
     monkeypatch.undo()
     make(frozen, mixed_samples, tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors*"))) == 1
+    assert len(list(tmp_path.rglob("*.npy"))) == 1
 
 
 def test_a_full_disk_is_a_sentence_before_the_first_image(frozen, mixed_samples, tmp_path, no_encoder, monkeypatch):
@@ -160,7 +165,7 @@ def test_a_full_disk_is_a_sentence_before_the_first_image(frozen, mixed_samples,
     no_encoder()
     with pytest.raises(ConfigError, match="vision cache needs .* MiB .*--vision-cache host or off"):
         make(frozen, mixed_samples, tmp_path)
-    assert not list(tmp_path.glob("*.safetensors*"))
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_of_two_runs_at_once_one_encodes(frozen, mixed_samples, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_peak_memory_sees_what_a_call_allocates():
     def large():
         np.ones(30_000_000)  # 229 MiB
 
-    peaks = peak_memory(large), peak_memory(small)
+    peaks = peak_memory(large, "cpu"), peak_memory(small, "cpu")
     if None in peaks:
         pytest.skip("this system does not tell a process's peak memory anew")
     assert peaks[0] - peaks[1] > 150

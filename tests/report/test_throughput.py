@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fsc147lib.model.adapt import freeze_vision
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.network import Recipe
+from fsc147lib.model.network import Recipe, freeze_vision
 from fsc147lib.report import trials
 from fsc147lib.report.throughput import ThroughputConfig, VariantProcess, compare, measure_throughput, variants_of
 from fsc147lib.report.timing import step_flops, table

@@ -12,9 +12,9 @@ from torch import nn
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.model import Collate, to_device
-from fsc147lib.model.adapt import add_lora, freeze_vision
 from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.load import load_model
+from fsc147lib.model.network import freeze_vision, save_memory
 from fsc147lib.options import ConfigError
 from fsc147lib.training import DualLoss, TrainConfig, loop, step, train
 from fsc147lib.training.losses import LossParts, NonFiniteLoss
@@ -134,7 +134,7 @@ def test_two_hundred_small_steps_move_the_weights_as_fp32_does(root):
 
 
 def test_frozen_matrices_are_narrow_and_the_stream_through_the_layers_is_not(tiny, batch):
-    add_lora(tiny.network, 4, "fp16")
+    save_memory(tiny.network, 4, False, "fp16")
     kinds = {name: weight.dtype for name, weight in tiny.network.named_parameters()}
     assert kinds["model.language_model.layers.0.mlp.up_proj.base_layer.weight"] == torch.float16
     assert kinds["model.language_model.layers.0.mlp.up_proj.lora_A.default.weight"] == torch.float32
