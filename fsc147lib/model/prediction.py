@@ -1,7 +1,7 @@
 """`predict`: one picture from anywhere, and what to count in it; no root and no dots.
 
 What comes back is what the model says, how probable it finds each number, and where it looked while it said so.
-Left out: drawing (`report`), and whether its probabilities are right (`evaluation.intervals`).
+Left out: drawing (`report`), and whether its probabilities are right (`evaluation.metrics`).
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Pictures of predictions: photograph, map and how probable each number is; calibration; which numbers are said.
 
-Left out: everything that is computed (`model.prediction`, `evaluation.intervals`).
+Left out: everything that is computed (`model.prediction`, `evaluation.metrics`).
 """
 
 from collections.abc import Sequence
