@@ -43,11 +43,11 @@ class WorkbookError(RuntimeError):
     """A notebook cannot go on; the message says what to run first, or which cell failed."""
 
 
-FITS = (  # GiB that Qwen3-VL-2B needs for it, by estimate (docs/cards.md), and options of `train`
-    (50.0, {"batch_size": 16}),
-    (30.0, {"batch_size": 8, "gradient_checkpointing": True}),
-    (18.0, {"batch_size": 8, "lora": 16}),
-    (9.0, {"batch_size": 8, "lora": 16, "gradient_checkpointing": True}),
+FITS = (  # GiB that Qwen3-VL-2B was measured to need for it with FSC147's widest images (docs/cards.md)
+    (64.5, {"batch_size": 16}),
+    (34.5, {"batch_size": 16, "gradient_checkpointing": True}),
+    (19.5, {"batch_size": 8, "lora": 16}),
+    (10.5, {"batch_size": 16, "lora": 16, "gradient_checkpointing": True}),
     (0.0, {"batch_size": 2, "lora": 16, "gradient_checkpointing": True}),
 )
 """From the fastest on; needs of another model are as many times as large as it is."""
