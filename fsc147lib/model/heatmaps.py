@@ -7,7 +7,7 @@ Left out: the losses, how attention rows are computed (`layers`), and looking at
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ from .forward import VISION, Trace, answer_logits, continue_pass, normalised_pix
 from .gradient_difference import gradients_by_difference
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """The arguments of `register`."""
 
     function: Callable

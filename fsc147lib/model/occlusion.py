@@ -8,14 +8,12 @@ Left out: hiding itself (`data.hiding`).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image
 
-from ..data import GRID, Fill, Picture, Sample, hide
+from ..data import GRID, Fill, Sample
 from ..data.hiding import covers, hide_cells
 from ..options import ConfigError
 from .answers import count_log_probabilities, digits_score, number_tokens
@@ -26,38 +24,12 @@ from .heatmaps import Heatmap, register
 from .looking import answer_texts, answered_batches
 from .network import CountingModel
 from .pixels import from_patches, to_patches
-from .prediction import Prediction, predict_samples
 
 WINDOW = 2
 """Rows and columns of cells that are hidden at once."""
 
 AT_ONCE = 16
 """Hidden pictures in a batch."""
-
-
-def count_without(
-    model: CountingModel,
-    image_or_sample: str | Path | Image.Image | Sample,
-    cells: np.ndarray,
-    fill: Fill = "grey",
-    category: str | None = None,
-) -> Prediction:
-    """Hide cells of a picture and count again.
-
-    Args:
-        image_or_sample: a file, an image in memory, or a sample.
-        cells: [14, 14] bool, True where hidden; any other grid over the picture will do.
-        fill: what stands there instead: middle "grey", the picture's "mean" colour, or its "blur".
-        category: what to count; of a sample None for its own.
-
-    Returns:
-        As `predict`; its `sample` is the picture that the model saw, with the dots that are left.
-
-    Raises:
-        DataError: the picture, the category, the cells or the fill cannot be used.
-    """
-    sample = image_or_sample if isinstance(image_or_sample, Sample) else Picture(image_or_sample, category or "")
-    return predict_samples(model, [hide(sample, cells, fill, category)])[0]
 
 
 def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
