@@ -4,24 +4,23 @@ Left out: drawing the numbers (`report`).
 """
 
 from .answering import EvaluateConfig, Evaluation, ImageResult, evaluate, evaluate_samples
-from .faithfulness import Faithfulness, faithfulness_table, measure_maps
-from .intervals import calibration, calibration_table
+from .faithfulness import Faithfulness, faithfulness_table, measure_maps, own_against_true, own_against_true_table
 from .metrics import (
     absolute_errors,
     alignment,
     answer_histogram,
     bootstrap_interval,
+    calibration,
     constant_baselines,
     counting_metrics,
     paired_difference,
 )
-from .own_maps import own_against_true, own_against_true_table
 from .ridge import ridge_baseline
 from .tables import metrics_table
 
 __all__ = [
     "EvaluateConfig", "Evaluation", "Faithfulness", "ImageResult", "absolute_errors", "alignment", "answer_histogram",
-    "bootstrap_interval", "calibration", "calibration_table", "constant_baselines", "counting_metrics",
-    "evaluate", "evaluate_samples", "faithfulness_table", "measure_maps", "metrics_table", "own_against_true",
-    "own_against_true_table", "paired_difference", "ridge_baseline",
+    "bootstrap_interval", "calibration", "constant_baselines", "counting_metrics", "evaluate", "evaluate_samples",
+    "faithfulness_table", "measure_maps", "metrics_table", "own_against_true", "own_against_true_table",
+    "paired_difference", "ridge_baseline",
 ]  # fmt: skip

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data import Sample
-from ..data.faults import MAX_PIXELS
-from ..data.fsc147 import open_split, split_counts
+from ..data.fsc147 import MAX_PIXELS, open_split, split_counts
 from ..files import write_json, write_text
 from ..model import (
     Batch,
@@ -118,10 +117,8 @@ class Evaluation:
 
     def write(self, path: str | Path, **about) -> None:
         """Write `path` (JSON: metrics, bins, baselines, `about`) and, beside it with the ending .csv, the images."""
-        path = Path(path)
-        numbers = {"metrics": self.metrics, "bins": self.bins, "baselines": self.baselines}
-        write_json(path, {**about, **numbers})
-        write_text(path.with_suffix(".csv"), to_csv([asdict(image) for image in self.images]))
+        write_json(path, {**about, "metrics": self.metrics, "bins": self.bins, "baselines": self.baselines})
+        write_text(Path(path).with_suffix(".csv"), to_csv([asdict(image) for image in self.images]))
 
 
 def to_csv(rows: list[dict]) -> str:
@@ -164,9 +161,12 @@ def evaluate_samples(
         Metrics: `counting_metrics`, unparsed (rate, 0..1), unparsed_leniently and mae_lenient (the same where
         answers are read by `parse_count_leniently`), count_loss (nats per answer token), and the mean `alignment`
         of images with objects.
+
+    Raises:
+        ValueError: a metric is not finite.
     """
     accelerator = accelerator or make_accelerator("auto")
-    network = model.network.to(accelerator.device)
+    network, end = model.network.to(accelerator.device), model.tokenizer.eos_token_id
     was_training = network.training
     network.eval()
     heatmap = heatmap or Heatmap(network)
@@ -178,31 +178,28 @@ def evaluate_samples(
     loader = DataLoader(
         chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available()
     )
-    passes = forced_passes(model, tqdm(loader, desc="evaluate", leave=False), heatmap, accelerator, cache)
+    passes = forced_passes(tqdm(loader, desc="evaluate", leave=False), heatmap, accelerator, cache, end)
+    longest = longest or longest_answer(model.tokenizer)
     found = []  # stays on the device until the end: nothing waits for it
-    for forced in one_ahead(passes):
+    for batch, logits, looked, past, agreed in one_ahead(passes):
         with accelerator.autocast():
-            answers = generate_answers(model, forced, heatmap.compiled, longest)
-        summed = count_loss(forced.logits, forced.batch["answer_labels"])
-        found.append((answers, summed, alignment(forced.heatmap, forced.batch["target"])))
+            answers = greedy_tokens(network, batch, logits, past, agreed, longest, end, heatmap.compiled)
+        found.append((answers, count_loss(logits, batch["answer_labels"]), alignment(looked, batch["target"])))
+    network.train(was_training)
     empty_cost = float(np.mean([sample.count for sample in samples])) if empty_cost is None else empty_cost
-    results, loss = [], 0.0
-    for chunk, (answers, summed, maps) in zip(chunks, found, strict=True):
-        loss += float(summed)
+    results: dict[int, ImageResult] = {}
+    for answers, _, maps in found:
         maps = {key: value.tolist() for key, value in maps.items()}
         texts = model.tokenizer.batch_decode(answers.tolist(), skip_special_tokens=True)
-        ended = (answers == model.tokenizer.eos_token_id).any(dim=1).tolist()
-        for i, (sample, text) in enumerate(zip(chunk, texts, strict=True)):
+        for i, (text, tokens) in enumerate(zip(texts, answers.tolist(), strict=True)):
+            place = order[len(results)]
+            sample, predicted = samples[place], parse_count(text)
             row = {key: value[i] if sample.count else None for key, value in maps.items()}
-            predicted = parse_count(text)
-            row["predicted_leniently"] = parse_count_leniently(text, complete=ended[i])
             row["error"] = float(absolute_errors([predicted], [sample.count], empty_cost)[0])
-            results.append(ImageResult(sample.name, sample.category, sample.count, predicted, text, **row))
-    tokens = sum(len(collate.tokens(sample).answer) for sample in samples)
-    network.train(was_training)
-    place = {name: i for i, name in enumerate(sample.name for sample in samples)}
-    results.sort(key=lambda result: place[result.name])
-    return _summarise(results, loss / tokens, empty_cost)
+            row["predicted_leniently"] = parse_count_leniently(text, complete=end in tokens)
+            results[place] = ImageResult(sample.name, sample.category, sample.count, predicted, text, **row)
+    loss = sum(float(summed) for _, summed, _ in found) / sum(len(collate.tokens(sample).answer) for sample in samples)
+    return _summarise([results[place] for place in range(len(samples))], loss, empty_cost)
 
 
 def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
@@ -216,49 +213,35 @@ def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
 def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Evaluation:
     counts = [image.predicted for image in images], [image.count for image in images], empty_cost
     leniently = [image.predicted_leniently for image in images]
-    maps = {}
-    for key in ("kl", "mass_on_objects", "pearson", "pointing"):
-        values = [getattr(image, key) for image in images if image.count]
-        maps[key] = float(np.mean(values)) if values else None
     metrics = {
         **counting_metrics(*counts),
         "unparsed": float(np.mean([image.predicted is None for image in images])),
         "unparsed_leniently": float(np.mean([number is None for number in leniently])),
         "mae_lenient": float(absolute_errors(leniently, *counts[1:]).mean()),
         "count_loss": loss,
-        **maps,
     }
+    for key in ("kl", "mass_on_objects", "pearson", "pointing"):
+        values = [getattr(image, key) for image in images if image.count]
+        metrics[key] = float(np.mean(values)) if values else None
     if wrong := [f"{name} is {value}" for name, value in metrics.items() if not np.isfinite(value or 0)]:
         raise ValueError(f"{', '.join(wrong)}: the model is broken, or its images are; look with `verify`")
     return Evaluation(metrics, metrics_by_bin(*counts), images)
 
 
-@dataclass
-class ForcedPass:
-    """A pass over a batch with the right answers."""
-
-    batch: Batch
-    logits: torch.Tensor  # [B, A, V]
-    heatmap: torch.Tensor  # [B, 14, 14]
-    keys_values: list[KeysValues]  # of each layer
-    agreed: DeferredCopy  # `agreement` of logits and right answers
-
-
 def forced_passes(
-    model: CountingModel,
-    batches: Iterable[Batch],
-    heatmap: Heatmap,
-    accelerator: Accelerator,
-    cache: VisionCache | None,
-) -> Iterator[ForcedPass]:
-    """The forced pass of each batch."""
+    batches: Iterable[Batch], heatmap: Heatmap, accelerator: Accelerator, cache: VisionCache | None, end: int
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, list[KeysValues], DeferredCopy]]:
+    """A pass over each batch with the right answers.
+
+    Returns:
+        The batch on the device, logits [B, A, V], heatmaps [B, 14, 14], each layer's keys and values, `agreement`.
+    """
     for batch in batches:
         batch = to_device(batch, accelerator.device)
         batch = cache.add_to(batch) if cache else batch
         with accelerator.autocast():
             logits, looked, trace = heatmap.with_logits(batch, keep_keys=True)
-        agreed = agreement(batch, logits, model.tokenizer.eos_token_id)
-        yield ForcedPass(batch, logits, looked, trace.keys_values, agreed)
+        yield batch, logits, looked, trace.keys_values, agreement(batch, logits, end)
 
 
 def one_ahead(items: Iterator) -> Iterator:
@@ -266,22 +249,8 @@ def one_ahead(items: Iterator) -> Iterator:
     return (item for item, _ in pairwise(chain(items, [None])))
 
 
-def generate_answers(
-    model: CountingModel, forced: ForcedPass, compiled: bool = False, longest: int | None = None
-) -> torch.Tensor:
-    """Greedy answers [B, tokens] of a model in eval mode after a forced pass, whose keys are used up.
-
-    They have `longest` tokens at the most, None for those of the longest number that parses; after an end only ends.
-    """
-    longest = longest or longest_answer(model.tokenizer)
-    return greedy_tokens(
-        model.network, forced.batch, forced.logits, forced.keys_values, forced.agreed,
-        longest, model.tokenizer.eos_token_id, compiled,
-    )  # fmt: skip
-
-
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Load a model and evaluate a split; `python -m fsc147lib evaluate` calls this, prints it and writes `json`."""
+    """Load a model and evaluate a split; `fsc147lib evaluate` calls this, prints it and writes `json`."""
     samples = open_split(config.data, config.split, config.limit, config.category, None, config.max_pixels)
     model = load_model(config.model)
     accelerator = make_accelerator(config.precision)

@@ -17,14 +17,18 @@ import torch
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-from ..data import GRID, Fill, Sample, resample_map
-from ..model import Batch, CountingModel, Heatmap, make_accelerator, method_names
+from ..data import Sample, kl_divergence, resample_map
+from ..data.targets import centre_blob
+from ..model import Batch, CountingModel, Heatmap, look, make_accelerator, mean_map, method_names
 from ..model.looking import Whose, answered_batches
 from ..model.occlusion import hidden_log_probabilities
-from .metrics import alignment, bootstrap_interval
+from .metrics import alignment, bootstrap_interval, correlation
+from .tables import aligned
 
 CHANCE = ("uniform", "centre", "another image's target")
 """Maps that know nothing of their picture."""
+
+RANDOM_ORDERS = 2  # whose curves are averaged
 
 
 @dataclass
@@ -57,45 +61,41 @@ def measure_maps(
     methods: Sequence[str] | None = None,
     redrawn: Sequence[str] | None = None,
     steps: int = 8,
-    random_orders: int = 2,
-    fill: Fill = "grey",
     answer: Whose = "own",
-    batch_size: int = 16,
-    seed: int = 0,
 ) -> dict[str, Faithfulness]:
-    """Measure methods on some samples.
+    """Measure methods on some samples with objects; the same on every call.
 
     Args:
         model: as in `look`.
-        samples: with objects.
         methods: names in METHODS; None for all.
         redrawn: those of them that are repeated with re-drawn weights, layer by layer; None for all.
-        steps: in how many equal steps the tokens of an image are hidden.
-        random_orders: how many are averaged.
-        fill: what stands where a token is hidden.
+        steps: in how many equal steps the tokens of an image are hidden, in grey.
         answer: whose map, and whose log-probability.
-        seed: of random orders and re-drawn weights.
 
     Returns:
         Of each method; of the target itself, held against the model; of a random order, and of CHANCE.
     """
     accelerator = make_accelerator("auto")
-    methods, rng = list(method_names() if methods is None else methods), np.random.default_rng(seed)
-    batches = list(answered_batches(model, samples, accelerator, batch_size, answer))
+    methods, rng = list(method_names() if methods is None else methods), np.random.default_rng(0)
+    batches = list(answered_batches(model, samples, accelerator, answer=answer))
     target = torch.stack([torch.from_numpy(sample.target) for sample in samples])
     with accelerator.autocast():
         maps = {name: _maps(model.network, batches, name) for name in tqdm(methods, desc="maps", leave=False)}
-        maps |= {"target": target, **dict(zip(CHANCE, _chance_maps(target), strict=True))}
-        found = {name: Faithfulness(_numpy(alignment(map_, target))) for name, map_ in maps.items()}
-        shuffled = [torch.from_numpy(rng.random(target.shape)) for _ in range(random_orders)]
-        random = np.mean([token_curves(model.network, batches, order, steps, fill) for order in shuffled], axis=0)
+        uniform = torch.full_like(target, 1 / target[0].numel())
+        chance = (uniform, centre_blob(target, 1 / 4), target.roll(1, dims=0))
+        maps |= {"target": target, **dict(zip(CHANCE, chance, strict=True))}
+        found = {}
+        for name, map_ in maps.items():
+            found[name] = Faithfulness({key: values.numpy() for key, values in alignment(map_, target).items()})
+        shuffled = [torch.from_numpy(rng.random(target.shape)) for _ in range(RANDOM_ORDERS)]
+        random = np.mean([token_curves(model.network, batches, order, steps) for order in shuffled], axis=0)
         found["random order"] = Faithfulness(curves=random)
         for name in tqdm([*methods, "target"], desc="curves", leave=False):
-            found[name].curves = token_curves(model.network, batches, maps[name], steps, fill)
+            found[name].curves = token_curves(model.network, batches, maps[name], steps)
             area = np.trapezoid(found[name].curves - random, dx=1 / steps)  # [N, 2]
             found[name].better = {"deletion": -area[:, 0], "insertion": area[:, 1]}
         redrawn = methods if redrawn is None else redrawn
-        for layer, network in redrawn_networks(model.network, seed) if redrawn else ():
+        for layer, network in redrawn_networks(model.network) if redrawn else ():
             for name in redrawn:
                 found[name].similarity[layer] = rank_correlation(maps[name], _maps(network, batches, name))
     return found
@@ -105,18 +105,7 @@ def _maps(network, batches: list[Batch], method: str) -> torch.Tensor:
     return torch.cat([Heatmap(network, method)(batch).float().cpu() for batch in batches])
 
 
-def _numpy(values: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in values.items()}
-
-
-def _chance_maps(target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Maps of CHANCE, [N, 14, 14] each; the blob's standard deviation is a quarter of the picture."""
-    profile = torch.exp(-0.5 * ((torch.arange(GRID) - (GRID - 1) / 2) / (GRID / 4)) ** 2)
-    blob = torch.outer(profile, profile) / profile.sum() ** 2
-    return torch.full_like(target, 1 / GRID**2), blob.expand_as(target), target.roll(1, dims=0)
-
-
-def token_curves(network, batches: list[Batch], maps: torch.Tensor, steps: int, fill: Fill) -> np.ndarray:
+def token_curves(network, batches: list[Batch], maps: torch.Tensor, steps: int) -> np.ndarray:
     """Deletion and insertion, see `Faithfulness.curves`.
 
     Args:
@@ -137,13 +126,13 @@ def token_curves(network, batches: list[Batch], maps: torch.Tensor, steps: int, 
             cells = np.concatenate([rank < edges, rank >= edges[1:-1]])  # the ends of both are the same pictures
             hidden.append(torch.from_numpy(cells.reshape(-1, *values.shape)))
         start += len(hidden)
-        for score in hidden_log_probabilities(network, batch, hidden, fill):
+        for score in hidden_log_probabilities(network, batch, hidden):
             deletion, insertion = score.float().cpu().split([steps + 1, steps - 1])
             curves.append(torch.stack([deletion, torch.cat([deletion[-1:], insertion, deletion[:1]])]))
     return torch.stack(curves).double().numpy()
 
 
-def redrawn_networks(network, seed: int = 0) -> Iterator[tuple[str, torch.nn.Module]]:
+def redrawn_networks(network) -> Iterator[tuple[str, torch.nn.Module]]:
     """The network with one layer more re-drawn each time: the language model's from the last to the first, then vision.
 
     A weight is drawn from the values of its own tensor, which are put in a random order: so all sizes stay, and
@@ -152,7 +141,7 @@ def redrawn_networks(network, seed: int = 0) -> Iterator[tuple[str, torch.nn.Mod
     Returns:
         Pairs of the layer that was just re-drawn, and the network (always the same one).
     """
-    network, generator = copy.deepcopy(network), torch.Generator().manual_seed(seed)
+    network, generator = copy.deepcopy(network), torch.Generator().manual_seed(0)
     layers = network.model.language_model.layers
     parts = {f"layer {i}": layers[i] for i in reversed(range(len(layers)))} | {"vision": network.model.visual}
     for name, part in parts.items():
@@ -165,10 +154,7 @@ def redrawn_networks(network, seed: int = 0) -> Iterator[tuple[str, torch.nn.Mod
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
     """Spearman's, over the cells of each pair of maps [N, 14, 14]: [N], -1..1; 0 for a constant map."""
-    ranks = [rankdata(maps.flatten(1).numpy(), axis=1) for maps in (first, second)]
-    a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
-    scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return (a * b).sum(axis=1) / np.where(scale > 0, scale, np.inf)
+    return correlation(*(torch.from_numpy(rankdata(maps.flatten(1), axis=1)) for maps in (first, second))).numpy()
 
 
 MEASURES = {  # of `Faithfulness.measures`: heading
@@ -179,15 +165,47 @@ MEASURES = {  # of `Faithfulness.measures`: heading
 
 def faithfulness_table(found: dict[str, Faithfulness]) -> str:
     """Kinds of maps x measures, each a mean and half the width of its 95 % bootstrap interval over images."""
-    lines = [f"{'':24}" + "".join(f"{heading:>15}" for heading in MEASURES.values())]
+    rows = [["", *MEASURES.values()]]
     for name, one in found.items():
-        measured = one.measures()
-        if any(key in measured for key in MEASURES):
-            cells = (_cell(measured[key]) if key in measured else "-" for key in MEASURES)
-            lines.append(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
-    return "\n".join(lines)
+        cells = {}
+        for key, values in one.measures().items():
+            low, mean, high = bootstrap_interval(values)
+            cells[key] = f"{mean:z.2f} ±{(high - low) / 2:.2f}"
+        if cells:
+            rows.append([name, *(cells.get(key, "-") for key in MEASURES)])
+    return aligned(rows)
 
 
-def _cell(values: np.ndarray) -> str:
-    low, mean, high = bootstrap_interval(values)
-    return f"{mean:z.2f} ±{(high - low) / 2:.2f}"
+# --- The map of the true answer beside that of the model's own
+
+
+def own_against_true(model: CountingModel, samples: list[Sample]) -> dict[str, dict[str, float]]:
+    """How much attention maps of images with objects change where the digits are the model's own, not the true ones.
+
+    Training and `evaluate` hold the map of the true answer against the target; a picture shows that of the own one.
+
+    Returns:
+        For all images, those answered exactly and those that are not (where there are any): `images`;
+        `kl_between`, the mean KL(true answer's map || own answer's map) in nats; `alignment` of each with the
+        target, as `kl_true`, `kl_own`, `mass_on_objects_true` and so on.
+    """
+    true, own = (mean_map(look(model, samples, answer=answer)) for answer in ("true", "own"))
+    target = torch.stack([torch.from_numpy(sample.target) for sample in samples])
+    measured = {"kl_between": kl_divergence(true.maps, own.maps)}
+    for seen in (true, own):
+        measured |= {f"{key}_{seen.whose}": values for key, values in alignment(seen.maps, target).items()}
+    exact = torch.tensor([one == other for one, other in zip(own.answers, true.answers, strict=True)])
+    groups = {"all": torch.ones_like(exact), "exactly right": exact, "not right": ~exact}
+    return {
+        name: {"images": int(chosen.sum()), **{key: float(values[chosen].mean()) for key, values in measured.items()}}
+        for name, chosen in groups.items()
+        if chosen.any()
+    }
+
+
+def own_against_true_table(groups: dict[str, dict[str, float]]) -> str:
+    """The groups of `own_against_true` side by side, as text."""
+    rows = [["", *groups]]
+    for name in next(iter(groups.values())):
+        rows.append([name, *(format(row[name], "d" if name == "images" else "z.3f") for row in groups.values())])
+    return aligned(rows)

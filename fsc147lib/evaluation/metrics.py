@@ -1,12 +1,15 @@
-"""Numbers: how far counts are off, whether two runs differ, and how well a heatmap lies on the objects."""
+"""Numbers: how far counts are off, whether two runs differ, how well a heatmap lies on the objects, and whether
+probabilities of counts can be believed.
+"""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from ..data.targets import kl_divergence
+from ..data import kl_divergence
+from ..model import Prediction
 
 BINS = ((0, 0), (1, 20), (21, 50), (51, 100), (101, 200), (201, None))
 """Bounds of the true count, both included, by which errors are reported."""
@@ -69,11 +72,9 @@ def metrics_by_bin(predicted, target, empty_cost: float | None = None) -> dict[s
         chosen = (target >= low) & (target <= (np.inf if high is None else high))
         if chosen.any():
             name = f"{low}+" if high is None else f"{low}-{high}" if low < high else f"{low}"
-            result[name] = {
-                "images": int(chosen.sum()),
-                "unparsed": float(np.isnan(predicted[chosen]).mean()),
-                **counting_metrics(predicted[chosen], target[chosen], empty_cost),
-            }
+            unparsed = float(np.isnan(predicted[chosen]).mean())
+            errors = counting_metrics(predicted[chosen], target[chosen], empty_cost)
+            result[name] = {"images": int(chosen.sum()), "unparsed": unparsed, **errors}
     return result
 
 
@@ -84,13 +85,13 @@ def constant_baselines(training_counts, target) -> dict[str, dict[str, float | N
 
 
 def answer_histogram(predicted, target) -> dict[int, tuple[int, int]]:
-    """How often each number is the right answer and how often it is said: shows what answers cluster on.
+    """How often each number is true and how often it is predicted: shows what answers cluster on.
 
     Returns:
-        Number: (times true, times said), ascending, of all that are one or the other; without unparsed answers (None).
+        Number: (times true, times predicted), ascending, of all that are either; without unparsed answers (None).
     """
-    true, said = Counter(map(int, target)), Counter(int(number) for number in predicted if number is not None)
-    return {number: (true[number], said[number]) for number in sorted(true.keys() | said.keys())}
+    true, answered = Counter(map(int, target)), Counter(int(number) for number in predicted if number is not None)
+    return {number: (true[number], answered[number]) for number in sorted(true.keys() | answered.keys())}
 
 
 def bootstrap_interval(values, statistic: Callable = np.mean, draws: int = 2000) -> tuple[float, float, float]:
@@ -139,13 +140,40 @@ def alignment(heatmap: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Te
     """
     a, p = heatmap.flatten(1).float(), target.flatten(1).float()  # [B, 196]
     on_objects = p >= 1 / p.shape[1]
-    centred_a, centred_p = (x - x.mean(dim=1, keepdim=True) for x in (a, p))
-    scale = centred_a.norm(dim=1) * centred_p.norm(dim=1)
     measures = {
         "kl": kl_divergence(target, heatmap),
         "mass_on_objects": (a * on_objects).sum(dim=1),
-        "pearson": torch.where(scale > 0, (centred_a * centred_p).sum(dim=1) / scale.clamp_min(1e-12), 0.0),
+        "pearson": correlation(a, p),
         "pointing": on_objects.gather(1, a.argmax(dim=1, keepdim=True))[:, 0].float(),
     }
     defined = (p > 0).any(dim=1)
     return {name: torch.where(defined, values, torch.nan) for name, values in measures.items()}
+
+
+def correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Pearson's, of each pair of rows [B, N]: [B], -1..1; 0 where one of them is constant."""
+    a, b = (x - x.mean(dim=1, keepdim=True) for x in (first, second))
+    scale = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(scale > 0, (a * b).sum(dim=1) / scale.clamp_min(1e-12), 0.0)
+
+
+def calibration(
+    predictions: Sequence[Prediction], counts: Sequence[int], levels: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+) -> list[dict]:
+    """How often true counts lie in the predictions' central intervals that are to hold so much probability.
+
+    Returns:
+        For each level: `level`; `claimed`, the mean probability of the intervals, which end at whole numbers and so
+        hold somewhat more; `inside`, how often the truth lies in them, with `low` and `high`, its 95 % bootstrap
+        interval; `width`, the mean of how many numbers they span.  `inside` below `claimed`: it is too sure.
+    """
+    rows = []
+    for level in levels:
+        ends = [prediction.interval(level) for prediction in predictions]
+        held = [p.distribution[low : high + 1].sum() for p, (low, high) in zip(predictions, ends, strict=True)]
+        inside = [low <= count <= high for count, (low, high) in zip(counts, ends, strict=True)]
+        low, rate, high = bootstrap_interval(inside)
+        width = float(np.mean([high - low + 1 for low, high in ends]))
+        row = {"level": level, "claimed": float(np.mean(held)), "inside": rate, "low": low, "high": high}
+        rows.append({**row, "width": width})
+    return rows

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..data import Sample
+
 BINS = 6  # of the colour histogram along each of red, green and blue
 ORIENTATIONS = 8
 EDGES = (6, 16, 40)  # grey levels a pixel above which a gradient is an edge, from faint to strong
 STRENGTHS = 10.0 ** np.arange(-1, 6)  # of the regularisation
 
 
-def ridge_baseline(train: Sequence, val: Sequence) -> dict[str, float]:
+def ridge_baseline(train: Sequence[Sample], val: Sequence[Sample]) -> dict[str, float]:
     """Count the samples of `val` by what is known of `train` (at least 10) about colours, edges and names.
 
     The strength of the regularisation is chosen on the last fifth of `train`.
@@ -22,17 +24,15 @@ def ridge_baseline(train: Sequence, val: Sequence) -> dict[str, float]:
         Mean absolute errors on `val`: "ridge"; "mean" and "median", of the constants that `train` gives.
     """
     words = sorted({word for sample in train for word in sample.category.split()})
-    x, y = _features(train, words), np.array([sample.count for sample in train], dtype=float)
-    unseen, right = _features(val, words), np.array([sample.count for sample in val], dtype=float)
+    (x, y), (unseen, right) = (
+        (np.stack([_features(sample, words) for sample in samples]), np.array([float(s.count) for s in samples]))
+        for samples in (train, val)
+    )
     part = len(y) * 4 // 5
-
-    def error(counts: np.ndarray | float, true: np.ndarray) -> float:
-        return float(np.abs(counts - true).mean())
-
-    tried = [error(_ridge(x[:part], y[:part], x[part:], strength), y[part:]) for strength in STRENGTHS]
+    tried = [np.abs(_ridge(x[:part], y[:part], x[part:], strength) - y[part:]).mean() for strength in STRENGTHS]
     best = STRENGTHS[int(np.argmin(tried))]
-    counts = {"ridge": _ridge(x, y, unseen, best), "mean": y.mean(), "median": float(np.median(y))}
-    return {name: error(predicted, right) for name, predicted in counts.items()}
+    counts = {"ridge": _ridge(x, y, unseen, best), "mean": y.mean(), "median": np.median(y)}
+    return {name: float(np.abs(predicted - right).mean()) for name, predicted in counts.items()}
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, unseen: np.ndarray, strength: float) -> np.ndarray:
@@ -43,23 +43,15 @@ def _ridge(x: np.ndarray, y: np.ndarray, unseen: np.ndarray, strength: float) ->
     return np.maximum(unseen @ weights + y.mean(), 0)
 
 
-def _features(samples: Sequence, words: list[str]) -> np.ndarray:
-    """[N, F]: colour histogram, edge densities and which of the words a category has."""
-    rows = []
-    for sample in samples:
-        pixels = np.asarray(sample.image)
-        codes = (pixels.astype(int) * BINS // 256) @ [BINS * BINS, BINS, 1]
-        colours = np.bincount(codes.ravel(), minlength=BINS**3) / codes.size
-        named = [float(word in sample.category.split()) for word in words]
-        rows.append(np.concatenate([colours, _edge_densities(pixels.mean(axis=2)), named]))
-    return np.stack(rows)
-
-
-def _edge_densities(grey: np.ndarray) -> np.ndarray:
-    """Per orientation the mean gradient and the part of pixels above each of EDGES, of grey levels [H, W]."""
-    down, across = np.gradient(grey)
+def _features(sample: Sample, words: list[str]) -> np.ndarray:
+    """[F]: colour histogram, edge densities by orientation, and which of the words the category has."""
+    pixels = np.asarray(sample.image)
+    codes = (pixels.astype(int) * BINS // 256) @ [BINS * BINS, BINS, 1]
+    colours = np.bincount(codes.ravel(), minlength=BINS**3)
+    down, across = np.gradient(pixels.mean(axis=2))
     size, turn = np.hypot(down, across), np.arctan2(down, across) % np.pi
     sector = np.minimum((turn / np.pi * ORIENTATIONS).astype(int), ORIENTATIONS - 1).ravel()
-    layers = [size, *(size > edge for edge in EDGES)]
-    sums = [np.bincount(sector, layer.ravel().astype(float), ORIENTATIONS) for layer in layers]
-    return np.concatenate(sums) / size.size
+    strong = [size, *(size > edge for edge in EDGES)]  # mean gradient, and the parts of pixels above each edge
+    edges = [np.bincount(sector, layer.ravel().astype(float), ORIENTATIONS) for layer in strong]
+    named = [float(word in sample.category.split()) for word in words]
+    return np.concatenate([np.concatenate([colours, *edges]) / size.size, named])

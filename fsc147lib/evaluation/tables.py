@@ -1,4 +1,6 @@
-"""Metrics as a table that a person understands: words, units, which end is good, and what not looking achieves."""
+"""Metrics as tables that a person understands: words, units, which end is good, and what not looking achieves."""
+
+from collections.abc import Sequence
 
 MEASURES = {  # key of `counting_metrics` or `alignment`: words, which end is good, format
     "mae": ("MAE, mean error (objects)", "low", "{:.2f}"),
@@ -27,6 +29,12 @@ PUBLISHED = [
 BIN_MEASURES = {"mae": "MAE", "nae": "NAE", "exact": "exact", "unparsed": "no number"}
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of as many cells each as text: the first column to the left, the others to the right, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
 def metrics_table(
     title: str, columns: dict[str, dict], baselines: dict[str, dict], bins: dict[str, dict] | None = None
 ) -> str:
@@ -37,28 +45,20 @@ def metrics_table(
         baselines: of `constant_baselines`; may be empty.
         bins: of `metrics_by_bin`, printed below.
     """
-    constants = {f"{name} {row['constant']:.1f}": row for name, row in baselines.items()}
-    columns = {**columns, **constants}
-    widths = [max(9, len(heading)) + 2 for heading in columns]
-    lines = [title, "", f"{'':40}{'good':>6}" + _row(columns, widths)]
-    for key, (words, good, form) in MEASURES.items():
+    columns = columns | {f"{name} {row['constant']:.1f}": row for name, row in baselines.items()}
+    rows = [["", "good", *columns]]
+    for key, (words, good, _) in MEASURES.items():
         if any(key in metrics for metrics in columns.values()):
-            lines.append(f"{words:40}{good:>6}" + _row((_cell(row, key, form) for row in columns.values()), widths))
-    if constants:
-        lines += ["", "mean, median: a model that never looks and always answers so; one that counts beats both"]
+            rows.append([words, good, *(_cell(metrics, key) for metrics in columns.values())])
+    text = f"{title}\n\n{aligned(rows)}"
+    if baselines:
+        text += "\n\nmean, median: a model that never looks and always answers so; one that counts beats both"
     if bins:
-        headings = ["images", *BIN_MEASURES.values()]
-        widths = [max(9, len(heading)) + 2 for heading in headings]
-        lines += ["", f"{'true count':12}" + _row(headings, widths)]
-        for name, row in bins.items():
-            cells = [str(row["images"]), *(_cell(row, key, MEASURES[key][2]) for key in BIN_MEASURES)]
-            lines.append(f"{name:12}" + _row(cells, widths))
-    return "\n".join(lines)
+        rows = [["true count", "images", *BIN_MEASURES.values()]]
+        rows += [[name, str(row["images"]), *(_cell(row, key) for key in BIN_MEASURES)] for name, row in bins.items()]
+        text += f"\n\n{aligned(rows)}"
+    return text
 
 
-def _cell(metrics: dict, key: str, form: str) -> str:
-    return "-" if metrics.get(key) is None else form.format(metrics[key]).replace("%", " %")
-
-
-def _row(cells, widths: list[int]) -> str:
-    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+def _cell(metrics: dict, key: str) -> str:
+    return "-" if metrics.get(key) is None else MEASURES[key][2].format(metrics[key]).replace("%", " %")

@@ -1,6 +1,6 @@
 """A model's own answer: greedy decoding, the loss of an answer, and how probable each number is.
 
-Left out: parsing (`prompt`), the pass (`forward`), and whether probabilities are right (`evaluation.intervals`).
+Left out: parsing (`prompt`), the pass (`forward`), and whether probabilities are right (`evaluation.metrics`).
 """
 
 import torch

@@ -1,7 +1,7 @@
 """`predict`: what is counted in one picture from anywhere, no root and no dots, and `count_without` a part of it.
 
 What comes back is what the model says, how probable it finds each number, and where it looked while it said so.
-Left out: drawing (`report`), and whether its probabilities are right (`evaluation.intervals`).
+Left out: drawing (`report`), and whether its probabilities are right (`evaluation.metrics`).
 """
 
 from dataclasses import dataclass

@@ -1,30 +1,29 @@
-"""The viewer's pictures in the page: a widget that draws what it is sent and tells what was clicked or dragged over.
+"""The viewer's widget in the page, and the numbers and small pictures that it is sent.
 
-The page draws (`canvas.js`): a change costs the kernel a few kilobytes of numbers, and none at all where only the
-opacity or the choice of panels changes.
+The page draws (`canvas.js`): a change costs the kernel a few kilobytes, and nothing at all where only the opacity or
+the choice of panels changes.
 
 Left out: what is shown, and what follows from a click (`viewer`).
 """
 
 import base64
 import io
+from functools import lru_cache
 from pathlib import Path
 
 import anywidget
-import matplotlib
 import numpy as np
 import traitlets
-from matplotlib.colors import to_hex
+from matplotlib.cm import ScalarMappable
 from PIL import Image
 
 from ..data import Sample
-from .figures import ATTENTION_COLOUR, COUNT_COLOUR, DIFFERENCE_COLOURS, MAP_COLOURS
-
-THUMBNAIL = 96, 72  # pixels of width and height at the most
+from ..model import Prediction
+from .figures import colour_scale
 
 
 class Canvas(anywidget.AnyWidget):
-    """Draws `scene`, `photo`, `strip` and `atlas` whenever `version` changes; sends messages with a `kind`.
+    """Draws `scene`, with `photo` and `strip`, whenever it changes; sends messages with a `kind`.
 
     Messages: {"kind": "open", "place"}, {"kind": "page", "by"}, {"kind": "hide", "cells"}, {"kind": "head", "layer",
     "head"}, {"kind": "picture", "name"} with the file's bytes as buffer.
@@ -32,79 +31,55 @@ class Canvas(anywidget.AnyWidget):
 
     _esm = Path(__file__).with_name("canvas.js")
     _css = Path(__file__).with_name("canvas.css")
-    colours = traitlets.Dict(
-        {
-            name: [to_hex(colour) for colour in matplotlib.colormaps[name](np.arange(256))]
-            for name in (MAP_COLOURS, DIFFERENCE_COLOURS)
-        }
-        | {"count": COUNT_COLOUR, "new": ATTENTION_COLOUR}
-    ).tag(sync=True)
     strip = traitlets.Dict().tag(sync=True)  # "thumbs": [{"place", "src", "text"}], "text", "more": [before, after]
-    photo = traitlets.Bytes().tag(sync=True)  # JPEG
-    atlas = traitlets.Bytes().tag(sync=True)  # [L, H, 14, 14] uint8
-    scene = traitlets.Dict().tag(sync=True)  # all else, see `Viewer.redraw`
-    version = traitlets.Int(0).tag(sync=True)
-
-    def update(self, **changed) -> None:
-        """Send what changed, and have it drawn."""
-        with self.hold_sync():
-            for name, value in changed.items():
-                setattr(self, name, value)
-            self.version += 1
+    photo = traitlets.Unicode().tag(sync=True)  # data URL, as all pictures
+    scene = traitlets.Dict().tag(sync=True)  # all else, see `Viewer.redraw`; its "version" grows
 
 
-def jpeg(image: Image.Image, quality: int = 88) -> bytes:
-    """The file of a picture."""
+def data_url(image: Image.Image, format: str = "png", **options) -> str:
+    """A picture as the page reads it."""
     file = io.BytesIO()
-    image.save(file, "jpeg", quality=quality)
-    return file.getvalue()
+    image.save(file, format, **options)
+    return f"data:image/{format};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def thumbnail(sample: Sample) -> str:
-    """A small picture as a data URL."""
-    small = sample.image
-    small.thumbnail(THUMBNAIL, reducing_gap=2)
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg(small, 75)).decode()
+@lru_cache(512)
+def photo_url(sample: Sample, largest: tuple[int, int] | None = None) -> str:
+    """A sample's picture, shrunk to this width and height at the most."""
+    image = sample.image
+    if largest:
+        image.thumbnail(largest, reducing_gap=2)
+    return data_url(image, "jpeg", quality=85)
 
 
-def panel(name: str, values: np.ndarray | None = None, largest: float = 0, signed: bool = False) -> dict:
-    """One picture of the row: the photograph, or a map over it.
+def colour_url(colours: ScalarMappable, values: np.ndarray) -> str:
+    """Numbers [h, w] in the colours of `colour_scale`, a pixel each; NaN is transparent."""
+    return data_url(Image.fromarray(colours.to_rgba(values, bytes=True)))
 
-    Args:
-        values: [14, 14]; None for the photograph alone.
-        largest: the value of the brightest colour.
-        signed: colours run from -largest to largest, and not from 0 with the square root.
+
+def overlay(title: str, values: np.ndarray, largest: float | None = None, signed: bool = False) -> dict:
+    """A map [14, 14] and its colour bar, for the page; arguments as of `show_map`."""
+    colours = colour_scale(values, largest, signed)
+    ticks, ramp = colours.norm.inverse(np.array([0, 0.5, 1])), colours.norm.inverse(np.linspace(0, 1, 256))
+    return {
+        "title": title, "values": values.ravel().tolist(), "src": colour_url(colours, values),
+        "ticks": ticks.tolist(), "bar": colour_url(colours, ramp[None]),
+    }  # fmt: skip
+
+
+def bars(predictions: dict[str, Prediction], marks: dict[str, int], most: int = 60) -> dict:
+    """Distributions over numbers as a few bars: "first" number, "width" in numbers, "heights" of each, and "marks".
+
+    `marks` are names of numbers that must be in the picture.
     """
-    if values is None:
-        return {"name": name}
-    colours = DIFFERENCE_COLOURS if signed else MAP_COLOURS
-    numbers = [float(f"{value:.4g}") for value in values.ravel()]
-    return {"name": name, "values": numbers, "largest": max(largest, 1e-12), "signed": signed, "colours": colours}
-
-
-def atlas_bytes(maps: np.ndarray) -> bytes:
-    """[L, H, 14, 14] on one scale, the square root of the largest, as bytes."""
-    return np.uint8(np.round(255 * np.sqrt(maps / max(float(maps.max()), 1e-12)))).tobytes()
-
-
-def bars(distributions: dict[str, np.ndarray], marks: list[int], most: int = 60) -> dict:
-    """Distributions over numbers as a few bars.
-
-    Args:
-        distributions: name -> [numbers] probabilities.
-        marks: numbers that must be in the picture.
-
-    Returns:
-        "first" number, "width" in numbers of each bar, and "heights" of each name.
-    """
-    ends = [int(end) for d in distributions.values() for end in np.searchsorted(d.cumsum(), (0.003, 0.997))]
-    first, last = max(0, min(*ends, *marks, *ends) - 1), max(*ends, *marks) + 1
+    shown = [*marks.values()]
+    for prediction in predictions.values():
+        shown += prediction.interval(0.994)
+    first, last = max(0, min(shown) - 1), max(shown) + 1
     width = -(-(last + 1 - first) // most)
-    count = -(-(last + 1 - first) // width)
-    heights = {}
-    for name, d in distributions.items():
-        wide = np.zeros(count * width)
-        part = d[first : first + len(wide)]
-        wide[: len(part)] = part
-        heights[name] = [round(float(p), 5) for p in wide.reshape(count, width).sum(axis=1)]
-    return {"first": first, "width": width, "heights": heights}
+    edges = np.arange(first, last + width + 1, width) - 0.5
+    heights = {
+        name: np.histogram(np.arange(len(one.distribution)), edges, weights=one.distribution)[0].round(5).tolist()
+        for name, one in predictions.items()
+    }
+    return {"first": first, "width": width, "heights": heights, "marks": marks}

@@ -12,34 +12,29 @@ from matplotlib.figure import Figure
 from ..data import Sample
 from ..evaluation.faithfulness import CHANCE, Faithfulness
 from ..model import Occlusion
-from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, show_dots
+from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, LABEL, show_dots, show_map, show_scale
 
 Models = dict[str, dict[str, Faithfulness]]
 """Model's name -> what `measure_maps` found of it."""
 
+OUTSIDE = {"frameon": False, "fontsize": LABEL, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+"""A legend beside its axes."""
+
 
 def occlusion_figure(samples: Sequence[Sample], found: dict[str, Occlusion], shown: int = 0) -> Figure:
-    """The fall of the expected count: over one picture, and of all windows beside the objects under them.
+    """The fall of the expected count: over the picture at place `shown`, and of all windows beside the objects there.
 
-    Args:
-        found: model's name -> of `occlude`, windows side by side.
-        shown: place of the picture among the samples.
+    `found` is each model's, by its name, of `occlude` with windows side by side.
     """
     figure, axes = plt.subplots(2, 1 + len(found), figsize=(4.2 * (1 + len(found)), 6.4), layout="constrained")
     show_dots(axes[0, 0], samples[shown], boxes=False)
     axes[1, 0].axis("off")
-    height, width = samples[shown].size
     limit = max(float(np.nanmax(np.abs(one.count[shown]))) for one in found.values())
     for (upper, lower), (name, one) in zip(axes[:, 1:].T, found.items(), strict=True):
         falls = np.einsum("w,wrc->rc", one.count[shown], one.windows) / one.windows.sum(axis=0)
-        upper.imshow(samples[shown].image.convert("L"), cmap="gray", vmin=0, vmax=320)
-        drawn = upper.imshow(
-            falls, cmap="PuOr_r", vmin=-limit, vmax=limit, alpha=0.7, extent=(0, width, height, 0),
-            interpolation="nearest",
-        )  # fmt: skip
-        upper.axis("off")
-        upper.set_title(f"{name}: said {one.answers[shown]!r:.30}", fontsize=9, parse_math=False)
-        figure.colorbar(drawn, ax=upper, shrink=0.7, label="fall of the expected count")
+        title = f"{name}: said {one.answers[shown]!r:.30}"
+        drawn = show_map(upper, samples[shown].image, falls, title, limit, signed=True)
+        show_scale(drawn, upper, "fall of the expected count")
         objects = np.unique(one.objects)
         lower.plot(objects, objects, color="black", linewidth=1, label="one off for each object hidden")
         lower.scatter(one.objects, one.count, s=8, alpha=0.35, color=GREY)
@@ -47,54 +42,48 @@ def occlusion_figure(samples: Sequence[Sample], found: dict[str, Occlusion], sho
         lower.plot(objects, means, "o-", color=ATTENTION_COLOUR, label="mean fall")
         lower.set(xlabel="objects under the window", ylabel="fall of the expected count", title=name)
         lower.xaxis.get_major_locator().set_params(integer=True)
-        lower.legend(frameon=False, fontsize=8)
+        lower.legend(frameon=False, fontsize=LABEL)
     return figure
 
 
 def curves_figure(models: Models) -> Figure:
     """Mean log-probability of the answer while tokens are hidden, and while they are shown, in each map's order."""
-    figure, axes = plt.subplots(
-        len(models), 2, figsize=(11, 3.1 * len(models)), squeeze=False, layout="constrained", sharey=True
-    )
+    size = (11, 3.1 * len(models))
+    figure, axes = plt.subplots(len(models), 2, figsize=size, squeeze=False, layout="constrained", sharey=True)
     for row, (model, found) in zip(axes, models.items(), strict=True):
-        for i, (place, title) in enumerate(zip(row, ("hidden (deletion)", "shown (insertion)"), strict=True)):
-            for j, (name, one) in enumerate((name, one) for name, one in found.items() if one.curves is not None):
-                style = {"color": "black", "linestyle": "--"} if name == "random order" else {"color": f"C{j}"}
-                curve = one.curves[:, i].mean(axis=0)
+        for name, one in found.items():
+            if one.curves is None:
+                continue
+            style = {"color": "black", "linestyle": "--"} if name == "random order" else {}
+            for place, curve in zip(row, one.curves.mean(axis=0), strict=True):
                 place.plot(np.linspace(0, 100, len(curve)), curve, label=name, **style)
+        for place, title in zip(row, ("hidden (deletion)", "shown (insertion)"), strict=True):
             place.set(xlabel=f"tokens {title}, %", ylabel="log p(answer), nats", title=model)
-    axes[0, 1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0, 1].legend(**OUTSIDE)
     return figure
 
 
 def redrawn_figure(models: Models) -> Figure:
     """Mean rank correlation of each map with the one before, as ever more layers are re-drawn."""
-    figure, axes = plt.subplots(
-        1, len(models), figsize=(5.2 * len(models), 3), squeeze=False, layout="constrained", sharey=True
-    )
+    size = (5.2 * len(models), 3)
+    figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained", sharey=True)
     for place, (model, found) in zip(axes[0], models.items(), strict=True):
         for name, one in found.items():
             if one.similarity:
                 values = [1.0, *(similarity.mean() for similarity in one.similarity.values())]
                 place.plot(["none", *one.similarity], values, "o-", label=name)
         place.axhline(0, color="black", linewidth=0.8)
-        place.set(xlabel="re-drawn up to", title=model)
-    axes[0, 0].set_ylabel("rank correlation with before")
-    axes[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        place.set(xlabel="re-drawn up to", ylabel="rank correlation with before", title=model)
+    place.legend(**OUTSIDE)
     return figure
 
 
-def alignment_figure(models: Models, measures: Sequence[str] = ("kl", "mass_on_objects")) -> Figure:
-    """Mean alignment of each kind of map; maps that know nothing of their picture are grey lines.
-
-    Args:
-        measures: of `metrics.alignment`.
-    """
-    figure, axes = plt.subplots(1, len(measures), figsize=(5.6 * len(measures), 3.2), layout="constrained")
-    for place, measure in zip(np.atleast_1d(axes), measures, strict=True):
-        for shift, (model, found), colour in zip(
-            (-0.2, 0.2), models.items(), (COUNT_COLOUR, ATTENTION_COLOUR), strict=False
-        ):
+def alignment_figure(models: Models) -> Figure:
+    """KL(P || A) and mass on objects of each kind of map; maps that know nothing of their picture are grey lines."""
+    figure, axes = plt.subplots(1, 2, figsize=(11.2, 3.2), layout="constrained")
+    for place, measure in zip(axes, ("kl", "mass_on_objects"), strict=True):
+        styles = zip((-0.2, 0.2), models.items(), (COUNT_COLOUR, ATTENTION_COLOUR), strict=False)
+        for shift, (model, found), colour in styles:
             names = [name for name, one in found.items() if one.alignment and name not in (*CHANCE, "target")]
             means = [found[name].alignment[measure].mean() for name in names]
             place.barh(np.arange(len(names)) + shift, means, 0.38, color=colour, label=model)
@@ -103,5 +92,5 @@ def alignment_figure(models: Models, measures: Sequence[str] = ("kl", "mass_on_o
             place.axvline(found[chance].alignment[measure].mean(), color=GREY, linestyle=style, label=chance)
         place.invert_yaxis()
         place.set(xlabel=measure)
-    place.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    place.legend(**OUTSIDE)
     return figure

@@ -1,7 +1,5 @@
 """Pictures of what it is given: samples, maps, curves, errors, timings.  Nothing is computed here.
 
-Every function draws on matplotlib axes or returns a figure; a widget redraws such a figure.
-
 Left out: reading data and running models; notebooks hand in what they got from the library.
 """
 
@@ -10,10 +8,11 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.scale import SymmetricalLogScale
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
 from PIL import Image
 
 from ..data import Sample
@@ -30,20 +29,35 @@ LABEL = 9  # points of the smallest text
 COUNT_SCALE = SymmetricalLogScale(None, linthresh=1, linscale=0.3)  # logarithmic, with room for 0
 
 
-def show_dots(axes, sample: Sample, boxes: bool = True) -> None:
-    """The photograph with its dots and exemplar boxes."""
+def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure of pictures, each so many inches wide and high: their axes are [rows, columns], and not drawn."""
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for place in axes.flat:
+        place.axis("off")
+    return figure, axes
+
+
+def show_dots(axes, sample: Sample, title: str | None = None, boxes: bool = True) -> None:
+    """The photograph with its dots and exemplar boxes, titled with count and category unless a title is given."""
     axes.imshow(sample.image)
     axes.scatter(*sample.points.T, s=14, c="#ff2d2d", edgecolors="white", linewidths=0.5)
     for x1, y1, x2, y2 in sample.boxes if boxes else ():
         axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="#00e5ff", linewidth=1.6))
-    axes.set_title(f"{sample.count} {sample.category}", fontsize=LABEL, parse_math=False)  # a "$" is no formula
+    axes.set_title(title or f"{sample.count} {sample.category}", fontsize=LABEL, parse_math=False)  # "$": no formula
     axes.axis("off")
 
 
+def colour_scale(values: np.ndarray, largest: float | None = None, signed: bool = False) -> ScalarMappable:
+    """From a map's values to colours, see `show_map`."""
+    largest = max(float(np.abs(values).max() if largest is None else largest), NOTHING)
+    norm = Normalize(-largest, largest) if signed else PowerNorm(0.5, 0, largest)
+    return ScalarMappable(norm, DIFFERENCE_COLOURS if signed else MAP_COLOURS)
+
+
 def show_map(
-    axes, image: Image.Image, values: np.ndarray, title: str = "", largest: float | None = None, signed: bool = False,
-    opacity: float = 0.6,
-):  # fmt: skip
+    axes, image: Image.Image, values: np.ndarray, title: str = "", largest: float | None = None, signed: bool = False
+):
     """A map laid over a grey photograph, stretched over the whole of it.
 
     Args:
@@ -51,17 +65,15 @@ def show_map(
         largest: the value of the brightest colour, and of all above it; the same for all maps that are compared,
             None for this map's own.
         signed: a difference, from -largest to largest.
-        opacity: the same in all cells, 0..1.
 
     Returns:
         What `show_scale` explains: colours go with the square root, so that one peak does not darken all else.
     """
-    largest = max(float(values.max()) if largest is None else largest, NOTHING)
+    colours = colour_scale(values, largest, signed)
     axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
     shown = axes.imshow(
-        values, cmap=DIFFERENCE_COLOURS if signed else MAP_COLOURS, alpha=opacity,
-        norm=Normalize(-largest, largest) if signed else PowerNorm(0.5, 0, largest),
-        extent=(0, image.width, image.height, 0), interpolation="nearest",
+        values, cmap=colours.cmap, norm=colours.norm, alpha=0.6, extent=(0, image.width, image.height, 0),
+        interpolation="nearest",
     )  # fmt: skip
     axes.set_title(title, fontsize=LABEL, parse_math=False)
     axes.axis("off")
@@ -83,10 +95,7 @@ def show_scale(shown, axes, label: str = "part of the map in a cell", extend: st
 
 def gallery(samples: Sequence[Sample], columns: int = 4) -> Figure:
     """Samples with dots and boxes, row by row."""
-    rows = -(-len(samples) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.4 * rows), squeeze=False, layout="constrained")
-    for place in axes.flat:
-        place.axis("off")
+    figure, axes = grid(-(-len(samples) // columns), columns, 3.1, 2.4)
     for place, sample in zip(axes.flat, samples, strict=False):
         show_dots(place, sample)
     return figure
@@ -94,13 +103,13 @@ def gallery(samples: Sequence[Sample], columns: int = 4) -> Figure:
 
 def sample_views(sample: Sample) -> Figure:
     """One sample three times: dots and boxes, density, 14x14 target."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    show_dots(axes[0], sample)
-    density = sample.density
-    title = f"density, sums to {density.sum(dtype=float):.2f}"
-    show_scale(show_map(axes[1], sample.image, density, title), axes[1], "objects per pixel")
+    figure, axes = grid(1, 3, 4, 3.2)
+    density, image = sample.density, sample.image
+    show_dots(axes[0, 0], sample)
+    shown = show_map(axes[0, 1], image, density, f"density, sums to {density.sum(dtype=float):.2f}")
+    show_scale(shown, axes[0, 1], "objects per pixel")
     title = "14x14 target heatmap, sums to 1" if sample.count else NO_TARGET
-    show_scale(show_map(axes[2], sample.image, sample.target, title), axes[2])
+    show_scale(show_map(axes[0, 2], image, sample.target, title), axes[0, 2])
     return figure
 
 
@@ -110,7 +119,7 @@ def count_histogram(counts: dict[str, Sequence[int]]) -> Figure:
     found = np.concatenate(list(counts.values()))
     edges = np.geomspace(max(found.min(), 1), found.max() + 1, 16).round()
     edges = np.unique([found.min(), *edges]) - 0.5  # whole counts, so no empty bins
-    for (split, values), colour in zip(counts.items(), ("#1f6fb4", "#d9541e", "#3a923a"), strict=False):
+    for (split, values), colour in zip(counts.items(), (COUNT_COLOUR, ATTENTION_COLOUR, "#3a923a"), strict=False):
         axes.hist(values, edges, histtype="step", linewidth=1.8, color=colour, label=f"{split} ({len(values)} images)")
         axes.axvline(float(np.median(values)), color=colour, linestyle=":", linewidth=1)
     axes.set(xlabel="objects in the image (dotted: median)", ylabel="images", yscale="log")
@@ -125,8 +134,8 @@ def _plain_numbers(axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         log, transform = axis.get_scale() == "log", axis.get_transform()
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else SymmetricalLogLocator(transform, (1, 2, 5)))
-        axis.set_major_formatter(FormatStrFormatter("%g"))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
 
 
 def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
@@ -143,15 +152,14 @@ def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
 def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
     """Each image's predicted count against its true one, on axes logarithmic above 1; unparsed at the bottom."""
     figure, axes = plt.subplots(figsize=(4.6, 4.3), layout="constrained")
-    parsed = [image for image in images if image.predicted is not None]
-    lost = [image for image in images if image.predicted is None]
-    axes.scatter([i.count for i in parsed], [i.predicted for i in parsed], s=16, alpha=0.6, color=COUNT_COLOUR)
-    counts = [image.count for image in images] + [image.predicted for image in parsed]
-    low, high = 0.8 * min(counts), 1.2 * max(counts) + 0.1
+    true, predicted = np.array([(image.count, image.predicted) for image in images], dtype=float).T  # None is NaN
+    lost = np.isnan(predicted)
+    axes.scatter(true[~lost], predicted[~lost], s=16, alpha=0.6, color=COUNT_COLOUR)
+    low, high = 0.8 * np.nanmin([true, predicted]), 1.2 * np.nanmax([true, predicted]) + 0.1
     axes.plot([low, high], [low, high], color="black", linewidth=1)
-    if lost:
+    if lost.any():
         below = low if low >= 1 else -0.6  # and not on a true 0
-        axes.plot([i.count for i in lost], [below] * len(lost), "rx", label=f"{len(lost)} unparsed")
+        axes.plot(true[lost], [below] * lost.sum(), "rx", label=f"{lost.sum()} unparsed")
         axes.legend(frameon=False, fontsize=LABEL)
     axes.set(xscale=COUNT_SCALE, yscale=COUNT_SCALE, xlabel="true count", ylabel="predicted count")
     _plain_numbers(axes)
@@ -167,43 +175,30 @@ def map_comparison(
         maps: title -> [B, 14, 14] in the samples' order, or a `Look` of them (`mean_map`), whose answers are named.
         captions: a title for each row's photograph, instead of count and category.
     """
-    rows, columns = len(samples), 2 + len(maps)
-    drawn = [
-        np.stack([sample.target for sample in samples]),
-        *(np.asarray(getattr(m, "maps", m)) for m in maps.values()),
-    ]
-    largest = float(np.quantile(drawn, 0.99))  # or the picture with one object would darken the others
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.3 * rows), squeeze=False, layout="constrained")
-    for i, sample in enumerate(samples):
-        image = sample.image
-        show_dots(axes[i, 0], sample, boxes=False)
-        if captions:
-            axes[i, 0].set_title(captions[i], fontsize=LABEL, parse_math=False)
-        title = NO_TARGET if not sample.count else "target" if i == 0 else ""
-        shown = show_map(axes[i, 1], image, sample.target, title, largest)
-        for j, (title, values) in enumerate(maps.items(), start=2):
-            titles = [title] * (i == 0) + ([values.titles[i]] if isinstance(values, Look) else [])
-            show_map(axes[i, j], image, drawn[j - 1][i], ": ".join(titles), largest)
+    targets = np.stack([sample.target for sample in samples])
+    values = [targets, *(np.asarray(getattr(column, "maps", column)) for column in maps.values())]
+    largest = float(np.quantile(values, 0.99))  # or the picture with one object would darken the others
+    figure, axes = grid(len(samples), 2 + len(maps), 3, 2.3)
+    for i, (row, sample) in enumerate(zip(axes, samples, strict=True)):
+        show_dots(row[0], sample, captions[i] if captions else None, boxes=False)
+        titles = [NO_TARGET if not sample.count else "target" if i == 0 else ""]
+        for name, column in maps.items():
+            titles.append(": ".join([name] * (i == 0) + ([column.titles[i]] if isinstance(column, Look) else [])))
+        for place, column, title in zip(row[1:], values, titles, strict=True):
+            shown = show_map(place, sample.image, column[i], title, largest)
     show_scale(shown, axes[:, 1:], extend="max")
     return figure
 
 
 def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int], title: str = "") -> Figure:
-    """All layers and heads of one image on one colour scale, each titled with its mass on the image.
+    """Attention [L, H, 14, 14] to one image, by layers of these numbers and heads, titled with its mass on the image.
 
-    Args:
-        maps: [L, H, 14, 14] attention mass.
-        layers: the L layers' numbers.
-        title: of the whole, for example the answer that the maps belong to (`Look.titles`).
+    `title` is that of the whole, for example the answer that the maps belong to (`Look.titles`).
     """
-    rows, columns = maps.shape[:2]
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.2 * columns, 1.75 * rows), squeeze=False, layout="constrained"
-    )
-    for i in range(rows):
-        for j in range(columns):
-            name = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
-            shown = show_map(axes[i, j], image, maps[i, j], name, float(maps.max()))
+    figure, axes = grid(*maps.shape[:2], 2.2, 1.75)
+    for (i, j), place in np.ndenumerate(axes):
+        name = f"layer {layers[i]}, head {j}: {100 * maps[i, j].sum():.0f} %"
+        shown = show_map(place, image, maps[i, j], name, float(maps.max()))
     show_scale(shown, axes, "attention on a cell")
     figure.suptitle(title, fontsize=LABEL, parse_math=False)
     return figure
@@ -231,19 +226,21 @@ def overhead_bars(rows: Sequence[dict]) -> Figure:
 
 
 def overhead_against_every(rows: Sequence[dict]) -> Figure:
-    """What is left of each trained heatmap's overhead when it is applied on each K-th step only.
+    """What is left of each trained heatmap's overhead when it is applied on each K-th step only: rows of `time_losses`.
 
-    Args:
-        rows: of `time_losses`.  A dot is the method's default K; what no logarithmic axis can show is named instead.
+    A dot is the method's default K; what no logarithmic axis can show is named instead.
     """
     figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
     every = 2 ** np.arange(8)
     for row in rows:
-        if row["trained"] and not row["out_of_memory"]:
-            percent, shown = 100 * row["overhead_median"], row["overhead_median"] > 0
-            label = row["name"] + ("" if shown else f": {percent:.1f} %, lost in the noise")
-            (line,) = axes.plot(every if shown else [], percent / every if shown else [], label=label)
-            axes.plot(row["every"], percent / row["every"] if shown else np.nan, "o", color=line.get_color())
+        if not row["trained"] or row["out_of_memory"]:
+            continue
+        percent = 100 * row["overhead_median"]
+        if percent <= 0:
+            axes.plot([], [], label=f"{row['name']}: {percent:.1f} %, lost in the noise")
+            continue
+        (line,) = axes.plot(every, percent / every, label=row["name"])
+        axes.plot(row["every"], percent / row["every"], "o", color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="K: steps from one heatmap to the next", ylabel="% of a step")
     _plain_numbers(axes)
     axes.set_xticks(every, labels=[str(k) for k in every])
@@ -270,24 +267,21 @@ def lazy_curves(runs: dict[str, list[dict]], overhead: float) -> Figure:
         overhead: of a step that trains the heatmap, 0.76 for 76 %; time is counted in steps without it.
     """
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    kl, mae, time = "KL(P || A), nats", "MAE, objects", "time (steps of the count loss)"
+    axes[0].set(xlabel="steps", ylabel=kl, title="alignment after equal steps")
+    axes[1].set(xlabel=time, ylabel=kl, title="alignment after equal time")
+    axes[2].set(xlabel=time, ylabel=mae, title="error after equal time")
     for every, lines in runs.items():
         steps = np.array([line["step"] for line in lines])
         times = steps * (1 + overhead / int(every))
-        for place, x, key in ((axes[0], steps, "kl"), (axes[1], times, "kl"), (axes[2], times, "mae")):
+        for place, x, key in zip(axes, (steps, times, times), ("kl", "kl", "mae"), strict=True):
             place.plot(x, [line[key] for line in lines], ".-", label=f"K = {every}")
-    axes[0].set(xlabel="steps", ylabel="KL(P || A), nats", title="alignment after equal steps")
-    axes[1].set(xlabel="time (steps of the count loss)", ylabel="KL(P || A), nats", title="alignment after equal time")
-    axes[2].set(xlabel="time (steps of the count loss)", ylabel="MAE, objects", title="error after equal time")
     axes[0].legend(frameon=False, fontsize=LABEL)
     return figure
 
 
 def throughput_bars(rows: Sequence[dict]) -> Figure:
-    """Images a second of each variant of training, from a plain loop to all that `train` does.
-
-    Args:
-        rows: of the `throughput` command; whiskers span the timed repeats.
-    """
+    """Images a second of each variant of training: rows of the `throughput` command; whiskers span the repeats."""
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.5 * len(rows)), layout="constrained")
     names = [f"{row['name']} (batch {row['batch_size']})" for row in rows]
     middle = np.array([row["images_per_second"] for row in rows])

@@ -1,6 +1,6 @@
 """Pictures of predictions: photograph, map and how probable each number is; calibration; which numbers are said.
 
-Left out: everything that is computed (`model.prediction`, `evaluation.intervals`).
+Left out: everything that is computed (`model.prediction`, `evaluation.metrics`).
 """
 
 from collections.abc import Sequence
@@ -10,27 +10,35 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..data import Sample
 from ..model import Prediction
-from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, show_map, show_scale
+from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, LABEL, grid, show_dots, show_map, show_scale
 
 
-def prediction_figure(prediction: Prediction, true: int | None = None) -> Figure:
-    """The picture, the map of the model's own answer, and the distribution over counts with its 90 % interval.
+def view_figure(
+    sample: Sample, maps: Sequence[dict], prediction: Prediction | None = None, true: int | None = None, title: str = ""
+) -> Figure:
+    """Photograph with its dots, maps (each the arguments of `show_map`), and a distribution over counts; three a row.
 
-    Args:
-        true: the true count, where it is known.
+    `true` is the true count, where it is known; `title` stands in place of count and category.
     """
-    image = prediction.sample.image
-    aspect = min(max(image.width / image.height, 0.6), 2.5)
-    figure, axes = plt.subplots(
-        1, 3, figsize=(3.2 * (2 * aspect + 1.3), 3.4), layout="constrained", width_ratios=(aspect, aspect, 1.3)
-    )
-    axes[0].imshow(image)
-    axes[0].axis("off")
-    axes[0].set_title(f"{prediction.sample.category}: {prediction.answer!r:.60}", fontsize=9, parse_math=False)
-    show_scale(show_map(axes[1], image, prediction.heatmap, prediction.map_title), axes[1])
-    show_distribution(axes[2], prediction, true)
+    pictures = 1 + len(maps) + (prediction is not None)
+    figure, axes = grid(-(-pictures // 3), min(3, pictures), 3.6, 2.8)
+    photograph, *places = axes.flat
+    show_dots(photograph, sample, title, boxes=False)
+    for place, one in zip(places, maps, strict=False):
+        show_scale(show_map(place, sample.image, **one), place, "")
+    if prediction is not None:
+        places[len(maps)].axis("on")
+        show_distribution(places[len(maps)], prediction, true)
     return figure
+
+
+def prediction_figure(prediction: Prediction) -> Figure:
+    """The picture, the map of the model's own answer, and the distribution over counts with its 90 % interval."""
+    heatmap = {"values": prediction.heatmap, "title": prediction.map_title}
+    title = f"{prediction.sample.category}: {prediction.answer!r:.60}"
+    return view_figure(prediction.sample, [heatmap], prediction, title=title)
 
 
 def save_prediction(prediction: Prediction, path: Path) -> None:
@@ -41,33 +49,30 @@ def save_prediction(prediction: Prediction, path: Path) -> None:
     plt.close(figure)
 
 
-def show_distribution(axes, prediction: Prediction, true: int | None) -> None:
-    """How probable each number is, with the 90 % interval, the model's own answer and the true count."""
-    low, high = prediction.interval(0.9)
-    first, last = prediction.interval(0.999)
-    marked = [number for number in (prediction.count, true) if number is not None]
-    start, stop = max(0, min(first, *marked, low) - 1), max(last, *marked, high) + 2
-    shown = np.zeros(stop - start)
-    known = prediction.distribution[start:stop]
-    shown[: len(known)] = known
+def show_distribution(axes, prediction: Prediction, true: int | None = None) -> None:
+    """How probable each number is, with the 90 % interval, the model's own answer and the true count, if given."""
+    distribution, (low, high) = prediction.distribution, prediction.interval(0.9)
     axes.axvspan(low - 0.5, high + 0.5, color=COUNT_COLOUR, alpha=0.12, label=f"90 %: {low} to {high}")
-    axes.stairs(shown, np.arange(start, stop + 1) - 0.5, fill=True, color=COUNT_COLOUR)
-    if prediction.count is not None:
-        axes.axvline(prediction.count, color=ATTENTION_COLOUR, linewidth=1.2, label=f"own answer {prediction.count}")
-    if true is not None:
-        axes.axvline(true, color="black", linestyle=":", linewidth=1.2, label=f"true count {true}")
-    axes.set(xlabel="number", ylabel="probability", xlim=(start - 0.5, stop - 0.5), ylim=(0, None))
+    axes.stairs(distribution, np.arange(len(distribution) + 1) - 0.5, fill=True, color=COUNT_COLOUR)
+    marks = {"own answer": (prediction.count, ATTENTION_COLOUR, "-"), "true count": (true, "black", ":")}
+    shown = [*prediction.interval(0.999), low, high]
+    for name, (number, colour, style) in marks.items():
+        if number is not None:
+            axes.axvline(number, color=colour, linestyle=style, linewidth=1.2, label=f"{name} {number}")
+            shown.append(number)
+    axes.set(
+        xlabel="number", ylabel="probability", xlim=(max(0, min(shown) - 1) - 0.5, max(shown) + 1.5), ylim=(0, None)
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     silent = "" if prediction.covered > 0.99 else f"; a number is said with {prediction.covered:.0%}"
-    axes.set_title(f"mode {prediction.mode}, mean {prediction.mean:.1f}{silent}", fontsize=9)
-    axes.legend(frameon=False, fontsize=9)
+    axes.set_title(f"mode {prediction.mode}, mean {prediction.mean:.1f}{silent}", fontsize=LABEL)
+    axes.legend(frameon=False, fontsize=LABEL)
 
 
 def calibration_figure(rows: Sequence[dict]) -> Figure:
-    """How often the truth lies in an interval, against the probability that the interval claims.
+    """How often the truth lies in an interval, against the probability that it claims: rows of `calibration`.
 
-    Args:
-        rows: of `calibration`; whiskers are 95 % intervals.
+    Whiskers are 95 % intervals.
     """
     figure, axes = plt.subplots(figsize=(4, 3.6), layout="constrained")
     claimed, inside = (100 * np.array([row[key] for row in rows]) for key in ("claimed", "inside"))
@@ -76,16 +81,12 @@ def calibration_figure(rows: Sequence[dict]) -> Figure:
     axes.errorbar(claimed, inside, spread, fmt="o-", color=COUNT_COLOUR, capsize=3, label="measured")
     axes.set(xlabel="probability that the interval claims, %", ylabel="truth lies in it, %", ylim=(0, 102))
     axes.set_xlim(min(40, *claimed) - 3, 102)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=LABEL)
     return figure
 
 
 def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
-    """How often each number is right, upwards, and how often it is said, downwards: answers that cluster stand out.
-
-    Args:
-        histogram: of `metrics.answer_histogram`.
-    """
+    """How often each number is right, upwards, and how often it is said, downwards: of `metrics.answer_histogram`."""
     numbers, (true, said) = list(histogram), np.array(list(histogram.values())).T
     figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
     axes.bar(numbers, true, color=GREY, label=f"true: {sum(true > 0)} numbers")
@@ -94,5 +95,5 @@ def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.set(xlabel="number", ylabel="images")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=LABEL)
     return figure

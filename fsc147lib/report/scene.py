@@ -1,29 +1,79 @@
-"""What the viewer shows of one choice: numbers and sentences for the page, or the same as a figure.
+"""What a model says of samples, and what the viewer shows of one choice: for the page, or the same as a figure.
 
-Left out: choosing (`viewer`), and drawing in the page (`canvas`).
+Left out: choosing (`viewer`), drawing in the page (`canvas`), and how anything is computed (`model`, `evaluation`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from ..data import GRID, Picture, Sample
-from ..model import Prediction
-from ..model.looking import map_title
-from .canvas import atlas_bytes, bars, panel
-from .figures import LABEL, show_dots, show_map, show_scale
-from .kept import Kept, measures
-from .predictions import show_distribution
+from ..evaluation import alignment
+from ..model import CountingModel, Look, Prediction, count_without, default_layers, look, mean_map
+from ..model.prompt import parse_count
+from .canvas import bars, colour_url, overlay
+from .figures import LABEL, colour_scale
+from .predictions import view_figure
+
+Cells = tuple[int, ...]
+"""Some of the 196 cells of a map, numbered row by row."""
+
+
+class Kept:
+    """A model's maps and predictions, each computed when it is first asked for.
+
+    Attributes:
+        layers, heads: all numbers of this model's.
+        default_layers: those whose attention is averaged unless others are chosen.
+        predictions: of a sample and its hidden cells.
+    """
+
+    def __init__(self, model: CountingModel, samples: Sequence[Sample]):
+        self.model, self.samples = model, samples
+        text = model.network.config.text_config
+        self.layers, self.heads = tuple(range(text.num_hidden_layers)), tuple(range(text.num_attention_heads))
+        self.default_layers = default_layers(len(self.layers))
+        self.predictions: dict[tuple[Sample, Cells], Prediction] = {}
+        self._looks: dict[tuple, Look] = {}
+
+    def look(self, samples, method="attention", answer="own", word="all", layers=None, heads=None) -> list[Look]:
+        """What `look` sees of each sample: of attention the mass [1, L, H, 14, 14] of all layers and heads."""
+        layers = self.layers if method == "attention" else layers
+        options = method, answer, word, layers, heads
+        new = [sample for sample in samples if (sample, *options) not in self._looks]
+        if new:
+            seen = look(self.model, new, layers, answer=answer, method=method, heads=heads, word=word)
+            self._looks |= {(sample, *options): seen[[i]] for i, sample in enumerate(new)}
+        return [self._looks[sample, *options] for sample in samples]
+
+    @cached_property
+    def rows(self) -> list[dict]:
+        """Of each sample "count", "predicted" (None: no number), and "kl" of its attention (NaN: nothing to count)."""
+        seen = self.look(self.samples)
+        maps = torch.cat([mean_map(one, list(self.default_layers)).maps for one in seen])
+        kl = alignment(maps, torch.tensor(np.stack([sample.target for sample in self.samples])))["kl"]
+        return [
+            {"count": sample.count, "predicted": parse_count(one.answers[0]), "kl": value}
+            for sample, one, value in zip(self.samples, seen, kl.tolist(), strict=True)
+        ]
+
+    def prediction(self, sample: Sample, cells: Cells = ()) -> Prediction:
+        """What the model says of a sample with some cells hidden."""
+        if (sample, cells) not in self.predictions:
+            hidden = np.isin(np.arange(GRID * GRID), cells).reshape(GRID, GRID)
+            self.predictions[sample, cells] = count_without(self.model, sample, hidden)
+        return self.predictions[sample, cells]
 
 
 @dataclass(frozen=True)
 class Choice:
     """One sample and all that is chosen about it; without a model there is no map.
 
-    `layers`, `heads`, `answer`, `method` and `word` are those of `look`, no heads: all; `cells` are the hidden
-    ones of 196, row by row.
+    `layers`, `heads`, `answer`, `method` and `word` are those of `look`, no heads: all; `cells` are hidden.
     """
 
     sample: Sample
@@ -34,38 +84,53 @@ class Choice:
     heads: tuple[int, ...] = ()
     word: str = "all"
     answer: str = "own"
-    cells: tuple[int, ...] = ()
+    cells: Cells = ()
 
     @property
     def true_count(self) -> int | None:
         """None for a picture of one's own."""
         return None if isinstance(self.sample, Picture) else self.sample.count
 
-    def maps(self) -> dict[str, tuple[str, np.ndarray]]:
-        """Name -> title and [14, 14]: the target, the map, and their difference, as far as they exist."""
-        found = {} if self.true_count is None else {"target": ("target", self.sample.target)}
-        if self.kept is None:
-            return found
-        heatmap, text = self.kept.map(self.sample, self.method, self.layers, self.heads, self.answer, self.word)
-        found["map"] = f"{self.method}, {map_title(text, self.answer)}", heatmap
-        if self.true_count:
-            found["difference"] = "map - target", heatmap - self.sample.target
+    @property
+    def has_heads(self) -> bool:
+        """Whether layers and heads can be chosen: the gradient methods and occlusion have none."""
+        return "attention" in self.method
+
+    def look(self) -> Look:
+        """The heatmap [1, 14, 14] that sums to 1."""
+        options = (self.method, self.answer, self.word)
+        if self.method == "attention":
+            (seen,) = self.kept.look([self.sample], *options)
+            maps = seen.maps[:, :, list(self.heads or self.kept.heads)]
+            return mean_map(replace(seen, maps=maps), list(self.layers))
+        chosen = (self.layers, self.heads or None) if self.has_heads else ()
+        return self.kept.look([self.sample], *options, *chosen)[0]
+
+    def maps(self) -> dict[str, dict]:
+        """Target, map and difference, as far as they exist: "title", "values", "largest", "signed" of `show_map`."""
+        found = {} if self.true_count is None else {"target": {"title": "target", "values": self.sample.target}}
+        if self.kept is not None:
+            seen = self.look()
+            found["map"] = {"title": f"{self.method}, {seen.titles[0]}", "values": seen.maps[0].numpy()}
+        largest = max(one["values"].max() for one in found.values())
+        found = {name: {**one, "largest": largest} for name, one in found.items()}
+        if self.true_count and "map" in found:
+            difference = found["map"]["values"] - self.sample.target
+            found["difference"] = {"title": "map - target", "values": difference, "signed": True}
         return found
 
     def predictions(self) -> dict[str, Prediction]:
         """What the model says of all cells and, if some are hidden, of the rest; nothing before it was computed."""
-        if self.kept is None or not self.kept.has_prediction(self.sample):
+        if self.kept is None or (self.sample, ()) not in self.kept.predictions:
             return {}
-        found = {"all cells": self.kept.prediction(self.sample)}
-        if self.cells:
-            found["the rest"] = self.kept.prediction(self.sample, self.cells)
-        return found
+        parts = {"all cells": ()} | ({"the rest": self.cells} if self.cells else {})
+        return {name: self.kept.prediction(self.sample, cells) for name, cells in parts.items()}
 
     def facts(self) -> list[str]:
         """Sentences about the sample, the answers, the map and what is hidden."""
-        truth, told, maps = self.true_count, self.predictions(), self.maps()
+        truth, predictions, maps = self.true_count, self.predictions(), self.maps()
         lines = [f"{self.sample.name}: {'' if truth is None else f'{truth} '}{self.sample.category}"]
-        for name, said in told.items():
+        for name, said in predictions.items():
             first, last = said.interval()
             who = self.model if name == "all cells" else f"{len(self.cells)} of {GRID * GRID} cells hidden"
             lines.append(
@@ -73,71 +138,49 @@ class Choice:
                 f"mean {said.mean:.1f}, 90 % between {first} and {last}"
             )
         if self.cells and truth is not None:
-            change = told["the rest"].mean - told["all cells"].mean
-            left = told["the rest"].sample.count
+            whole, rest = predictions.values()
+            change, left = rest.mean - whole.mean, rest.sample.count
             lines.append(f"the mean moves by {change:+.1f}, the dots by {left - truth:+d}: {left} of {truth} are left")
         if "difference" in maps:
-            found = measures(maps["map"][1][None], self.sample.target[None])
+            found = alignment(*(torch.tensor(maps[name]["values"])[None] for name in ("map", "target")))
             lines.append(f"KL {found['kl'][0]:.2f} nats, mass on objects {found['mass_on_objects'][0]:.0%}")
         return lines
 
-    def marks(self) -> dict[str, int]:
-        """Numbers to mark in the distribution."""
-        if self.true_count is None:
-            return {}
-        rest = self.predictions().get("the rest")
-        return {"true": self.true_count} | ({} if rest is None else {"left": rest.sample.count})
-
     def scene(self) -> dict:
         """For the page."""
-        maps = self.maps()
-        panels = [{**panel("photograph"), "title": self.sample.category}]
-        for name, (title, values) in maps.items():
-            panels.append({**panel(name, values, scale(maps, name), name == "difference"), "title": title})
-        told = {name: said.distribution for name, said in self.predictions().items()}
-        marks = self.marks()
+        predictions = self.predictions()
+        counts = [] if self.true_count is None else [prediction.sample.count for prediction in predictions.values()]
+        panels = {name: overlay(**one) for name, one in self.maps().items()}
         return {
-            "panels": panels,
+            "panels": {"photograph": {"title": self.sample.category}, **panels},
+            "aspect": self.sample.size[1] / self.sample.size[0],
             "dots": (self.sample.points / self.sample.size[::-1]).round(4).tolist(),
             "facts": self.facts(),
-            "bars": {**bars(told, list(marks.values())), "marks": marks} if told else None,
+            "bars": bars(predictions, dict(zip(("true", "left"), counts, strict=False))) if predictions else None,
+            "atlas": self.atlas() if self.kept is not None and self.method == "attention" else None,
             "cells": list(self.cells),
             "can_hide": self.kept is not None,
         }
 
-    def atlas(self) -> tuple[dict | None, bytes]:
-        """All layers and heads of an attention map for the page: about them, and [L, H, 14, 14] as bytes."""
-        if self.kept is None or self.method != "attention":
-            return None, b""
-        maps, _ = self.kept.attention(self.sample, self.answer, self.word)
-        chosen = [[layer, head] for layer in self.layers for head in self.heads or self.kept.heads]
-        masses = maps.sum(axis=(2, 3)).round(3).tolist()
-        about = {"layers": list(self.kept.layers), "heads": len(self.kept.heads), "masses": masses, "chosen": chosen}
-        return about, atlas_bytes(maps)
+    def atlas(self) -> dict:
+        """All layers (down) and heads (across) of an attention map in one picture, a pixel between two of them."""
+        (seen,) = self.kept.look([self.sample], self.method, self.answer, self.word)
+        maps = seen.maps[0].numpy()  # [L, H, 14, 14]
+        spaced = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)  # [L, H, 15, 15]
+        tiled = spaced.swapaxes(1, 2).reshape(-1, spaced.shape[1] * spaced.shape[3])  # [L * 15, H * 15]
+        return {
+            "src": colour_url(colour_scale(maps), tiled),
+            "masses": maps.sum(axis=(2, 3)).round(3).tolist(),
+            "chosen": [[layer, head] for layer in self.layers for head in self.heads or self.kept.heads],
+        }
 
     def figure(self) -> Figure:
-        """The same view without a page: photograph, maps on one scale, difference, distribution."""
+        """The same view without a page; hidden cells are seen in the photograph."""
         if self.kept is not None:
             self.kept.prediction(self.sample)
-        maps, told, image = self.maps(), self.predictions(), self.sample.image
-        across = min(3, 1 + len(maps))
-        down = -(-(1 + len(maps) + bool(told)) // across)
-        figure, axes = plt.subplots(down, across, figsize=(3.6 * across, 2.6 * down + 0.6), layout="constrained")
-        photograph, *others = np.ravel(axes)
-        for place in others:
-            place.axis("off")
-        show_dots(photograph, told["the rest"].sample if self.cells else self.sample, boxes=False)
-        for place, (name, (title, values)) in zip(others, maps.items(), strict=False):
-            shown = show_map(place, image, values, title, scale(maps, name), signed=name == "difference")
-            show_scale(shown, place, "")
-        if told:
-            others[len(maps)].axis("on")
-            show_distribution(others[len(maps)], list(told.values())[-1], self.marks().get("left", self.true_count))
+        *_, last = None, *self.predictions().values()
+        sample = self.sample if last is None else last.sample
+        true, title = (None, sample.category) if self.true_count is None else (sample.count, "")
+        figure = view_figure(sample, [*self.maps().values()], last, true, title)
         figure.suptitle("\n".join(self.facts()), fontsize=LABEL, parse_math=False)
         return figure
-
-
-def scale(maps: dict[str, tuple[str, np.ndarray]], name: str) -> float:
-    """The value of the brightest colour: target and map share theirs."""
-    alike = [name] if name == "difference" else [other for other in maps if other != "difference"]
-    return max(float(np.abs(maps[other][1]).max()) for other in alike)

@@ -58,8 +58,8 @@ def options(page, name: str) -> list[str]:
     return [text.replace("\xa0", " ") for text in menu.locator("option").all_inner_texts()]
 
 
-def drawn(page, panel: str) -> str:
-    return page.locator(f"canvas[data-panel={panel}]").evaluate("canvas => canvas.toDataURL()")
+def drawn(page, panel: str) -> bytes:
+    return page.locator(f"[data-panel={panel}]").screenshot()
 
 
 def facts(page) -> str:
@@ -75,7 +75,7 @@ def open_largest(page) -> None:
 
 def test_it_opens_with_answer_scores_scale_and_plots(page, keep):
     assert re.search(r"\.jpg: \d+ .+\nboth losses: 'COUNT: .*\nKL [\d.]+ nats, mass on objects \d+%", facts(page))
-    assert page.locator("canvas.map").count() == 4 and page.locator(".strip img").count() == 9
+    assert page.locator(".view:visible").count() == 4 and page.locator(".strip img").count() == 9
     assert page.locator("svg[data-plot=against-truth] circle").count() >= 9
     keep(page, "opened")
 
@@ -87,7 +87,7 @@ def test_each_menu_changes_the_page(page, keep):
     before = drawn(page, "map")
     choose(page, "model", 1)
     assert drawn(page, "map") != before
-    caption = page.locator("figure:has(canvas[data-panel=map]) figcaption")
+    caption = page.locator("figure:has([data-panel=map]) figcaption")
     gradient = options(page, "method").index("token_gradient")
     choose(page, "sort", 2)  # by its error: its own answer is not the true one
     for name, index in (("layers", 2), ("heads", 1), ("answer", 1), ("word", 3), ("method", gradient)):
@@ -97,7 +97,7 @@ def test_each_menu_changes_the_page(page, keep):
         assert changed, name
     assert caption.inner_text().startswith("token_gradient, true answer ")
     assert not page.locator(".widget-dropdown", has=page.get_by_text("layers", exact=True)).is_visible()
-    assert page.locator("canvas.atlas").count() == 0
+    assert page.locator(".atlas").count() == 0
     keep(page, "token-gradient")
     for name, index in (("method", 0), ("word", 0), ("answer", 0), ("heads", 0), ("layers", 0), ("model", 0)):
         choose(page, name, index)
@@ -119,15 +119,15 @@ def test_opacity_and_panels_need_no_kernel(page):
     assert drawn(page, "map") != seen
     page.locator("input[data-show=photograph]").uncheck()
     page.locator("input[data-show=difference]").uncheck()
-    assert page.locator("canvas.map").count() == 2
+    assert page.locator(".view:visible").count() == 2
     page.locator("input[data-show=photograph]").check()
     page.locator("input[data-show=difference]").check()
     page.locator("input[type=range]").fill("0.6")
-    assert version(page) == before
+    assert version(page) == before and drawn(page, "map") == seen
 
 
 def test_the_cell_under_the_pointer_is_told(page):
-    box = page.locator("canvas[data-panel=target]").bounding_box()
+    box = page.locator("[data-panel=target]").bounding_box()
     page.mouse.move(box["x"] + 2.5 * box["width"] / 14, box["y"] + 3)
     told = page.locator(".fsc-viewer .readout").inner_text()
     assert re.fullmatch(r"row 1, column 3: target [\d.e-]+, map [\d.e-]+, difference -?[\d.e-]+", told)
@@ -142,7 +142,7 @@ def test_thumbnails_points_and_the_atlas_are_clicked(page):
     other = f"svg[data-plot=against-truth] circle:not([data-place='{place}'])"
     settled(page, lambda: page.locator(other).first.click(force=True))
     assert facts(page).split(":")[0] != name
-    box = page.locator("canvas.atlas").bounding_box()
+    box = page.locator(".atlas").bounding_box()
     settled(page, lambda: page.mouse.click(box["x"] + 1.5 * box["width"] / 4, box["y"] + 3.5 * box["height"] / 4))
     page.wait_for_function("""[['layers', '3'], ['heads', '1']].every(([name, value]) => {
         const menu = [...document.querySelectorAll('.widget-dropdown')].find(n => n.innerText.startsWith(name));
@@ -156,7 +156,7 @@ def test_thumbnails_points_and_the_atlas_are_clicked(page):
 
 def test_cells_are_hidden_and_the_rest_is_counted(page, keep):
     open_largest(page)
-    box = page.locator("canvas[data-panel=photograph]").bounding_box()
+    box = page.locator("[data-panel=photograph]").bounding_box()
     page.mouse.move(box["x"] + 2, box["y"] + 2)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] / 4, steps=4)
@@ -193,7 +193,7 @@ def test_a_picture_of_ones_own_is_uploaded_or_dropped(page, keep):
     chosen.set_input_files({"name": "mine.png", "mimeType": "image/png", "buffer": picture()})
     page.wait_for_function("document.querySelector('.facts').innerText.startsWith('mine.png: spots for $2 and $3')")
     assert page.get_by_role("alert").inner_text() == "" and options(page, "answer") == ["own"]
-    assert page.locator("canvas.map").count() == 2
+    assert page.locator(".view:visible").count() == 2
     page.wait_for_selector("svg[data-plot=distribution]")
     keep(page, "own-picture")
     page.evaluate("""bytes => {
@@ -218,7 +218,7 @@ def test_two_hundred_changes_in_a_row(page, capsys):
         now[name] = (now[name] + 1) % menus[name]
         taken.append(page.evaluate(CHANGE, [name, now[name]]))
     assert min(taken) > 0 and page.get_by_role("alert").inner_text() == ""
-    assert page.locator("canvas[data-panel=map]").count() == 1
+    assert page.locator("[data-panel=map]:visible").count() == 1
     with capsys.disabled():
         middle, ninth = statistics.median(taken), statistics.quantiles(taken, n=10)[-1]
         print(f"\n200 changes in {time.perf_counter() - started:.0f} s; from a choice to the frame that shows it: "
@@ -227,10 +227,10 @@ def test_two_hundred_changes_in_a_row(page, capsys):
 
 def test_without_a_model_photographs_and_targets_are_shown(open_notebook, keep):
     page = open_notebook("01_inspect_data.ipynb")
-    assert page.locator(".widget-dropdown").count() == 2 and page.locator("canvas.map").count() == 2
+    assert page.locator(".widget-dropdown").count() == 2 and page.locator(".view:visible").count() == 2
     first = facts(page)
     choose(page, "sort", 1)
     assert facts(page) != first and page.locator(".strip button.chosen").count() == 1
-    assert page.locator(".fsc-viewer svg").count() == 0
+    assert page.locator("svg[data-plot]").count() == 0
     keep(page, "without-model")
     assert not page.errors

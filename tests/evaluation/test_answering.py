@@ -13,12 +13,12 @@ from fsc147lib.evaluation.answering import (
     evaluate,
     evaluate_samples,
     forced_passes,
-    generate_answers,
     one_ahead,
     to_csv,
 )
 from fsc147lib.evaluation.metrics import counting_metrics
 from fsc147lib.model import forward
+from fsc147lib.model.answers import greedy_tokens, longest_answer
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.forward import normalised_pixels
@@ -61,8 +61,10 @@ def test_what_the_forced_pass_has_shown_is_not_decoded_again(taught, mixed_sampl
 def check_greedy(tiny, mixed_samples):
     collate = Collate(tiny.tokenizer, tiny.image_processor)
     network = tiny.network.eval()
-    (forced,) = forced_passes(tiny, [collate(mixed_samples)], Heatmap(network), make_accelerator("fp32"), None)
-    tokens = generate_answers(tiny, forced)
+    end = tiny.tokenizer.eos_token_id
+    passes = forced_passes([collate(mixed_samples)], Heatmap(network), make_accelerator("fp32"), None, end)
+    batch, logits, _, past, agreed = next(passes)
+    tokens = greedy_tokens(network, batch, logits, past, agreed, longest_answer(tiny.tokenizer), end)
     batched = tiny.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
     keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     for sample, got in zip(mixed_samples, batched, strict=True):
@@ -88,8 +90,8 @@ def test_unparsed_answers_cost_the_true_count(tiny, root, monkeypatch):
     said[2], said[5] = "a lot", "COUNT: 3.7"
     ids = tiny.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
     by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
-    answers = lambda model, forced, *_: torch.stack([by_name[name] for name in forced.batch["names"]])  # noqa: E731
-    monkeypatch.setattr(evaluation, "generate_answers", answers)
+    answers = lambda network, batch, *_: torch.stack([by_name[name] for name in batch["names"]])  # noqa: E731
+    monkeypatch.setattr(evaluation, "greedy_tokens", answers)
     result = evaluate_samples(tiny, samples, batch_size=3)
     expected = [0 if i in (2, 5) else sample.count for i, sample in enumerate(samples)]
     assert result.metrics["unparsed"] == pytest.approx(2 / len(samples))
@@ -108,8 +110,8 @@ def test_answers_in_other_words_count_leniently_alone(tiny, root, monkeypatch):
     ]
     ids = tiny.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
     by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
-    answers = lambda model, forced, *_: torch.stack([by_name[name] for name in forced.batch["names"]])  # noqa: E731
-    monkeypatch.setattr(evaluation, "generate_answers", answers)
+    answers = lambda network, batch, *_: torch.stack([by_name[name] for name in batch["names"]])  # noqa: E731
+    monkeypatch.setattr(evaluation, "greedy_tokens", answers)
     result = evaluate_samples(tiny, samples)
     counts = [sample.count for sample in samples]
     assert [image.predicted for image in result.images] == [None, counts[1], None, None]

@@ -27,7 +27,7 @@ def test_curves_are_those_of_a_plain_loop_over_pictures_edited_by_hand(dual, mix
     collate = Collate(dual.tokenizer, dual.image_processor)
     answers = [dual.tokenizer.encode("COUNT: 3"), dual.tokenizer.encode("COUNT: 12")]
     maps = torch.from_numpy(np.random.default_rng(0).random((2, 14, 14)))
-    curves = token_curves(dual.network, [collate(pictures, answers)], maps, 3, "grey")
+    curves = token_curves(dual.network, [collate(pictures, answers)], maps, 3)
     assert curves.shape == (2, 2, 4)
     for i, picture in enumerate(pictures):
         rows, columns = picture.size[0] // 32, picture.size[1] // 32
@@ -49,7 +49,7 @@ def test_equal_cells_are_hidden_in_random_order(dual, mixed_samples):
     """Row by row they would hide the sky first, and a map with many zeros would look unfaithful for it."""
     batch = Collate(dual.tokenizer, dual.image_processor)(mixed_samples[:1])
     row_by_row = torch.linspace(1, 0, 196, dtype=torch.float64).view(1, 14, 14)
-    even, rows = (token_curves(dual.network, [batch], maps, 4, "grey") for maps in
+    even, rows = (token_curves(dual.network, [batch], maps, 4) for maps in
                   (torch.full_like(row_by_row, 1 / 196), row_by_row))  # fmt: skip
     assert np.abs(even - rows)[0, 0, 1:4].max() > 0.01
     np.testing.assert_allclose(even[:, :, [0, -1]], rows[:, :, [0, -1]], atol=1e-4)

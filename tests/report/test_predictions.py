@@ -29,8 +29,10 @@ def prediction():
 
 
 def test_a_prediction_shows_picture_map_and_distribution(prediction, tmp_path):
-    photograph, heatmap, numbers, _ = predictions.prediction_figure(prediction, true=9).axes
+    photograph, heatmap, _, _ = predictions.prediction_figure(prediction).axes
     assert photograph.get_title() == "apples for 3$ or 4$: 'COUNT: 12'" and heatmap.get_title() == "own answer 12"
+    numbers = plt.figure().add_subplot()
+    predictions.show_distribution(numbers, prediction, 9)
     (bars,) = [patch for patch in numbers.patches if hasattr(patch, "get_data")]
     values, edges, _ = bars.get_data()
     shown = dict(zip((edges[:-1] + 0.5).astype(int).tolist(), values.tolist(), strict=True))

@@ -1,5 +1,6 @@
 """The viewer without a browser: what it sends to the page, and what it does with what comes back."""
 
+import base64
 import io
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from fsc147lib.data import FSC147, DataError
 from fsc147lib.evaluation import evaluate_samples
-from fsc147lib.model import count_without, load_model, look, mean_map, predict_samples
+from fsc147lib.model import Prediction, count_without, load_model, look, mean_map, predict_samples
 from fsc147lib.report import canvas
 from fsc147lib.report.viewer import Viewer
 
@@ -34,12 +35,16 @@ def window(samples, model):
     return Viewer(samples, {"both": model, "counts": load_model("tiny")})
 
 
+def picture(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+
+
 def scene(window) -> dict:
     return window.canvas.scene
 
 
 def panel(window, name: str) -> dict:
-    return next(one for one in scene(window)["panels"] if one["name"] == name)
+    return scene(window)["panels"][name]
 
 
 def test_map_answer_and_measures_are_the_models(window, samples, model):
@@ -48,7 +53,10 @@ def test_map_answer_and_measures_are_the_models(window, samples, model):
     np.testing.assert_allclose(panel(window, "target")["values"], samples[0].target.ravel(), rtol=1e-3)
     difference = heatmap - samples[0].target
     np.testing.assert_allclose(panel(window, "difference")["values"], difference.ravel(), atol=1e-5)
-    assert panel(window, "map")["largest"] == panel(window, "target")["largest"]
+    assert panel(window, "map")["ticks"] == panel(window, "target")["ticks"]
+    np.testing.assert_allclose(panel(window, "map")["ticks"][2], max(heatmap.max(), samples[0].target.max()))
+    colours = np.array(picture(panel(window, "map")["src"]))  # a cell is a pixel, the brightest where most is
+    assert colours.shape == (14, 14, 4) and colours[..., 1].argmax() == heatmap.argmax()
     said = predict_samples(model, samples[:1])[0]
     facts = "\n".join(scene(window)["facts"])
     assert samples[0].name in facts and repr(said.answer) in facts and f"mean {said.mean:.1f}" in facts
@@ -77,7 +85,11 @@ def test_layers_heads_word_whose_and_method_change_the_map(window, samples, mode
     seen = look(model, [samples[place]], (1,), heads=(3,))
     expected = mean_map(seen).maps[0].flatten()
     np.testing.assert_allclose(panel(window, "map")["values"], expected, rtol=1e-3, atol=1e-9)
-    assert scene(window)["atlas"]["chosen"] == [[1, 3]] and len(window.canvas.atlas) == 4 * 4 * 196
+    atlas = scene(window)["atlas"]
+    assert atlas["chosen"] == [[1, 3]] and picture(atlas["src"]).size == (4 * 15, 4 * 15)
+    np.testing.assert_allclose(
+        atlas["masses"], look(model, [samples[place]], (0, 1, 2, 3)).maps[0].sum((2, 3)), atol=1e-3
+    )
     window.controls["answer"].value, window.controls["word"].value = "true", "first"
     seen = look(model, [samples[place]], (1,), answer="true", heads=(3,), word="first")
     expected = mean_map(seen).maps[0].flatten()
@@ -112,8 +124,8 @@ def test_a_picture_of_ones_own_or_a_sentence(window):
     Image.new("RGB", (300, 200), "teal").save(file, "png")
     window.receive({"kind": "picture", "name": "mine.png"}, [file.getvalue()])
     assert scene(window)["facts"][0] == "mine.png: stones for 2$ and 3$" and scene(window)["message"] == ""
-    assert [one["name"] for one in scene(window)["panels"]] == ["photograph", "map"]
-    assert window.controls["answer"].options == (("own", "own"),)  # nobody knows the true one
+    assert list(scene(window)["panels"]) == ["photograph", "map"]
+    assert window.controls["answer"].options == ("own",)  # nobody knows the true one
     plt.close(window.figure())
     file = io.BytesIO()
     Image.new("RGB", (2000, 4), "teal").save(file, "png")
@@ -129,7 +141,7 @@ def test_no_menu_offers_what_is_not_there(window, samples):
             assert control.index == i and scene(window)["message"] == "", (name, control.options[i])
     alone = Viewer(samples)
     assert list(alone.controls) == ["sort", "category"] and len(alone.controls["sort"].options) == 2
-    assert [one["name"] for one in scene(alone)["panels"]] == ["photograph", "target"]
+    assert list(scene(alone)["panels"]) == ["photograph", "target"]
 
 
 def test_the_strip_turns_pages_and_points_are_all_samples(root, model):
@@ -160,7 +172,7 @@ def test_the_static_twin_shows_the_same(window, samples):
 def test_empty_scenes_and_no_scenes(samples, model):
     empty = replace(samples[0], points=np.zeros((0, 2), np.float32))
     window = Viewer([empty], {"both": model})
-    assert [one["name"] for one in scene(window)["panels"]] == ["photograph", "target", "map"]
+    assert list(scene(window)["panels"]) == ["photograph", "target", "map"]
     window.controls["sort"].value = "worst alignment"
     with pytest.raises(DataError, match="no samples to view"):
         Viewer([])
@@ -169,6 +181,6 @@ def test_empty_scenes_and_no_scenes(samples, model):
 def test_wide_distributions_become_few_bars():
     wide = np.zeros(10_000)
     wide[100:900] = 1 / 800
-    drawn = canvas.bars({"all": wide}, [1000])
+    drawn = canvas.bars({"all": Prediction(None, "", None, wide, 1, None)}, {"true": 1000})
     assert len(drawn["heights"]["all"]) <= 60 and sum(drawn["heights"]["all"]) == pytest.approx(1, abs=0.02)
     assert drawn["first"] + drawn["width"] * len(drawn["heights"]["all"]) > 1000
