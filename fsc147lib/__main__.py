@@ -101,7 +101,7 @@ def run_compare(config) -> None:
 def run_verify(config) -> bool:
     from .report.verify import verify_model
 
-    return all(line.passed for line in verify_model(config))
+    return all(row["passed"] for row in verify_model(config))
 
 
 # name: (module and dataclass of its options; what runs, or its name in that module, False if it found faults; help)

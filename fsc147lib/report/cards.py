@@ -6,19 +6,16 @@ process, the model has random weights at its true shape, and the pictures are as
 Left out: how a plan is measured (`training.plan`).
 """
 
-import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from ..data import make_dataset
-from ..data.faults import ANNOTATIONS
 from ..training import loop, plan
-from .overhead import load_or_shape
+from .shapes import drawn_root, load_or_shape
 from .timing import write_report
 
 CARDS = {"16 GB": 14.0, "24 GB": 21.5, "40 GB": 38.5, "80 GB": 78.0}
@@ -38,48 +35,31 @@ ROWS = [  # card, rank of adapters, gradient checkpointing, precision
 ]
 
 
-def widest_pictures(root: Path, number: int = 64) -> Path:
-    """A drawn root whose training pictures are as wide, at 384 pixels of height, as FSC147's widest 64."""
-    make_dataset(root, number, 2, 1)
-    entries = json.loads((root / ANNOTATIONS).read_text())
-    splits = json.loads((root / "Train_Test_Val_FSC_147.json").read_text())
-    widths = np.interp(range(number), [0, 4, 10, 16, 24, 32, 48, 63], [1584, 1326, 1104, 1008, 910, 829, 768, 739])
-    for name, width in zip(splits["train"], widths.round().astype(int), strict=True):
-        (path,) = root.rglob(name)
-        image = Image.open(path)
-        scale = np.array([width / image.width, 384 / image.height])
-        for key in ("points", "box_examples_coordinates"):
-            if entries[name][key]:
-                entries[name][key] = (np.array(entries[name][key]) * scale).tolist()
-        image.resize((int(width), 384)).save(path)
-    (root / ANNOTATIONS).write_text(json.dumps(entries))
-    return root
+WIDEST = np.interp(range(64), [0, 4, 10, 16, 24, 32, 48, 63], [1584, 1326, 1104, 1008, 910, 829, 768, 739])
+"""Widths in pixels, at 384 of height, of FSC147's widest 64 pictures."""
 
 
 def measure_cards(path: Path, model: str = "qwen3-vl-2b", compiled: bool = False) -> list[dict]:
     """Measure all rows; print and write each as it is known."""
     total, rows = torch.cuda.mem_get_info()[1], []
-    loop.load_model = lambda name, **_: load_or_shape(name, "cuda" if torch.cuda.is_available() else "cpu")
+    loop.load_model = lambda name, **_: load_or_shape(name, "cuda")
     with tempfile.TemporaryDirectory() as folder:
-        root = widest_pictures(Path(folder) / "root")
+        root = drawn_root(Path(folder) / "root", [(384, round(width)) for width in WIDEST])
+        wanted = partial(
+            loop.TrainConfig, root, Path(folder) / "run", model, epochs=2, batch_size=64, vision_cache="host",
+            compile=compiled, workers=0,
+        )  # fmt: skip
         for card, lora, checkpointing, precision in ROWS:
             torch.cuda.set_per_process_memory_fraction(min(1.0, CARDS[card] * 2**30 / total))
-            found = plan.largest_that_fits(
-                loop.TrainConfig(
-                    root, Path(folder) / "run", model, epochs=2, batch_size=64, vision_cache="host", compile=compiled,
-                    workers=0, lora=lora, gradient_checkpointing=checkpointing, precision=precision,
-                )
-            )  # fmt: skip
+            options = {"lora": lora, "gradient_checkpointing": checkpointing, "precision": precision}
+            found = plan.largest_that_fits(wanted(**options))
             size = found.config.batch_size
             rows.append({
-                "name": card, "room": CARDS[card], "lora": lora, "gradient_checkpointing": checkpointing,
-                "precision": precision, "compiled": compiled, "fits": found.fits, "batch_size": size,
-                "gib": found.total / 2**30, "images_per_second": size * found.config.accumulation / found.step,
+                "name": card, "room": CARDS[card], **options, "compiled": compiled, "fits": found.fits,
+                "batch_size": size, "gib": found.total / 2**30,
+                "images_per_second": size * found.config.accumulation / found.step if found.fits else None,
             })  # fmt: skip
-            words = " ".join([f"--lora {lora}"] * bool(lora) + ["--gradient-checkpointing"] * checkpointing) or "none"
-            cells = [size, f"{found.total / 2**30:.1f} GiB", f"{rows[-1]['images_per_second']:.1f}"]
-            cells = cells if found.fits else ["does not fit", f"states {found.total / 2**30:.1f} GiB", ""]
-            print("| " + " | ".join(map(str, [card, words, precision, *cells])) + " |", flush=True)
+            print(rows[-1], flush=True)
             write_report(path, {"model": model, "rows": rows})
     return rows
 

@@ -5,15 +5,13 @@ sentence; None where there is nothing to check.  Left out: what cures what, and 
 """
 
 import tempfile
-from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-from ..data import GRID, Sample
-from ..data.targets import resample_map
+from ..data import GRID, Sample, resample_map
 from ..files import DamagedFolder, read_manifest
 from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
 from ..model.answers import own_answers
@@ -23,7 +21,9 @@ from ..model.network import freeze_vision, merged_weights, save_memory
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..training import DualLoss
 from ..training.step import TrainingStep, make_optimizer
-from .overhead import load_or_shape
+from .shapes import load_or_shape
+
+full_float32 = partial(torch.backends.cudnn.flags, enabled=False)  # cuDNN's convolutions keep 11 bits of 24
 
 
 class Subject:
@@ -64,42 +64,31 @@ class Subject:
 
     def plain_logits(self) -> torch.Tensor:
         """[answer tokens of all four, V] float32, as transformers computes them."""
-        logits = [self.network(**inputs).logits[0, start - 1 : -1] for inputs, start in self.plain]
-        return torch.cat(logits).float()
+        return torch.cat([self.network(**inputs).logits[0, start - 1 : -1] for inputs, start in self.plain]).float()
 
     def our_logits(self) -> torch.Tensor:
         """The same as the library computes them."""
-        logits, _ = answer_logits(self.network, self.batch)
-        return logits[self.batch["answer_labels"] >= 0].float()
+        return answer_logits(self.network, self.batch)[0][self.batch["answer_labels"] >= 0].float()
 
 
-@contextmanager
-def full_float32():
-    """Products of float32 numbers with their whole precision, of which a GPU's TF32 keeps 11 bits of 24."""
-    places = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = False
+def files_as_written(subject: Subject):
+    """All bytes of a checkpoint, of which a start alone is compared when it is loaded."""
     try:
-        yield
-    finally:
-        for place, allowed in zip(places, before, strict=True):
-            place.allow_tf32 = allowed
-
-
-# --- Checks
+        manifest = read_manifest(subject.config.model, whole=True)
+    except DamagedFolder as error:
+        return False, str(error)
+    return manifest and (True, f"{len(manifest['files'])} files have the SHA-256 that they were written with")
 
 
 def special_tokens(subject: Subject):
     tokenizer, config = subject.tokenizer, subject.network.config
     ends = np.atleast_1d(subject.network.generation_config.eos_token_id).tolist()
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    found = {token: tokenizer.encode(token, add_special_tokens=False) for token in (IMAGE_TOKEN, "<|vision_start|>")}
-    wanted = {IMAGE_TOKEN: [config.image_token_id], "<|vision_start|>": [config.vision_start_token_id]}
+    image, start = (tokenizer.encode(x, add_special_tokens=False) for x in (IMAGE_TOKEN, "<|vision_start|>"))
     rows = subject.network.get_input_embeddings().num_embeddings
-    passed = found == wanted and end in ends and pad not in (None, config.image_token_id) and len(tokenizer) <= rows
-    return passed, (
-        f"tokenizer: image {found[IMAGE_TOKEN]}, end {end} {tokenizer.eos_token}, pad {pad} {tokenizer.pad_token}, "
+    passed = image == [config.image_token_id] and start == [config.vision_start_token_id] and end in ends
+    return passed and pad not in (None, config.image_token_id) and len(tokenizer) <= rows, (
+        f"tokenizer: image {image}, end {end} {tokenizer.eos_token}, pad {pad} {tokenizer.pad_token}, "
         f"{len(tokenizer)} tokens; model: image [{config.image_token_id}], ends {ends}, {rows} rows"
     )
 
@@ -139,8 +128,9 @@ def logits_in_training_precision(subject: Subject, allowed: float = 2):
     with full_float32():
         exact = subject.plain_logits()
     with subject.accelerator.autocast():
-        errors = [float((x - exact).square().mean().sqrt()) for x in (subject.our_logits(), subject.plain_logits())]
-    ours, plain = errors
+        ours, plain = (
+            float((x - exact).square().mean().sqrt()) for x in (subject.our_logits(), subject.plain_logits())
+        )
     return ours <= allowed * plain, (
         f"{subject.accelerator.mixed_precision}: RMS error against float32 {ours:.4f}, transformers' {plain:.4f} under "
         f"autocast; {allowed} times that is allowed, for the sum through all layers is narrow here, wide under autocast"
@@ -189,7 +179,7 @@ def greedy_answers(subject: Subject, longest: int = 12):
     )  # fmt: skip
     (ours, *_), different = own_answers(subject.model, subject.batch, longest=longest), []
     for row, (inputs, start) in zip(ours, subject.plain, strict=True):
-        prompts = {key: x[:, :start] if key in ("input_ids", "mm_token_type_ids") else x for key, x in inputs.items()}
+        prompts = inputs | {key: inputs[key][:, :start] for key in ("input_ids", "mm_token_type_ids")}
         generated = subject.network.generate(**prompts, generation_config=how)[0, start:].tolist()
         if row != generated:
             different.append(f"{subject.tokenizer.decode(row)!r} is {subject.tokenizer.decode(generated)!r} there")
@@ -201,13 +191,14 @@ def raw_answers(subject: Subject, longest: int = 64):
     with subject.accelerator.autocast():
         rows, *_ = own_answers(subject.model, subject.batch_of(subject.samples), longest=longest)
     texts = subject.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    end = subject.tokenizer.eos_token_id
-    leniently = [parse_count_leniently(text, complete=end in row) for row, text in zip(rows, texts, strict=True)]
-    rates = [sum(number is not None for number in read) for read in (map(parse_count, texts), leniently)]
-    lines = [f"{rates[0]} of {len(rows)} parse, {rates[1]} leniently, in at most {longest} tokens"]
-    for sample, text, number in zip(subject.samples, texts, leniently, strict=True):
-        lines.append(f"{sample.count} {sample.category}: {text!r:.160}, read leniently as {number}")
-    return any(row[0] != end for row in rows), "\n        ".join(lines)
+    end, strict, lenient, lines = subject.tokenizer.eos_token_id, 0, 0, []
+    for sample, text, row in zip(subject.samples, texts, rows, strict=True):
+        number = parse_count_leniently(text, complete=end in row)
+        strict, lenient = strict + (parse_count(text) is not None), lenient + (number is not None)
+        lines.append(f"\n        {sample.count} {sample.category}: {text!r:.160}, read leniently as {number}")
+    return any(row[0] != end for row in rows), (
+        f"{strict} of {len(rows)} parse, {lenient} leniently, in at most {longest} tokens{''.join(lines)}"
+    )
 
 
 def training_step(subject: Subject):
@@ -216,9 +207,7 @@ def training_step(subject: Subject):
     save_memory(network, config.lora, config.gradient_checkpointing, subject.accelerator.mixed_precision)
     loss = DualLoss(network, heatmap=Heatmap(network, compiled=subject.device.type == "cuda"))
     step = TrainingStep(loss, make_optimizer(network, 1e-5), subject.accelerator)
-    trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-    before = {name: _some(weight) for name, weight in trained.items()}
-    losses, seconds = [], []
+    before, losses, seconds = _norms(network), [], []
     network.train()
 
     def run() -> None:
@@ -228,27 +217,19 @@ def training_step(subject: Subject):
     peak = peak_memory(run, subject.device.type)
     step.check()  # raises where a loss is not finite
     network.eval()
-    still = [name for name, weight in trained.items() if torch.equal(before[name], _some(weight))]
+    moved = sum(norm != before[name] for name, norm in _norms(network).items())
     memory = "unknown" if peak is None else f"{peak / 1024:.1f} GiB"
-    return not still, (
+    return moved == len(before), (
         f"count loss {float(losses[0].count):.3f}, attention loss {float(losses[0].attention):.3f}, both finite; "
-        f"{len(trained) - len(still)} of {len(trained)} tensors moved at learning rate 1e-5; peak memory {memory}; "
+        f"{moved} of {len(before)} tensors moved at learning rate 1e-5; peak memory {memory}; "
         f"{seconds[-1]:.2f} s for {len(subject.batch['names'])} pictures, {seconds[0]:.1f} s the first time"
     )
 
 
-def _some(weight: torch.Tensor) -> torch.Tensor:
-    """A few hundred numbers of a tensor."""
-    return weight.detach().flatten()[:: max(1, weight.numel() // 256)].clone()
-
-
-def files_as_written(subject: Subject):
-    """All bytes of a checkpoint, of which a start alone is compared when it is loaded."""
-    try:
-        manifest = read_manifest(subject.config.model, whole=True)
-    except DamagedFolder as error:
-        return False, str(error)
-    return manifest and (True, f"{len(manifest['files'])} files have the SHA-256 that they were written with")
+def _norms(network) -> dict[str, float]:
+    """Of all tensors that train; any step changes them."""
+    trained = {name: weight.detach() for name, weight in network.named_parameters() if weight.requires_grad}
+    return {name: float(torch.linalg.vector_norm(x, dtype=torch.float64)) for name, x in trained.items()}
 
 
 def saved_model(subject: Subject):
@@ -260,11 +241,9 @@ def saved_model(subject: Subject):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found, head, first = plain.state_dict(), plain.get_output_embeddings(), plain.get_input_embeddings()
     wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
-    wrong |= {
-        name
-        for name in expected.keys() & found.keys()
-        if not torch.equal(expected[name].cpu(), found[name].to(expected[name].dtype))
-    }
+    for name in expected.keys() & found.keys():
+        if not torch.equal(expected[name].cpu(), found[name].to(expected[name].dtype)):
+            wrong.add(name)
     if tokenizer.get_vocab() != subject.tokenizer.get_vocab():
         wrong.add("the tokenizer")
     if plain.config.tie_word_embeddings != (head.weight is first.weight):

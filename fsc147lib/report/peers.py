@@ -8,7 +8,7 @@ import time
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..data import Sample
 from ..model.collate import Batch, Collate
@@ -19,23 +19,17 @@ from ..training.losses import LossParts
 INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "pixel_values", "image_grid_thw")
 """What transformers' own forward pass is given."""
 
-OF_STEPS = ("names", "count", "image_sizes", "answer_tokens")
-"""What `TrainingStep` reads beside it."""
-
 
 class PlainCollate:
     """What a plain loop feeds to transformers: pixels from the library's processor, anew for each batch."""
 
-    def __init__(
-        self, model: CountingModel, more: tuple[str, ...] = ("names", "count", "image_sizes", "answer_tokens")
-    ):
+    def __init__(self, model: CountingModel):
         self.collate = Collate(model.tokenizer, model.image_processor, pixels=False)
-        self.keys = (*INPUTS, *more)
 
     def __call__(self, samples: list[Sample]) -> Batch:
         pixels = self.collate.image_processor(images=[sample.image for sample in samples], return_tensors="pt")
         batch = {**self.collate(samples), **pixels}
-        return {key: batch[key] for key in self.keys}
+        return {key: batch[key] for key in (*INPUTS, "names", "count", "image_sizes", "answer_tokens")}
 
 
 class PlainLoss(nn.Module):
@@ -50,37 +44,33 @@ class PlainLoss(nn.Module):
         return LossParts(loss, loss, torch.zeros_like(loss))
 
 
-def trainer_trial(model: CountingModel, samples: list[Sample], batch_size: int, steps: int, bf16: bool, workers: int):
-    """Some steps of transformers' `Trainer`, after one that allocates what stays; as Qwen's fine-tuning calls it.
+class TimedTrainer(Trainer):
+    """transformers' `Trainer`, which notes the batches of its steps and when each begins."""
+
+    def training_step(self, network, inputs, *args, **kwargs):
+        wait_for(self.args.device.type)  # Trainer itself waits after each step, to look at the loss
+        self.begins.append(time.perf_counter())
+        self.seen.append({key: inputs[key] for key in ("attention_mask", "image_sizes")})
+        return super().training_step(network, {key: inputs[key] for key in INPUTS}, *args, **kwargs)
+
+
+def trainer_steps(
+    model: CountingModel, samples: list[Sample], batch_size: int, steps: int, bf16: bool, workers: int
+) -> tuple[list[Batch], float]:
+    """Some steps of `Trainer` as Qwen's fine-tuning calls it, after one that allocates what stays.
 
     Returns:
-        Images, tokens, patches and places in the sequences of these steps, and their seconds.
+        Masks and image sizes of these steps' batches, and their seconds.
     """
-    seen: list[tuple] = []
-    times: list[float] = []
-    device = next(model.network.parameters()).device.type
-
-    class WatchedTrainer(Trainer):
-        def training_step(self, network, inputs, *args, **kwargs):
-            mask = inputs["attention_mask"]
-            seen.append((len(mask), mask.sum(), len(inputs["pixel_values"]), mask.numel()))
-            return super().training_step(network, inputs, *args, **kwargs)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step in (1, 1 + steps):
-                wait_for(device)
-                times.append(time.perf_counter())
-
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=batch_size, max_steps=1 + steps, learning_rate=1e-6, bf16=bf16,
-            use_cpu=device == "cpu", dataloader_num_workers=workers, remove_unused_columns=False, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            folder, per_device_train_batch_size=batch_size, max_steps=2 + steps, learning_rate=1e-6, bf16=bf16,
+            use_cpu=not torch.cuda.is_available(), dataloader_num_workers=workers, remove_unused_columns=False,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        trainer = WatchedTrainer(model.network, arguments, PlainCollate(model, INPUTS), samples, callbacks=[Clock()])
+        trainer = TimedTrainer(model.network, arguments, PlainCollate(model), samples)
+        trainer.begins, trainer.seen = [], []
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.accelerator.unwrap_model(model.network, keep_fp32_wrapper=False)  # or the next one wraps it again
-    counts = (sum(int(step[i]) for step in seen[1:]) for i in range(4))
-    return dict(zip(("images", "tokens", "patches", "places"), counts, strict=True)) | {"seconds": times[1] - times[0]}
+    return trainer.seen[1:-1], trainer.begins[-1] - trainer.begins[1]

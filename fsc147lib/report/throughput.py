@@ -8,117 +8,91 @@ Left out: what a variant does in its process (`trials`), the cost of each heatma
 
 import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from ..options import Precision, need, need_report
-from .overhead import load_or_shape
+from ..options import need, need_report
+from ..training.loop import TrainConfig
+from .shapes import load_or_shape
 from .timing import table, write_report
-from .trials import Variant, serve
+from .trials import Variant, trial_of
 
 
 @dataclass(frozen=True)
-class ThroughputConfig:
-    """Measure how many of a root's images a second are trained and answered, and what each part of the step bought."""
+class ThroughputConfig(TrainConfig):
+    """Measure how many images a second `train` trains and answers with its options, and what each part bought.
 
-    data: Path
-    """Folder in FSC147's official layout."""
-    model: str = "tiny"
-    """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
-    batch_size: int = 8
-    """Images of a step, at the most; a variant that has no room for them takes the half."""
+    `model` may be qwen3-vl-2b, -4b or -8b: random weights at the true shapes, nothing to download.  `batch_size` is the
+    largest that is tried: a variant that has no room for it takes the half.  Each step looks at the heatmap.
+    """
+
+    PRESETS: ClassVar[dict[str, dict]] = {}
+
     rounds: int = 5
     """Turns of each variant."""
     steps: int = 8
     """Steps of a turn."""
-    limit: int | None = None
-    """Only so many images of each split."""
-    precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
-    vision_cache: Literal["auto", "gpu", "host", "disk"] = "auto"
-    """Where a frozen encoder's outputs are kept; auto: the first with room."""
     validation: bool = True
     """Time validation as well."""
-    gradient_checkpointing: bool = False
-    """Less memory for more time."""
-    lora: int | None = None
-    """Train low-rank adapters of this rank."""
-    workers: int | None = None
-    """Processes that read images; None: up to 8 on a GPU, else 0."""
     only: str | None = None
     """Only variants with this in their name."""
     curves: int | None = None
     """Instead of timing: count losses of so many steps from one start, in bf16 (this library and plain) and in fp32."""
-    learning_rate: float = 1e-5
-    """Of these curves."""
     json: Path | None = None
     """Write what was measured here, as it becomes known, and the rows to the same name with .csv."""
 
     def __post_init__(self):
-        for name in ("batch_size", "rounds", "steps"):
+        super().__post_init__()
+        for name in ("rounds", "steps"):
             need(self, name, getattr(self, name) >= 1, "at least 1")
         need(self, "curves", self.curves is None or self.curves >= 1, "at least 1")
         need_report(self, "rows")
 
 
-def variants_of(on_gpu: bool, frozen: bool, narrow: bool = False) -> list[Variant]:
-    """From peers to what `train` does: compiled layers on a GPU, a cache if the encoder is frozen.
-
-    Args:
-        narrow: in bf16: Trainer then has bfloat16 parameters, and a last variant shows what those would save `train`.
-    """
-    best = Variant("+ compiled layers" if on_gpu else "+ batches by size", compiled=on_gpu, answers=True)
+def variants_of(config: ThroughputConfig, on_gpu: bool, frozen: bool) -> list[Variant]:
+    """From peers to what `train` does: compiled layers on a GPU, a cache if the encoder is frozen."""
+    plain = replace(config, batch_by_size=False, compile=False, vision_cache="off")
+    count, by_size = replace(plain, attention_weight=0), replace(plain, batch_by_size=True)
+    best, cached = (replace(by_size, compile=on_gpu, vision_cache=place) for place in ("off", config.vision_cache))
     variants = [
-        Variant("plain transformers loop", peer="loop", by_size=False),
-        Variant("transformers.Trainer", peer="trainer", by_size=False, narrow=narrow),
-        Variant("layers called directly", by_size=False),
-        *([Variant("+ batches by size")] if on_gpu else []),
-        best,
+        Variant("plain transformers loop", count, peer="loop"),
+        Variant("transformers.Trainer", count, peer="trainer"),
+        Variant("layers called directly", plain),
+        Variant("+ batches by size", by_size, answers=not on_gpu),
     ]
-    if frozen:
-        variants.append(replace(best, name="+ vision cache", cached=True))
-    if narrow:
-        variants.append(replace(best, name=f"{best.name}, bf16 parameters", narrow=True, answers=False))
-    return variants
+    variants += [Variant("+ compiled layers", best, answers=True)] * on_gpu
+    return variants + [Variant("+ vision cache", cached, answers=True)] * (frozen and config.vision_cache != "off")
 
 
-def curves_of(on_gpu: bool) -> list[Variant]:
-    """The three precisions whose losses are held against each other, all in batches by size."""
+def curves_of(config: ThroughputConfig, on_gpu: bool) -> list[Variant]:
+    """The three precisions whose losses are held against each other."""
+    config = replace(config, attention_weight=0, compile=on_gpu, vision_cache="off")
+    narrow = replace(config, precision="bf16")
     return [
-        Variant("this library, bf16", compiled=on_gpu, precision="bf16"),
-        Variant("plain transformers, bf16 autocast", peer="loop", precision="bf16"),
-        Variant("this library, fp32", compiled=on_gpu, precision="fp32"),
+        Variant("this library, bf16", narrow),
+        Variant("plain transformers, bf16 autocast", narrow, peer="loop"),
+        Variant("this library, fp32", replace(config, precision="fp32")),
     ]
 
 
-class VariantProcess:
-    """A variant's process, seen from outside."""
+def do(job: str, variant: Variant) -> dict | None:
+    """In a variant's process: what a method of its `Trial` returns."""
+    return getattr(trial_of(variant), job)()
 
-    def __init__(self, variant: Variant, config: ThroughputConfig, folder: Path):
-        context = multiprocessing.get_context("spawn")  # a forked one could not use the GPU
-        self.variant, (self.connection, theirs) = variant, context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, variant, config, folder))
-        self.process.start()
-        theirs.close()
 
-    def ask(self, what: str | None = None) -> dict:
-        """The row that a method of `Trial` returns, or one with `failed`; None waits until the process is ready."""
-        try:
-            if what:
-                self.connection.send(what)
-            return self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            return {"name": self.variant.name, "failed": f"the process ended with status {self.process.exitcode}"}
-
-    def close(self) -> None:
-        self.connection.close()
-        self.process.join(20)
-        self.process.kill()
+def ask(process: ProcessPoolExecutor, job: str, variant: Variant) -> dict:
+    """The row that a job of a variant returns, or one with `failed`."""
+    try:
+        return process.submit(do, job, variant).result()
+    except Exception as error:  # also of a process that is gone
+        return {"name": variant.name, "failed": f"{type(error).__name__}: {error}"}
 
 
 def compare(rows: list[dict]) -> list[dict]:
@@ -148,31 +122,26 @@ def measure_throughput(config: ThroughputConfig) -> dict:
         in an error `failed`.  With `curves`: `name`, `batch_size` and `losses`.
     """
     on_gpu, frozen = torch.cuda.is_available(), not load_or_shape(config.model, "meta").recipe.train_vision
-    narrow = config.precision == "bf16" or config.precision == "auto" and on_gpu
-    variants = curves_of(on_gpu) if config.curves else variants_of(on_gpu, frozen, narrow and not config.lora)
-    names = [variant.name for variant in variants]
-    variants = [variant for variant in variants if (config.only or "") in variant.name]
-    need(config, "only", bool(variants), f"part of one of these: {', '.join(names)}")
-    jobs = ["losses"] if config.curves else ["turn"] * config.rounds + ["validate"] * min(2, config.rounds)
+    jobs = ["losses"] if config.curves else ["turn"] * config.rounds
+    jobs += ["validate"] * (config.validation and not config.curves and min(2, config.rounds))
     rows: dict[str, dict] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [VariantProcess(variant, config, Path(folder)) for variant in variants]
-        try:
-            for process in processes:
-                process.ask()
-            for job in jobs[: None if config.validation else config.rounds]:
-                for process in processes:
-                    name = process.variant.name
-                    over = {"failed", "out_of_memory"} & rows.get(name, {}).keys()
-                    if over or job == "validate" and not process.variant.answers:
-                        continue
-                    rows[name] = process.ask(job)
-                    report = {"rows": compare(list(rows.values()))}
-                    if config.json is not None:
-                        write_report(config.json, report, config)
-                    print(name, rows[name].get("rates", rows[name]), rows[name].get("validation_rates", ""), flush=True)
-        finally:
-            for process in processes:
-                process.close()
+    with ExitStack() as stack:
+        out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        run = replace(config, out=out, epochs=2, tracking="disabled", resume=False)
+        variants = curves_of(run, on_gpu) if config.curves else variants_of(run, on_gpu, frozen)
+        chosen = [variant for variant in variants if (config.only or "") in variant.name]
+        need(config, "only", bool(chosen), f"part of one of these: {', '.join(variant.name for variant in variants)}")
+        spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
+        processes = {variant: stack.enter_context(ProcessPoolExecutor(1, spawn)) for variant in chosen}
+        wait([process.submit(do, "rest", variant) for variant, process in processes.items()])
+        for job, (variant, process) in product(jobs, processes.items()):
+            over = {"failed", "out_of_memory"} & rows.get(variant.name, {}).keys()
+            if over or job == "validate" and not variant.answers:
+                continue
+            rows[variant.name] = row = ask(process, job, variant)
+            report = {"rows": compare(list(rows.values()))}
+            if config.json is not None:
+                write_report(config.json, report, config)
+            print(variant.name, row.get("rates", row), row.get("validation_rates", ""), flush=True)
     print("\n" + table(report["rows"]))
     return report

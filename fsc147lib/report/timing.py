@@ -1,7 +1,4 @@
-"""What both benchmarks share: a clock, variants that take turns, a table, and a file that says on what it was measured.
-
-Variants take turns in one process, so that a machine whose speed drifts slows all of them alike, and are
-compared by ratios within a turn.
+"""What the benchmarks share: the table of their rows, and a file that says on what they were measured.
 
 Left out: what is timed (`overhead`, `throughput`), and drawing (`figures`).
 """
@@ -10,67 +7,15 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 
 from ..evaluation.answering import to_csv
 from ..files import write_json, write_text
-from ..model.device import seconds_of
-
-
-def take_turns(
-    trials: dict[Hashable, Callable[[int], dict[str, float]]], rounds: int, warmup: int = 0
-) -> dict[Hashable, dict[str, np.ndarray]]:
-    """Run trials in turn: A B C A B C ...
-
-    Args:
-        trials: name -> function of the round's number (below 0 in a warm-up) to numbers, such as "seconds".
-        rounds: counted rounds, after `warmup` ones.
-
-    Returns:
-        name -> number's name -> [rounds].
-    """
-    found: dict[Hashable, list[dict[str, float]]] = {name: [] for name in trials}
-    for turn in range(-warmup, rounds):
-        for name, trial in trials.items():
-            numbers = trial(turn)
-            if turn >= 0:
-                found[name].append(numbers)
-    return {name: {key: np.array([row[key] for row in rows]) for key in rows[0]} for name, rows in found.items()}
-
-
-def step_flops(config, images: int, tokens: int, patches: int, encoder: bool) -> float:
-    """Multiplications and additions that a training step needs, padding left out; the language model trains.
-
-    Linear layers: 2 a weight and position forward, 4 backward; causal attention: half of all pairs; of the
-    last layer the keys and values at all positions, the rest and the output head at 7 an image; the vision
-    encoder (a frozen one) forward only.
-    """
-    text, vision = config.text_config, config.vision_config
-    width, inner = text.hidden_size, text.num_attention_heads * text.head_dim
-    grouped = text.num_key_value_heads * text.head_dim
-    layer = width * (2 * inner + 2 * grouped + 3 * text.intermediate_size)
-    length = tokens / images
-    flops = 6 * tokens * ((text.num_hidden_layers - 1) * (layer + inner * length) + 2 * grouped * width)
-    flops += 6 * 7 * images * (layer + text.vocab_size * width)
-    if encoder:
-        block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
-        flops += 2 * vision.depth * patches * (block + 2 * vision.hidden_size * patches / images)
-    return flops
-
-
-def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large square matrix product of random numbers: median of five."""
-    n = 8192 if device.type == "cuda" else 512  # a CPU without bfloat16 takes minutes for more
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds = [seconds_of(lambda: a @ b, device.type) for _ in range(7)]
-    return 2 * n**3 / float(np.median(seconds[2:]))
-
 
 COLUMNS = {
     "seconds_median": ("s per step (quartiles)", "{seconds_median:.3f} ({seconds_low:.3f} to {seconds_high:.3f})"),

@@ -8,73 +8,52 @@ Left out: which turns there are, and what is made of their numbers (`throughput`
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
+from functools import cache, partial
+from itertools import count
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..data import Sample
 from ..model.collate import Batch, to_device
 from ..model.device import free_models, peak_memory, seconds_of
 from ..model.network import freeze_vision
+from ..training.batches import windows
 from ..training.loop import Run, TrainConfig
-from ..training.step import TrainingStep
-from .overhead import load_or_shape
-from .peers import PlainCollate, PlainLoss, trainer_trial
-from .timing import measured_peak, step_flops
+from ..training.losses import LossParts
+from .peers import PlainCollate, PlainLoss, trainer_steps
+from .shapes import load_or_shape
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to train; the switches are those of `TrainConfig`."""
+class Variant(NamedTuple):
+    """One way to train: by `train`'s options and, where it is named, by a peer."""
 
     name: str
-    peer: str | None = None  # "loop" or "trainer": not by this library
-    by_size: bool = True
-    compiled: bool = False
-    cached: bool = False
-    narrow: bool = False  # parameters and optimizer in bfloat16
+    config: TrainConfig  # a `ThroughputConfig`
+    peer: Literal["loop", "trainer"] | None = None
     answers: bool = False  # validation is timed as well
-    precision: str | None = None
-
-
-def settings_of(variant: Variant, config, folder: Path) -> TrainConfig:
-    """The run that a variant is, as `train` would be asked for it."""
-    return TrainConfig(
-        config.data, out=folder / variant.name.replace(" ", "-"), model=config.model, epochs=2,
-        batch_size=config.batch_size, precision=variant.precision or config.precision, limit=config.limit,
-        gradient_checkpointing=config.gradient_checkpointing, batch_by_size=variant.by_size,
-        compile=variant.compiled, lora=config.lora, workers=config.workers, tracking="disabled",
-        vision_cache=config.vision_cache if variant.cached else "off",
-        learning_rate=config.learning_rate if config.curves else 1e-6,
-    )  # fmt: skip
 
 
 class Trial:
     """A variant as a run, which trains, answers and rests as its parent asks."""
 
-    def __init__(self, variant: Variant, config, folder: Path):
-        self.variant, self.config, self.batch_size = variant, config, config.batch_size
-        settings = settings_of(variant, config, folder)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.run = run = Run(settings, model=load_or_shape(config.model, self.device))
+    def __init__(self, variant: Variant):
+        self.variant, self.device = variant, "cuda" if torch.cuda.is_available() else "cpu"
+        config = replace(variant.config, out=variant.config.out / variant.name)
+        self.run = run = Run(config, model=load_or_shape(config.model, self.device))
+        self.network, self.step, self.batch_size = run.model.network, run.training_step, config.batch_size
         self.in_bf16 = run.accelerator.mixed_precision == "bf16"
-        self.network, self.weight = run.model.network, settings.attention_weight
         if variant.peer:
-            optimizer = torch.optim.AdamW(self.network.parameters(), settings.learning_rate)
-            run.training_step = TrainingStep(PlainLoss(self.network), optimizer, run.accelerator)
-        if variant.peer or config.curves:
-            self.weight = 0
+            self.step.loss = run.accelerator.prepare(PlainLoss(self.network))
         freeze_vision(self.network.train(), not run.config.vision_trains(0))
-        if variant.narrow:
+        if variant.peer == "trainer" and self.in_bf16 and not config.lora:  # as Qwen's own fine-tuning has them
             self.network.to(torch.bfloat16)
         self.types = [weight.dtype for weight in self.network.parameters()]
-        self.opened, self.batches = False, None
-        self.found: list[dict] = []  # of each turn
-        self.answered: list[float] = []
+        self.opened, self.windows = False, None
+        self.turns: list[dict[str, float]] = []
+        self.answered: list[float] = []  # images a second
         self.rest()
 
     def turn(self) -> dict:
@@ -82,10 +61,12 @@ class Trial:
         while self.batch_size:
             try:
                 self.wake()
-                self.found.append(self.train())
+                before = alloc_retries()
+                found = self.train()
+                self.turns.append(found | {"retries": alloc_retries() - before})
                 break
             except torch.cuda.OutOfMemoryError:
-                self.batches, self.found = None, []
+                self.windows, self.turns = None, []
             self.rest()  # once the error, and what it holds, is gone
             self.batch_size //= 2
         self.rest()
@@ -103,7 +84,7 @@ class Trial:
     def losses(self) -> dict:
         """Count losses, step by step, of steps that move the weights."""
         self.wake()
-        found = [float(self.step(next(self.batches)).count) for _ in range(self.config.curves)]
+        found = [float(self.train_on(next(self.windows)).count) for _ in range(self.variant.config.curves)]
         return {"name": self.variant.name, "batch_size": self.batch_size, "losses": found}
 
     def wake(self) -> None:
@@ -113,81 +94,98 @@ class Trial:
         if not self.opened:
             self.run.open()
             self.opened = True
-        if (cache := self.run.training_step.cache) and cache.place == "gpu":
-            cache.features = cache.features.to(self.device)
-        if self.batches is None:
+        if self.step.cache and self.step.cache.place == "gpu":
+            self.step.cache.features = self.step.cache.features.to(self.device)
+        if self.windows is None:
             self.begin()
 
     def rest(self) -> None:
         """Leave the GPU: weights wait in the host's memory as bfloat16, the optimizer's state is forgotten."""
-        self.run.training_step.optimizer.zero_grad()
-        self.run.training_step.optimizer.state.clear()
+        self.step.optimizer.zero_grad()
+        self.step.optimizer.state.clear()
         if self.device == "cuda":
             for weight in self.network.parameters():
                 weight.data = weight.data.to("cpu", torch.bfloat16)
-            if (cache := self.run.training_step.cache) and cache.place == "gpu":
-                cache.features = cache.features.cpu()
+            if self.step.cache and self.step.cache.place == "gpu":
+                self.step.cache.features = self.step.cache.features.cpu()
             free_models()  # and what a Trainer's circle of references holds
 
     def begin(self) -> None:
         """Open the loader, and step on the longest images, which tells the memory; the first step compiles."""
         run, began = self.run, time.perf_counter()
         run.config = replace(run.config, batch_size=self.batch_size)
-        run.open_loader(pixels=not self.variant.cached)
+        run.open_loader(pixels=not run.config.caches_vision)
         if self.variant.peer:
-            run.loader = peer_loader(run)
+            run.loader = run.accelerator.prepare(DataLoader(
+                run.loader.dataset, batch_sampler=run.batches, collate_fn=PlainCollate(run.model),
+                num_workers=run.workers, pin_memory=self.device == "cuda", persistent_workers=run.workers > 0,
+            ))  # fmt: skip
         elif run.store and not run.workers:  # as from the second epoch on
             for sample in run.samples["train"]:
                 run.store.patches(sample)
-        samples = longest_images(run, self.batch_size)
-        step = partial(self.trainer, samples, 1) if self.variant.peer == "trainer" else partial(self.step_on, samples)
+        lengths = [tokens for *_, tokens in run.batches.lengths]
+        longest = [run.samples["train"][i] for i in np.argsort(lengths)[-self.batch_size :]]
+        if self.variant.peer == "trainer":
+            step = partial(self.trainer, longest, 1)
+        else:
+            step = partial(self.train_on, [to_device(run.loader.collate_fn(longest), self.device)])
         step()
         self.startup = time.perf_counter() - began
         self.peak = peak_memory(step, self.device)
-        self.speed = measured_peak(torch.device(self.device), torch.bfloat16 if self.in_bf16 else torch.float32)
-        self.batches = batches_of(self.run)
+        self.speed = measured_speed(self.device, torch.bfloat16 if self.in_bf16 else torch.float32)
+        self.windows = self.epochs()
 
-    def trainer(self, samples, steps: int) -> dict:
-        return trainer_trial(self.run.model, samples, self.batch_size, steps, self.in_bf16, self.run.workers)
+    def epochs(self) -> Iterator[list[Batch]]:
+        """The batches of each step, of one epoch after the other."""
+        for epoch in count():
+            self.run.batches.shuffle(epoch)
+            batches = self.step.cache.ahead(self.run.loader) if self.step.cache else self.run.loader
+            yield from windows(batches, self.run.batches.sizes)
 
-    def step_on(self, samples) -> None:
-        self.step(to_device(self.run.loader.collate_fn(samples), self.device))
+    def trainer(self, samples, steps: int) -> tuple[list[Batch], float]:
+        return trainer_steps(self.run.model, samples, self.batch_size, steps, self.in_bf16, self.run.workers)
 
-    def step(self, batch: Batch):
-        return self.run.training_step([batch], self.weight)[0]
+    def train_on(self, window: list[Batch]) -> LossParts:
+        return self.step(window, self.run.config.attention_weight)[0]
 
     def train(self) -> dict[str, float]:
-        """Some steps, after one that allocates what stays: images, tokens, patches, seconds, those of waiting."""
-        retries = alloc_retries(self.device)
+        """Some steps, after one that allocates what stays: what they saw, their seconds, and those of waiting."""
         if self.variant.peer == "trainer":
-            found = self.trainer(self.run.samples["train"], self.config.steps)
-            return found | {"retries": alloc_retries(self.device) - retries}
-        self.step(next(self.batches))
-        batches, waited = [], 0.0
+            batches, seconds = self.trainer(self.run.samples["train"], self.variant.config.steps)
+            return sizes_of(batches) | {"seconds": seconds}
+        self.train_on(next(self.windows))
+        found, waits = [], []
 
         def steps() -> None:
-            nonlocal waited
-            for _ in range(self.config.steps):
-                waiting_since = time.perf_counter()
-                batches.append(next(self.batches))
-                waited += time.perf_counter() - waiting_since
-                self.step(batches[-1])
-            self.run.training_step.check()
+            for _ in range(self.variant.config.steps):
+                waits.append(seconds_of(lambda: found.append(next(self.windows)), "cpu"))
+                self.train_on(found[-1])
+            self.step.check()
 
         seconds = seconds_of(steps, self.device)
-        return sizes_of(batches) | {
-            "seconds": seconds, "waited": waited, "retries": alloc_retries(self.device) - retries,
-        }  # fmt: skip
+        return sizes_of(sum(found, [])) | {"seconds": seconds, "waited": sum(waits)}
 
 
-def batches_of(run: Run) -> Iterator[Batch]:
-    """Of one epoch after the other."""
-    epoch = 0
-    while True:
-        run.batches.shuffle(epoch)
-        cache = run.training_step.cache
-        yield from cache.ahead(run.loader) if cache else run.loader
-        epoch += 1
+trial_of = cache(Trial)
+"""The one trial of this process."""
+
+
+def row_of(trial: Trial) -> dict:
+    """Medians over turns, see `throughput.measure_throughput`."""
+    if not trial.turns:
+        return {"name": trial.variant.name, "out_of_memory": True}
+    part = {key: np.array([turn[key] for turn in trial.turns]) for key in trial.turns[0]}
+    rates, cache = part["images"] / part["seconds"], trial.step.cache
+    flops = [step_flops(trial.network.config, turn, encoder=not cache) for turn in trial.turns]
+    return {
+        "name": trial.variant.name, "batch_size": trial.batch_size, "images_per_second": float(np.median(rates)),
+        "peak_share": float(np.median(flops / part["seconds"]) / trial.speed), "peak_memory": trial.peak,
+        "retries": int(part["retries"].sum()), "padding": float(1 - part["tokens"].sum() / part["places"].sum()),
+        "waiting": float(np.median(part["waited"] / part["seconds"])) if "waited" in part else None,
+        "startup": trial.startup, "rates": rates.tolist(), "validation_rates": trial.answered,
+        "validation_per_second": float(np.median(trial.answered)) if trial.answered else None,
+        "cache": cache and {"place": cache.place, "bytes": cache.features.nbytes},
+    }  # fmt: skip
 
 
 def sizes_of(batches: list[Batch]) -> dict[str, int]:
@@ -200,52 +198,34 @@ def sizes_of(batches: list[Batch]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def longest_images(run: Run, number: int) -> list[Sample]:
-    lengths = run.batches.lengths
-    return [run.samples["train"][i] for i in sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-number:]]
+def step_flops(config, sizes: dict[str, int], encoder: bool) -> float:
+    """Multiplications and additions that training on batches of `sizes_of` needs; the language model trains.
+
+    Linear layers: 2 a weight and position forward, 4 backward; causal attention: half of all pairs; of the
+    last layer the keys and values at all positions, the rest and the output head at 7 an image; the vision
+    encoder (a frozen one) forward only.
+    """
+    text, vision = config.text_config, config.vision_config
+    images, tokens, patches = sizes["images"], sizes["tokens"], sizes["patches"]
+    width, inner = text.hidden_size, text.num_attention_heads * text.head_dim
+    grouped = text.num_key_value_heads * text.head_dim
+    layer = width * (2 * inner + 2 * grouped + 3 * text.intermediate_size)
+    flops = 6 * tokens * ((text.num_hidden_layers - 1) * (layer + inner * tokens / images) + 2 * grouped * width)
+    flops += 6 * 7 * images * (layer + text.vocab_size * width)
+    if encoder:
+        block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+        flops += 2 * vision.depth * patches * (block + 2 * vision.hidden_size * patches / images)
+    return flops
 
 
-def peer_loader(run: Run) -> DataLoader:
-    """The run's own batches as a plain loop feeds them."""
-    return run.accelerator.prepare(DataLoader(
-        run.loader.dataset, batch_sampler=run.batches, collate_fn=PlainCollate(run.model), num_workers=run.workers,
-        pin_memory=torch.cuda.is_available(), persistent_workers=run.workers > 0,
-    ))  # fmt: skip
+def measured_speed(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large square matrix product of random numbers: median of five."""
+    n = 8192 if device == "cuda" else 512  # a CPU without bfloat16 takes minutes for more
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = [seconds_of(lambda: a @ b, device) for _ in range(7)]
+    return 2 * n**3 / float(np.median(seconds[2:]))
 
 
-def alloc_retries(device: str) -> int:
+def alloc_retries() -> int:
     """How often the allocator had to give back memory to find some."""
-    return torch.cuda.memory_stats()["num_alloc_retries"] if device == "cuda" else 0
-
-
-def row_of(trial: Trial) -> dict:
-    """Medians over turns, see `throughput.measure_throughput`."""
-    if not trial.found:
-        return {"name": trial.variant.name, "out_of_memory": True}
-    part = {key: np.array([turn[key] for turn in trial.found]) for key in trial.found[0]}
-    cache = trial.run.training_step.cache
-    flops = [step_flops(trial.network.config, *counts, encoder=not cache)
-             for counts in zip(part["images"], part["tokens"], part["patches"], strict=True)]  # fmt: skip
-    rates = part["images"] / part["seconds"]
-    return {
-        "name": trial.variant.name, "batch_size": trial.batch_size, "images_per_second": float(np.median(rates)),
-        "peak_share": float(np.median(flops / part["seconds"]) / trial.speed), "peak_memory": trial.peak,
-        "retries": int(part["retries"].sum()), "padding": float(1 - part["tokens"].sum() / part["places"].sum()),
-        "waiting": float(np.median(part["waited"] / part["seconds"])) if "waited" in part else None,
-        "startup": trial.startup, "rates": rates.tolist(), "validation_rates": trial.answered,
-        "validation_per_second": float(np.median(trial.answered)) if trial.answered else None,
-        "cache": cache and {"place": cache.place, "bytes": cache.features.nbytes},
-    }  # fmt: skip
-
-
-def serve(connection, variant: Variant, config, folder: Path) -> None:
-    """The process: answers each name of a method with what it returns, or with `failed`; None ends it."""
-    try:
-        trial = Trial(variant, config, folder)
-        connection.send({})
-        while what := connection.recv():
-            connection.send(getattr(trial, what)())
-    except EOFError:  # the parent is gone
-        pass
-    except Exception as error:
-        connection.send({"name": variant.name, "failed": f"{type(error).__name__}: {error}"})
+    return torch.cuda.memory_stats()["num_alloc_retries"] if torch.cuda.is_available() else 0

@@ -5,21 +5,18 @@ Left out: what a check does (`checks`), faults of the data (`check`), how well t
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..data import Sample, make_dataset, open_split
+from ..model.device import free_models
 from ..options import Precision, need, need_report
 from . import checks
 from .timing import machine, write_report
 
-TRIED = {
-    "torch": ("2.11", "2.13"),
-    "transformers": ("5.23",),
-}  # versions that the tests, or this command, were run with
+TRIED = {"torch": ("2.11", "2.13"), "transformers": ("5.23",)}  # what the tests, or this command, were run with
 _VERSIONS = "install the versions of requirements.lock: transformers may compute something else by now"
 CHECKS = (  # a check, and what to do where it fails
     (checks.files_as_written, "copy the folder anew, or go on from another checkpoint: its bytes have changed on disk"),
@@ -66,60 +63,47 @@ class VerifyConfig:
         need_report(self, "lines")
 
 
-@dataclass(frozen=True)
-class Line:
-    """What came of a check."""
+def verify_model(config: VerifyConfig) -> list[dict]:
+    """Run all checks on a model, and print a line for each; `fsc147lib verify` calls this.
 
-    name: str
-    passed: bool
-    sentence: str
-    cure: str  # "" where it passed
-    seconds: float
-
-    def __str__(self) -> str:
-        cure = "" if self.passed else f"\n        cure: {self.cure}"
-        return f"{'passed' if self.passed else 'FAILED'}  {self.name}: {self.sentence}{cure}"
-
-
-def verify_model(config: VerifyConfig) -> list[Line]:
-    """Run all checks on a model, and print and return a line for each; `fsc147lib verify` calls this.
+    Returns:
+        Of each check `name`, `passed`, `sentence`, `cure` ("" where it passed), `seconds`.
 
     Raises:
         ConfigError, DataError, ModelError: there is nothing to check.
     """
-    about = machine()
-    tried = {name: any(about[name].startswith(f"{version}.") for version in known) for name, known in TRIED.items()}
+    about, tried, rows = machine(), {}, []
     for name, known in TRIED.items():
+        tried[name] = any(about[name].startswith(f"{version}.") for version in known)
         print(f"{name} {about[name]}: {'tried' if tried[name] else 'NOT tried; tried were ' + ', '.join(known)}")
-    lines = []
     with tempfile.TemporaryDirectory() as folder:
         samples = eight_samples(config.data or make_dataset(Path(folder) / "root", 8, 1, 1))
         subject = checks.Subject(config, samples)
         for check, cure in CHECKS:
-            started = time.perf_counter()
+            name, started = check.__name__.replace("_", " "), time.perf_counter()
             try:
                 outcome = check(subject)
             except Exception as error:  # is what this line has to say; the other lines are wanted all the same
                 outcome = False, f"{type(error).__name__}: {error}"
             if outcome is not None:
-                passed, sentence = outcome
-                seconds, name = time.perf_counter() - started, check.__name__.replace("_", " ")
-                lines.append(Line(name, passed, sentence, "" if passed else cure, seconds))
-                print(lines[-1], flush=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    failed = sum(not line.passed for line in lines)
-    print(f"{failed} of {len(lines)} failed: begin with the first" if failed else f"all {len(lines)} passed")
+                row = {"name": name, "passed": outcome[0], "sentence": outcome[1], "cure": "" if outcome[0] else cure}
+                rows.append({**row, "seconds": time.perf_counter() - started})
+                print("passed" if row["passed"] else "FAILED", f" {name}: {row['sentence']}", flush=True)
+                if row["cure"]:
+                    print(f"        cure: {cure}", flush=True)
+            free_models()
+    failed = sum(not row["passed"] for row in rows)
+    print(f"{failed} of {len(rows)} failed: begin with the first" if failed else f"all {len(rows)} passed")
     if config.json is not None:
-        write_report(config.json, {"tried": tried, "rows": [asdict(line) for line in lines]}, config)
-    return lines
+        write_report(config.json, {"tried": tried, "rows": rows}, config)
+    return rows
 
 
 def eight_samples(root: Path) -> list[Sample]:
     """Eight training images (or all, of a root with fewer), the first four of sizes as different as there are."""
     samples = open_split(root, "train", 64)
-    first_of_size = {sample.size: sample for sample in reversed(samples)}
-    by_shape = sorted(first_of_size.values(), key=lambda sample: sample.size[0] / sample.size[1])
+    of_size = {sample.size: sample for sample in samples}
+    by_shape = sorted(of_size.values(), key=lambda sample: sample.size[0] / sample.size[1])
     places = np.linspace(0, len(by_shape) - 1, 4).round().astype(int)
-    chosen = [by_shape[place] for place in sorted(set(places.tolist()))]
-    return [*chosen, *(sample for sample in samples if sample not in chosen)][:8]
+    chosen = {by_shape[place].name: by_shape[place] for place in places}
+    return list((chosen | {sample.name: sample for sample in samples}).values())[:8]

@@ -1,8 +1,7 @@
 """What the notebooks share: where data, model and results are; and the runner behind `make run`.
 
 The runner executes the notebooks in order with no window, writes them and their HTML to `runs/workbook/`, and sums up
-their results in `summary.json`.  The results themselves are where JupyterLab looks for them too: after `make run` each
-notebook opens on what the others made.  Left out: everything that a notebook shows.
+their results in `summary.json`.  The results lie where JupyterLab looks for them too.  Left out: what a notebook shows.
 """
 
 import json
@@ -53,6 +52,11 @@ FITS = (  # GiB that Qwen3-VL-2B needs for it, by estimate (docs/cards.md), and 
 )
 """From the fastest on; needs of another model are as many times as large as it is."""
 
+HELD = (
+    ", {:.1f} are needed: another process holds the rest, most likely the kernel of another notebook. "
+    "Shut it down (Kernel, Shut Down Kernel), and run this cell again."
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -81,11 +85,7 @@ class Settings:
         needed, options = next((need * scale, options) for need, options in FITS if need * scale <= most)
         options = {"limit": 240, **options}
         print(f"{self.model} on {most:.0f} GiB: {', '.join(f'{key}={value}' for key, value in options.items())}")
-        held = "" if free > needed else (
-            f", {needed:.1f} are needed: another process holds the rest, most likely the kernel of another notebook. "
-            "Shut it down (Kernel, Shut Down Kernel), and run this cell again"
-        )  # fmt: skip
-        print(f"{free:.1f} GiB of the GPU are free{held}.")
+        print(f"{free:.1f} GiB of the GPU are free" + (HELD.format(needed) if free < needed else "."))
         return options
 
     @property
@@ -173,19 +173,15 @@ def summarise(where: Settings, seconds: dict[str, float]) -> dict:
 
 def summary_text(summary: dict) -> str:
     """The summary as the few lines that `make run` ends with."""
-    overhead = summary["attention_loss_overhead"]
-    lines = [
-        table(summary["test"], COLUMNS, head="test split"),
-        "overhead of the attention loss: {median:.1%} (95 % interval {low:.1%} to {high:.1%})".format(**overhead),
-        *(f"{name:<28}{spent:>8.0f} s" for name, spent in summary["seconds"].items()),
-    ]
-    return "\n".join(lines)
+    overhead = "overhead of the attention loss: {median:.1%} (95 % interval {low:.1%} to {high:.1%})"
+    times = [f"{name:<28}{spent:>8.0f} s" for name, spent in summary["seconds"].items()]
+    rows = table(summary["test"], COLUMNS, head="test split")
+    return "\n".join([rows, overhead.format(**summary["attention_loss_overhead"]), *times])
 
 
 def main() -> int:
     """Run the workbook from the project's folder: `python -m fsc147lib.report.workbook`."""
-    folder, out = Path("notebooks"), Path("runs/workbook")
-    paths = sorted(folder.glob("[0-9]*.ipynb"))
+    out, paths = Path("runs/workbook"), sorted(Path("notebooks").glob("[0-9]*.ipynb"))
     if not paths:
         print("there are no notebooks here: run this in the project's folder", file=sys.stderr)
         return 2

@@ -9,28 +9,29 @@ from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.model.device import peak_memory
 from fsc147lib.model.heatmaps import Heatmap
 from fsc147lib.report import overhead
-from fsc147lib.report.overhead import OverheadConfig, load_or_shape, measure_overhead, time_losses
-from fsc147lib.report.timing import table, take_turns, write_report
+from fsc147lib.report.overhead import OverheadConfig, measure_overhead, take_turns, time_losses
+from fsc147lib.report.shapes import drawn_root, load_or_shape
+from fsc147lib.report.timing import table, write_report
 
 
 def test_variants_take_turns():
     calls = []
-    trials = {name: (lambda turn, name=name: calls.append((turn, name)) or {"turn": turn}) for name in "abc"}
-    found = take_turns(trials, rounds=2, warmup=1)
+    steps = {name: (lambda turn, name=name: calls.append((turn, name))) for name in "abc"}
+    seconds = take_turns(steps, rounds=2, device="cpu", warmup=1)
     assert calls == [(turn, name) for turn in (-1, 0, 1) for name in "abc"]
-    assert all(numbers["turn"].tolist() == [0, 1] for numbers in found.values())
+    assert all(len(seconds[name]) == 2 for name in "abc")
 
 
 def test_overhead_is_the_median_of_ratios_within_a_turn(tiny, root, monkeypatch):
     """A machine that becomes ten times slower half-way: the ratio of medians would be off, this is not."""
     base = np.array([1, 1, 1, 10, 10.0])
-    factors = {False: 1.0, True: np.array([1.0, 1.1, 1.1, 1.1, 1.3])}
+    trained = np.array([1.0, 1.1, 1.1, 1.1, 1.3])
 
-    def timed(trials, *_, **__):
-        return {variant: {"seconds": base * factors[variant.trained]} for variant in trials}
+    def timed(steps, *_):
+        return {name: base * (trained if "trained" in name else 1) for name in steps}
 
     monkeypatch.setattr(overhead, "take_turns", timed)
-    rows = time_losses(tiny, list(FSC147(root, "train"))[:2], ("attention",), batch_size=2)
+    rows = time_losses(tiny, list(FSC147(root, "train"))[:2], OverheadConfig(methods=("attention",), batch_size=2))
     assert rows[0]["overhead_median"] == rows[1]["overhead_median"] == 0
     assert rows[2]["overhead_median"] == pytest.approx(0.1)
     assert rows[2]["overhead_low"] <= 0.1 + 1e-9 <= rows[2]["overhead_high"] + 2e-9
@@ -38,7 +39,7 @@ def test_overhead_is_the_median_of_ratios_within_a_turn(tiny, root, monkeypatch)
 
 @pytest.mark.slow
 def test_rows_and_files(tiny, root, tmp_path):
-    rows = time_losses(tiny, list(FSC147(root, "train"))[:4], batch_size=2, rounds=2)
+    rows = time_losses(tiny, list(FSC147(root, "train"))[:4], OverheadConfig(batch_size=2, rounds=2))
     assert [(row["method"], row["trained"]) for row in rows] == [
         ("none", False), ("attention", False), ("attention", True), ("token_gradient", False),
         ("token_gradient", True), ("input_gradient", False), ("input_gradient", True),
@@ -62,9 +63,10 @@ def test_out_of_memory_is_a_row(tiny, root, monkeypatch):
         return real(self, batch, create_graph)
 
     monkeypatch.setattr(Heatmap, "with_logits", full)
-    rows = time_losses(tiny, list(FSC147(root, "train"))[:2], ("input_gradient",), batch_size=2, rounds=1)
+    config = OverheadConfig(methods=("input_gradient",), batch_size=2, rounds=1)
+    rows = time_losses(tiny, list(FSC147(root, "train"))[:2], config)
     assert [row["out_of_memory"] for row in rows] == [False, False, True]
-    assert rows[2]["overhead_median"] is None
+    assert "overhead_median" not in rows[2]
     assert "out of memory" in table(rows)
 
 
@@ -72,6 +74,13 @@ def test_out_of_memory_is_a_row(tiny, root, monkeypatch):
 def test_shapes_have_the_published_sizes(name, billions):
     network = load_or_shape(name, device="meta").network
     assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_a_root_is_drawn_with_the_sizes_that_are_wanted(tmp_path):
+    samples = FSC147(drawn_root(tmp_path / "root", [(64, 96), (96, 64)]), "train")
+    assert [sample.size for sample in samples] == [(64, 96), (96, 64)]
+    for sample in samples:
+        assert (sample.points >= 0).all() and (sample.points <= sample.size[::-1]).all() and len(sample.boxes) <= 3
 
 
 @pytest.mark.slow
@@ -83,7 +92,7 @@ def test_the_command(tmp_path):
 
 def test_too_few_samples_are_named(tiny, root):
     with pytest.raises(ValueError, match="2 samples make no batch of 8"):
-        time_losses(tiny, list(FSC147(root, "train"))[:2], batch_size=8)
+        time_losses(tiny, list(FSC147(root, "train"))[:2], OverheadConfig())
 
 
 def test_peak_memory_sees_what_a_call_allocates():

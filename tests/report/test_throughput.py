@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -11,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.network import Recipe, freeze_vision
 from fsc147lib.report import trials
-from fsc147lib.report.throughput import ThroughputConfig, VariantProcess, compare, measure_throughput, variants_of
-from fsc147lib.report.timing import step_flops, table
-from fsc147lib.report.trials import Trial, Variant
+from fsc147lib.report.throughput import ThroughputConfig, ask, compare, measure_throughput, variants_of
+from fsc147lib.report.timing import table
+from fsc147lib.report.trials import Trial, Variant, sizes_of, step_flops
 from fsc147lib.training.losses import DualLoss
 
 
@@ -25,9 +28,7 @@ def test_operations_are_those_that_torch_counts(tiny, mixed_samples):
     batch["answer_labels"] = batch["answer_labels"][:, :1].repeat(1, 7)
     with FlopCounterMode(display=False) as counter:
         DualLoss(tiny.network, weight=0)(batch).total.backward()
-    tokens = batch["attention_mask"].sum().item()
-    patches = sum(height * width for height, width in batch["image_sizes"])
-    expected = step_flops(tiny.network.config, 2, tokens, patches, encoder=True)
+    expected = step_flops(tiny.network.config, sizes_of([batch]), encoder=True)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.25)
 
 
@@ -36,8 +37,9 @@ def config(tiny, root, tmp_path):
     tiny.recipe = Recipe()  # a frozen encoder, as a large trained model has
     tiny.save(tmp_path / "model")  # a trained model: its encoder is frozen
     return ThroughputConfig(
-        data=root, model=str(tmp_path / "model"), batch_size=4, rounds=1, steps=1, limit=8, json=tmp_path / "t.json"
-    )
+        data=root, out=tmp_path, model=str(tmp_path / "model"), batch_size=4, epochs=2, rounds=1, steps=1, limit=8,
+        tracking="disabled", json=tmp_path / "t.json",
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -63,27 +65,27 @@ def test_a_report_holds_every_variant(config, tmp_path, capsys):
 @pytest.mark.slow
 def test_three_precisions_learn_the_same(config):
     """From one start and the same batches; on a CPU all three could as well be one, so it is bf16 that differs."""
-    rows = measure_throughput(replace(config, curves=3, learning_rate=1e-3, batch_size=2))["rows"]
+    rows = measure_throughput(replace(config, curves=3, batch_size=2))["rows"]
     assert [len(row["losses"]) for row in rows] == [3, 3, 3]
     fast, plain, full = (row["losses"] for row in rows)
     assert fast != full and fast == pytest.approx(full, rel=0.05) and plain == pytest.approx(full, rel=0.05)
 
 
 @pytest.fixture
-def trial(config, tmp_path):
-    return Trial(Variant("here", cached=True), config, tmp_path)
+def trial(config):
+    return Trial(Variant("here", config))
 
 
 def test_a_batch_without_room_becomes_the_half_and_begins_anew(trial, monkeypatch):
     assert trial.turn()["rates"] and trial.batch_size == 4
-    real, room = Trial.step, 2
+    real, room = Trial.train_on, 2
 
-    def step(self, batch):
-        if len(batch["names"]) > room:
+    def train_on(self, window):
+        if len(window[0]["names"]) > room:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(self, batch)
+        return real(self, window)
 
-    monkeypatch.setattr(Trial, "step", step)
+    monkeypatch.setattr(Trial, "train_on", train_on)
     row = trial.turn()
     assert row["batch_size"] == 2 and len(row["rates"]) == 1
     room = 0
@@ -91,26 +93,26 @@ def test_a_batch_without_room_becomes_the_half_and_begins_anew(trial, monkeypatc
     assert row == {"name": "here", "out_of_memory": True} and "here: out of memory" in table([row])
 
 
-def test_so_does_the_batch_of_the_trainer(config, tmp_path, monkeypatch):
-    real = trials.trainer_trial
+def test_so_does_the_batch_of_the_trainer(config, monkeypatch):
+    real = trials.trainer_steps
 
-    def trainer_trial(model, samples, batch_size, *args):
+    def trainer_steps(model, samples, batch_size, *args):
         if batch_size > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return real(model, samples, batch_size, *args)
 
-    trial = Trial(Variant("theirs", peer="trainer"), config, tmp_path)
+    trial = Trial(Variant("theirs", config, peer="trainer"))
     assert trial.turn()["batch_size"] == 4
-    monkeypatch.setattr(trials, "trainer_trial", trainer_trial)
+    monkeypatch.setattr(trials, "trainer_steps", trainer_steps)
     assert trial.turn()["batch_size"] == 2
 
 
 def test_a_process_that_fails_or_dies_is_a_row(config, tmp_path):
-    process = VariantProcess(Variant("lost"), replace(config, data=tmp_path / "nowhere"), tmp_path)
-    row = process.ask()
-    assert row["name"] == "lost" and "nowhere" in row["failed"] and "lost: failed" in table([row])
-    process.close()
-    assert "process ended" in process.ask("turn")["failed"]
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        row = ask(process, "turn", Variant("lost", replace(config, data=tmp_path / "nowhere")))
+        assert row["name"] == "lost" and "nowhere" in row["failed"] and "lost: failed" in table([row])
+        process.submit(os._exit, 3)
+        assert "terminated" in ask(process, "turn", Variant("lost", config))["failed"]
 
 
 def test_ratios_are_within_a_turn_and_a_spread_is_told():
@@ -123,9 +125,10 @@ def test_ratios_are_within_a_turn_and_a_spread_is_told():
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_variants(on_gpu):
-    frozen, training = (variants_of(on_gpu, frozen, narrow=on_gpu) for frozen in (True, False))
-    assert any(variant.cached for variant in frozen) and not any(variant.cached for variant in training)
-    assert any(variant.compiled for variant in frozen) == on_gpu
+def test_variants(config, on_gpu):
+    frozen, training = (variants_of(config, on_gpu, frozen) for frozen in (True, False))
     assert [variant.peer for variant in frozen[:3]] == ["loop", "trainer", None]
-    assert frozen[-1].narrow == on_gpu
+    assert frozen[:-1] == training and "cache" in frozen[-1].name and frozen[-1].config.vision_cache == "auto"
+    assert all(variant.config.vision_cache == "off" for variant in training)
+    assert any(variant.config.compile for variant in frozen) == on_gpu
+    assert [variant.answers for variant in training].count(True) == 1

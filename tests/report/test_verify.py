@@ -16,7 +16,7 @@ from fsc147lib.report.verify import VerifyConfig, verify_model
 def failed(model, monkeypatch, root, **options):
     """The names of the lines that fail for a model; all others pass."""
     monkeypatch.setattr(checks, "load_or_shape", lambda name, device: model)
-    return [line.name for line in verify_model(VerifyConfig(data=root, **options)) if not line.passed]
+    return [row["name"] for row in verify_model(VerifyConfig(data=root, **options)) if not row["passed"]]
 
 
 def test_all_lines_pass_on_tiny(tmp_path, capsys):
