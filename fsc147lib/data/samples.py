@@ -170,4 +170,5 @@ class Picture(Sample):
         """Open it upright, shrunk to FSC147's size; raises DataError where it cannot be used."""
         name = name or ("picture" if isinstance(picture, Image.Image) else str(picture))
         dots, boxes = np.zeros((0, 2), np.float32), np.zeros((0, 4), np.float32)
-        super().__init__(name, need_category(category), dots, boxes, Path(name), in_memory=shrunk(open_picture(picture)))
+        need_category(category)
+        super().__init__(name, category, dots, boxes, Path(name), in_memory=shrunk(open_picture(picture)))
