@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ..files import new_draft, replace_folder
+from ..files import new_folder
 
 
 class ModelError(ValueError):
@@ -59,9 +59,8 @@ class CountingModel:
 
         The folder loads again with `load_model`, and in plain transformers.
         """
-        draft = new_draft(Path(folder))
-        self.write_into(draft)
-        replace_folder(draft, Path(folder))
+        with new_folder(Path(folder), replace=True) as draft:
+            self.write_into(draft)
 
     def write_into(self, folder: Path) -> None:
         """Write the parts into a folder that nobody reads yet (`checkpoint` puts more beside them)."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..data import Sample
 from ..data import samples as images
-from ..files import DamagedFolder, file_lock, new_draft, read_manifest, replace_folder, write_manifest
+from ..files import DamagedFolder, file_lock, new_folder, read_manifest, write_manifest
 from ..options import ConfigError
 from . import forward, layers, pixels
 from .collate import Batch, Collate, image_key, to_device
@@ -81,13 +81,12 @@ class VisionCache:
         kept = Path(folder) / cache_key(model, samples, self.dtype)
         with file_lock(kept.with_suffix(".lock"), wait=True):
             if not _is_whole(kept):
-                draft = new_draft(kept)
-                mapped = _new_file(draft / FILE, self.shape, self.dtype)
-                self.features = torch.from_numpy(mapped).view(self.dtype)
-                self._fill(network, accelerator, loader, compiled)
-                mapped.flush()
-                write_manifest(draft, encoder=json.loads(vision.to_json_string()), code=code_version())
-                replace_folder(draft, kept)
+                with new_folder(kept, replace=True) as draft:
+                    mapped = _new_file(draft / FILE, self.shape, self.dtype)
+                    self.features = torch.from_numpy(mapped).view(self.dtype)
+                    self._fill(network, accelerator, loader, compiled)
+                    mapped.flush()
+                    write_manifest(draft, encoder=json.loads(vision.to_json_string()), code=code_version())
             self.features = torch.from_numpy(np.load(kept / FILE, mmap_mode="c")).view(self.dtype)
 
     @torch.no_grad()
