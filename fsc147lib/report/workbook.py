@@ -29,7 +29,7 @@ from ..model.device import gpu_memory
 from ..model.load import count_parameters
 from .timing import table
 
-PICTURES = {"train": 800, "val": 100, "test": 50}  # the drawn data set that notebooks use when no root is given
+PICTURES = {"train": 400, "val": 60, "test": 50}  # the drawn data set that notebooks use when no root is given
 RESULTS = Path("runs/notebooks")  # data, runs and timings of the notebooks, in the project's folder
 COLUMNS = {  # of the summary that `make run` ends with
     "mae": ("MAE (objects)", "{mae:.2f}"),
@@ -79,11 +79,11 @@ class Settings:
     def fit(self) -> dict:
         """Options of `train`, and a limit of images, for this model on this card; prints them, and what is free."""
         if not torch.cuda.is_available():
-            return {"limit": 240, "batch_size": 8}
+            return {"limit": 160, "batch_size": 8}
         most, free = (size / 2**30 for size in gpu_memory())
         scale = count_parameters(self.model) / 2.1e9
         needed, options = next((need * scale, options) for need, options in FITS if need * scale <= most)
-        options = {"limit": 240, **options}
+        options = {"limit": 160, **options}
         print(f"{self.model} on {most:.0f} GiB: {', '.join(f'{key}={value}' for key, value in options.items())}")
         print(f"{free:.1f} GiB of the GPU are free" + (HELD.format(needed) if free < needed else "."))
         return options

@@ -85,18 +85,18 @@ def test_results_are_in_one_place_for_the_runner_and_for_a_kernel(tmp_path, monk
 
 
 @pytest.mark.parametrize(("gib", "parameters", "expected"), [
-    (14.0, 2.1e9, {"lora": 16, "gradient_checkpointing": True, "batch_size": 8}),
+    (14.0, 2.1e9, {"lora": 16, "gradient_checkpointing": True, "batch_size": 16}),
     (21.5, 2.1e9, {"lora": 16, "batch_size": 8}),
-    (38.5, 2.1e9, {"gradient_checkpointing": True, "batch_size": 8}),
+    (38.5, 2.1e9, {"gradient_checkpointing": True, "batch_size": 16}),
     (78.0, 2.1e9, {"batch_size": 16}),
-    (78.0, 8.8e9, {"lora": 16, "batch_size": 8}),
+    (78.0, 8.8e9, {"lora": 16, "gradient_checkpointing": True, "batch_size": 16}),
     (14.0, 2e6, {"batch_size": 16}),
 ])  # fmt: skip
 def test_a_card_s_memory_picks_the_options(tmp_path, monkeypatch, capsys, gib, parameters, expected):
     monkeypatch.setattr(workbook.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(workbook, "gpu_memory", lambda: (int(gib * 2**30), int(gib * 2**30)))
     monkeypatch.setattr(workbook, "count_parameters", lambda name: parameters)
-    assert workbook.Settings(tmp_path, "model", tmp_path).fit() == {"limit": 240, **expected}
+    assert workbook.Settings(tmp_path, "model", tmp_path).fit() == {"limit": 160, **expected}
     assert " GiB of the GPU are free.\n" in capsys.readouterr().out
 
 
