@@ -78,13 +78,10 @@ def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> Non
 def save_memory(
     network: Qwen3VLForConditionalGeneration, lora: int | None, checkpointing: bool, precision: str
 ) -> None:
-    """Prepare a network to train in less memory.
+    """Prepare a network to train in less memory: with `checkpointing` activations are computed a second time.
 
-    Args:
-        lora: rank of adapters (Hu et al., "LoRA", 2021), which start as no change, beside the language model's
-            layers; all else is frozen.  None for no adapters.
-        checkpointing: compute activations a second time, instead of keeping them.
-        precision: of training; beside adapters, weights are kept in "bf16" or "fp16" if that is it.
+    With a rank `lora` low-rank adapters (Hu et al., "LoRA", 2021), which start as no change, train beside the language
+    model's layers; all else is frozen, and kept in training's `precision` if that is "bf16" or "fp16".
     """
     if checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
