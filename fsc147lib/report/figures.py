@@ -5,6 +5,7 @@ Left out: reading data and running models; notebooks hand in what they got from 
 
 import re
 from collections.abc import Sequence
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -178,14 +179,15 @@ def map_comparison(
     targets = np.stack([sample.target for sample in samples])
     values = [targets, *(np.asarray(getattr(column, "maps", column)) for column in maps.values())]
     largest = float(np.quantile(values, 0.99))  # or the picture with one object would darken the others
-    figure, axes = grid(len(samples), 2 + len(maps), 3, 2.3)
+    width = min(3, 11.5 / (2 + len(maps)))  # a page is no wider, and shrinks what is, labels included
+    figure, axes = grid(len(samples), 2 + len(maps), width, 0.8 * width)
     for i, (row, sample) in enumerate(zip(axes, samples, strict=True)):
         show_dots(row[0], sample, captions[i] if captions else None, boxes=False)
         titles = [NO_TARGET if not sample.count else "target" if i == 0 else ""]
         for name, column in maps.items():
             titles.append(": ".join([name] * (i == 0) + ([column.titles[i]] if isinstance(column, Look) else [])))
         for place, column, title in zip(row[1:], values, titles, strict=True):
-            shown = show_map(place, sample.image, column[i], title, largest)
+            shown = show_map(place, sample.image, column[i], fill(title, int(14 * width)), largest)
     show_scale(shown, axes[:, 1:], extend="max")
     return figure
 
