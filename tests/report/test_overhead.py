@@ -16,9 +16,9 @@ from fsc147lib.report.timing import table, write_report
 
 def test_variants_take_turns():
     calls = []
-    steps = {name: (lambda turn, name=name: calls.append((turn, name))) for name in "abc"}
-    seconds = take_turns(steps, rounds=2, device="cpu", warmup=1)
-    assert calls == [(turn, name) for turn in (-1, 0, 1) for name in "abc"]
+    steps = {name: (lambda batches, name=name: calls.append((*batches, name))) for name in "abc"}
+    seconds = take_turns(steps, [0, 1], rounds=2, device="cpu")
+    assert calls == [(batch, name) for batch in (0, 1, 0, 1) for name in "abc"]
     assert all(len(seconds[name]) == 2 for name in "abc")
 
 
