@@ -8,7 +8,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from tyro.conf import Positional
 
@@ -39,45 +38,35 @@ class SavedRun:
     options: dict
     summary: dict
     epochs: list[dict]  # a line of metrics.jsonl for each validation
-    images: dict[str, dict[str, float | None]] | None  # of the best epoch: name -> error, kl; None where not kept
-
-    @classmethod
-    def read(cls, folder: Path) -> "SavedRun":
-        """Read it back.
-
-        Raises:
-            ConfigError: the folder holds no run with a finished epoch.
-        """
-        try:
-            options, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder} holds no run with a finished epoch ({error}): give a run's folder") from error
-        images = None
-        if (folder / "best.csv").is_file():
-            with (folder / "best.csv").open(newline="") as file:
-                images = {row["name"]: _numbers(row) for row in csv.DictReader(file)}
-            if not np.isclose(np.mean([row["error"] for row in images.values()]), summary["best"]["mae"]):
-                images = None  # a crash came between the checkpoint and this file
-        return cls(folder.name, options, summary, [line for line in lines if "val" in line], images)
+    images: dict[str, dict[str, str]]  # of the best epoch: name -> error, kl ("" of an empty scene); {} if not kept
 
 
-def _numbers(row: dict[str, str]) -> dict[str, float | None]:
-    return {key: float(row[key]) if row[key] else None for key in ("error", "kl")}
+def read_run(folder: Path) -> SavedRun:
+    """A run as its folder holds it; ConfigError where that has no finished epoch."""
+    try:
+        options, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no run with a finished epoch ({error}): give a run's folder") from error
+    path, images = folder / "best" / "validation.csv", {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            images = {row["name"]: row for row in csv.DictReader(file)}
+        if not np.isclose(np.mean([float(row["error"]) for row in images.values()]), summary["best"]["mae"]):
+            images = {}  # a crash came between best/ and summary.json
+    return SavedRun(folder.name, options, summary, [line for line in lines if "val" in line], images)
 
 
 def compare_runs(config: CompareConfig) -> str:
     """Read the runs, draw their curves if asked to, and describe them; `fsc147lib compare` calls this."""
-    runs = [SavedRun.read(folder) for folder in config.runs]
-    for run, folder in zip(runs, config.runs, strict=True):  # runs/a/both and runs/b/both
-        if sum(other.name == run.name for other in runs) > 1:
+    runs = [read_run(folder) for folder in config.runs]
+    if len({run.name for run in runs}) < len(runs):  # runs/a/both and runs/b/both
+        for run, folder in zip(runs, config.runs, strict=True):
             run.name = str(folder)
     if config.figure is not None:
         config.figure.parent.mkdir(parents=True, exist_ok=True)
         mean = runs[0].summary["baselines"]["mean"]["mae"]
-        figure = epoch_curves({run.name: run.epochs for run in runs}, mean)
-        figure.savefig(config.figure, dpi=110)
-        plt.close(figure)
+        epoch_curves({run.name: run.epochs for run in runs}, mean).savefig(config.figure, dpi=110)
     title = f"validation of the best epoch; {runs[0].options['data']}"
     columns = {f"{run.name}, epoch {run.summary['best']['epoch']}": run.summary["best"] for run in runs}
     parts = [options_table(runs), metrics_table(title, columns, runs[0].summary["baselines"]), differences(runs)]
@@ -86,26 +75,28 @@ def compare_runs(config: CompareConfig) -> str:
 
 def options_table(runs: list[SavedRun]) -> str:
     """The options in which runs differ, a line each."""
-    names = dict.fromkeys(name for run in runs for name in run.options if name not in MAY_CHANGE - {"data"})
-    rows = {name: [json.dumps(run.options.get(name)) for run in runs] for name in names}
-    rows = {name: values for name, values in rows.items() if len(set(values)) > 1}
-    widths = [max(len(run.name), *(len(values[i]) for values in rows.values()), 0) + 2 for i, run in enumerate(runs)]
-    rows = {"options that differ": [run.name for run in runs], **(rows or {"none": [""] * len(runs)})}
-    lines = (f"{name:24}" + "".join(map(str.rjust, values, widths)) for name, values in rows.items())
-    return "\n".join(lines)
+    rows = {"options that differ": [run.name for run in runs]}
+    for option in dict.fromkeys(name for run in runs for name in run.options if name not in MAY_CHANGE - {"data"}):
+        values = [json.dumps(run.options.get(option)) for run in runs]
+        if len(set(values)) > 1:
+            rows[option] = values
+    if len(rows) == 1:
+        rows["none"] = [""] * len(runs)
+    widths = [max(map(len, column)) + 2 for column in zip(*rows.values(), strict=True)]
+    return "\n".join(f"{name:24}" + "".join(map(str.rjust, values, widths)) for name, values in rows.items())
 
 
 def differences(runs: list[SavedRun]) -> str:
     """By how much each run's best epoch differs from the first run's, image by image, with 95 % intervals."""
-    first, lines = runs[0], []
+    first, lines = runs[0], ["on the same validation images, 95 % bootstrap intervals over images:"]
     for run in runs[1:]:
-        if first.images is None or run.images is None or first.images.keys() != run.images.keys():
-            lines.append(f"{run.name} and {first.name}: not the same images, or no best.csv of both")
+        if not first.images or first.images.keys() != run.images.keys():
+            lines.append(f"{run.name} and {first.name}: not the same images, or no best/validation.csv of both")
             continue
         for key, words in (("error", "MAE"), ("kl", "KL")):
-            names = [name for name in first.images if first.images[name][key] is not None]
-            pair = ([one.images[name][key] for name in names] for one in (run, first))
+            names = [name for name, row in first.images.items() if row[key]]
+            pair = ([float(one.images[name][key]) for name in names] for one in (run, first))
             low, middle, high = paired_difference(*pair)
             verdict = "no clear difference" if low <= 0 <= high else "better" if middle < 0 else "worse"
             lines.append(f"{run.name} - {first.name}: {words} {middle:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}")
-    return "\n".join(["on the same validation images, 95 % bootstrap intervals over images:", *lines])
+    return "\n".join(lines)

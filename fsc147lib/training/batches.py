@@ -1,16 +1,14 @@
-"""Which training images make a batch, the loader that brings them, and which batches make a step."""
+"""Which training images make a batch, and which batches make a step."""
 
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ..data import Sample
-from ..model.collate import Batch, Collate
-from ..model.network import CountingModel
-from ..model.pixels import PixelStore
+from ..model.collate import Batch
 from ..options import ConfigError
 
 
@@ -41,8 +39,10 @@ class SizeBatches(Sampler):
         batch_size, accumulation: images of a batch and batches of a step, at the most.
         processes: that share out the batches; `per_step` are those of a step of one.
         batch_tokens: cut a batch into parts of at most so many tokens, padding included, so that narrow and wide
-            images need the same memory; an image that is longer is a part of its own.  `sizes` are the parts of each
-            step, which stays the step it was.
+            images need the same memory; an image that is longer is a part of its own.
+
+    Attributes:
+        sizes: how many parts each step of this epoch has; a batch that is not cut is one.
 
     Raises:
         ConfigError: `batch_tokens`, and several processes, which would have different numbers of parts.
@@ -55,8 +55,8 @@ class SizeBatches(Sampler):
         lengths: list[tuple[int, int, int]],
         batch_size: int,
         seed: int,
-        flip: bool,
-        by_size: bool,
+        flip: bool = True,
+        by_size: bool = True,
         accumulation: int = 1,
         processes: int = 1,
         batch_tokens: int | None = None,
@@ -98,54 +98,19 @@ class SizeBatches(Sampler):
     def _parts(self, batch: list[tuple[int, bool]]) -> list[list[tuple[int, bool]]]:
         """The batch in order, cut before the image that would fill a part beyond `batch_tokens`."""
         parts: list[list[tuple[int, bool]]] = []
-        longest = 0
         for place in batch:
-            length = self.lengths[place[0]][2]
-            longest = max(longest, length)
-            if not parts or longest * (len(parts[-1]) + 1) > self.batch_tokens:
-                parts.append([])
-                longest = length
-            parts[-1].append(place)
+            longer = [*parts[-1], place] if parts else [place]
+            if parts and len(longer) * max(self.lengths[i][2] for i, _ in longer) <= self.batch_tokens:
+                parts[-1] = longer
+            else:
+                parts.append([place])
         return parts
-
-    def padding(self) -> float:
-        """Part of this epoch's batches that is padding, 0..1."""
-        longest = [max(self.lengths[i][2] for i, _ in batch) * len(batch) for batch in self.batches]
-        return 1 - sum(length[2] for length in self.lengths) / sum(longest)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         return iter(self.batches)
-
-
-def training_loader(
-    samples: list[Sample],
-    model: CountingModel,
-    store: PixelStore | None,
-    batch_size: int,
-    seed: int = 0,
-    flip: bool = True,
-    by_size: bool = True,
-    workers: int = 0,
-    accumulation: int = 1,
-    processes: int = 1,
-    batch_tokens: int | None = None,
-) -> DataLoader:
-    """Batches of a run, see `SizeBatches`; `loader.batch_sampler.shuffle(epoch)` chooses the epoch.
-
-    `store` holds the images' bytes; None leaves pixels out, where image features come from a cache.  `workers` are
-    processes that read images.
-    """
-    collate = Collate(model.tokenizer, model.image_processor, store, pixels=store is not None)
-    lengths = [collate.lengths(sample) for sample in samples]
-    batches = SizeBatches(lengths, batch_size, seed, flip, by_size, accumulation, processes, batch_tokens)
-    ahead = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
-    return DataLoader(
-        TrainingImages(samples), batch_sampler=batches, collate_fn=collate, num_workers=workers,
-        pin_memory=torch.cuda.is_available(), **ahead,
-    )  # fmt: skip
 
 
 def windows(batches: Iterable[Batch], sizes: Iterable[int]) -> Iterator[list[Batch]]:

@@ -66,90 +66,55 @@ def save_checkpoint(
         ) from error
 
 
-def sound_checkpoint(out: Path, new_run: str) -> tuple[Path, str]:
-    """Which checkpoint a run goes on from: last/, or the one before where last/ is damaged or another run's.
-
-    Returns:
-        The checkpoint, and whose it is: `new_run` where an older version wrote it, which did not say.
+def sound_checkpoint(out: Path) -> Path:
+    """The checkpoint that a run goes on from: last/, or the one before where last/ is damaged or another run's.
 
     Raises:
         ModelError: neither is sound.
     """
-    last, before, run_id = out / "last", out / "last.old", out / RUN_ID
-    run = run_id.read_text().strip() if run_id.is_file() else ""
+    last, before = out / "last", out / "last.old"
+    run = (out / RUN_ID).read_text()
     fault = _fault_of(last, run)
-    if fault and (not before.is_dir() or _fault_of(before, run)):
+    if not fault:
+        return last
+    if _fault_of(before, run):
         raise ModelError(
             f"{fault}: the checkpoint is damaged, and there is none before it; train again from its weights, with "
             f"--model {last} and another --out, or from best/"
         )
-    if fault:
-        print(f"{fault}: going on from the checkpoint before it, {before}", file=sys.stderr)
-    elif not (last / MANIFEST).is_file():
-        print(f"{last} is of an older version, without {MANIFEST}: its files are not checked", file=sys.stderr)
-    chosen = before if fault else last
-    return chosen, run or (read_manifest(chosen) or {}).get("run", new_run)
+    print(f"{fault}: going on from the checkpoint before it, {before}", file=sys.stderr)
+    return before
 
 
 def _fault_of(folder: Path, run: str) -> str:
-    """What is wrong with a checkpoint's files, or ""; `run` is "" where it is not known whose they must be."""
+    """What is wrong with the files of a checkpoint that must be of this run, or ""."""
     try:
         manifest = read_manifest(folder)
     except DamagedFolder as error:
         return str(error)
     if manifest is None:
-        return f"{folder} has no {MANIFEST}, as all checkpoints of this run have" if run else ""
+        return f"{folder} has no {MANIFEST}"
     missing = [name for name in manifest["files"] if not (folder / name).is_file()]
     if missing:
         return f"{folder} holds no {missing[0]}"
-    return f"{folder} is a checkpoint of another run" if run and manifest.get("run") != run else ""
+    return f"{folder} is a checkpoint of another run" if manifest.get("run") != run else ""
 
 
 def link_checkpoint(source: Path, folder: Path) -> None:
     """Make `folder` the same checkpoint as `source`, sharing the files on disk where the disk can."""
     draft = new_draft(folder)
-    shutil.copytree(source, draft, copy_function=_link)
+    try:
+        shutil.copytree(source, draft, copy_function=os.link)
+    except OSError:
+        shutil.copytree(source, draft, dirs_exist_ok=True)
     replace_folder(draft, folder)
 
 
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Put the optimizer's moments back and return the rest of the state.
-
-    Raises:
-        ModelError: the folder is no checkpoint of a run, damaged, or of another set of parameters.
-    """
-    for name in (STATE, TENSORS):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} holds no {name}: resume needs the folder last/ of a run that was trained here")
-    try:
-        state, tensors = json.loads((folder / STATE).read_text()), load_file(folder / TENSORS)
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in tensors.items():
-            i, key = name.split(".", 1)
-            moments.setdefault(int(i), {})[key] = value
-        if missing := {"step", "epoch", "data", "steps", "epochs"} - set(state):
-            raise ValueError(f"{STATE} has no {min(missing)}")
-    except (ValueError, TypeError, SafetensorError) as error:
-        raise ModelError(
-            f"the training state in {folder} is damaged ({error}): train again from its weights, with "
-            f"--model {folder} and another --out"
-        ) from error
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(i >= len(parameters) for i in moments):
-        raise ModelError(f"{folder / TENSORS} is of a model with more parameters than this one's {len(parameters)}")
-    for i, row in moments.items():
-        for key, value in row.items():
-            if value.ndim and value.shape != parameters[i].shape:
-                raise ModelError(
-                    f"{key} of parameter {i} in {folder / TENSORS} has the shape {list(value.shape)} instead of "
-                    f"{list(parameters[i].shape)}: it is of another model"
-                )
+    """Put the optimizer's moments back and return the rest of the state, of a checkpoint that is sound."""
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in load_file(folder / TENSORS).items():
+        i, key = name.split(".", 1)
+        moments.setdefault(int(i), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
+    return json.loads((folder / STATE).read_text())

@@ -22,25 +22,27 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """While this is open, SIGINT and SIGTERM raise `Interrupted`: at once, or at the end of what they may not tear.
+    """SIGINT and SIGTERM, caught: they raise `Interrupted`, at once or at the end of what they may not tear.
 
     A second one is a plain KeyboardInterrupt at once.  Only the main thread can catch signals: elsewhere all stays as
-    it was, and so it does where `caught` is False.
+    it was, and so it does in a run of several processes, which would stop at different steps.
     """
 
-    def __init__(self, caught: bool = True):
-        self.caught = caught and threading.current_thread() is threading.main_thread()
+    def __init__(self):
         self.received, self.held = 0, False
-        self.before: dict = {}
 
-    def __enter__(self) -> "Signals":
-        if self.caught:
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    @contextmanager
+    def caught(self, processes: int) -> Iterator[None]:
+        """Catch signals until the end of this."""
+        if processes > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
         if self.received:

@@ -16,11 +16,13 @@ from typing import ClassVar, Literal
 
 import torch
 from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
+from ..model.collate import Collate
 from ..model.device import default_workers, make_accelerator
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
@@ -28,13 +30,11 @@ from ..model.network import CountingModel, Recipe, freeze_vision, save_memory
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need
-from .batches import training_loader, windows
+from .batches import SizeBatches, TrainingImages, windows
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
-from .run import RunFolder, TrainResult, fingerprint, locked
-from .schedule import lazy_weight, learning_rate_factor
-from .step import TrainingStep, make_optimizer
-from .tracker import start_tracker
+from .run import RunFolder, TrainResult, locked
+from .step import TrainingStep, lazy_weight, learning_rate_factor, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -132,20 +132,20 @@ class TrainConfig:
     def __post_init__(self):
         need(self, "heatmap", self.heatmap in method_names(True), f"one of {', '.join(method_names(True))}")
         counts = "epochs", "batch_size", "accumulation", "log_every", "heatmap_every", "heatmap_images", "limit", "lora"
-        for name in (*counts, "max_pixels", "batch_tokens"):
-            need(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
+        least = dict.fromkeys((*counts, "max_pixels", "batch_tokens"), 1) | {"workers": 0, "unfreeze_vision_at": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            need(self, name, value is None or value >= smallest, f"at least {smallest}")
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             need(self, name, value is None or 0 < value < math.inf, "above 0 and finite")
         for name in ("weight_decay", "attention_weight"):
             need(self, name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        need(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
+        need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
         need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
         uncached = self.vision_cache in ("auto", "off")
         need(self, "vision_cache", uncached or self.heatmap != "input_gradient", "off: input_gradient needs pixels")
         need(self, "vision_cache", uncached or self.unfreeze_vision_at != 0, "off: the encoder trains from the start")
-        need(self, "unfreeze_vision_at", self.unfreeze_vision_at is None or self.unfreeze_vision_at >= 0, "at least 0")
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
 
     def open_split(self, split: str) -> list[Sample]:
@@ -154,21 +154,21 @@ class TrainConfig:
         return open_split(self.data, split, self.limit, self.category, exclude, self.max_pixels)
 
     def resolved(self, recipe: Recipe, precision: str) -> "TrainConfig":
-        """The same, with what is left to the model's recipe filled in; a heatmap that fp16 cannot hold is refused."""
+        """The same, with what is left to the model's recipe, the heatmap's method or the machine filled in.
+
+        Raises:
+            ConfigError: fp16 cannot hold this heatmap.
+        """
         if precision == "fp16" and self.attention_weight and self.heatmap.endswith("_gradient"):
             raise ConfigError(f"{self.heatmap} (--heatmap) is too small for fp16: give attention, or --precision fp32")
-        first = self.unfreeze_vision_at
+        first, method = self.unfreeze_vision_at, METHODS[self.heatmap]
         if first is None:
             first = 0 if recipe.train_vision and not self.lora else self.epochs  # adapters train alone
-        return replace(self, learning_rate=self.learning_rate or recipe.learning_rate, unfreeze_vision_at=first)
-
-    @property
-    def resolved_heatmap_every(self) -> int:
-        return self.heatmap_every or METHODS[self.heatmap].every
-
-    @property
-    def resolved_heatmap_images(self) -> int | None:
-        return self.heatmap_images or METHODS[self.heatmap].images
+        return replace(
+            self, learning_rate=self.learning_rate or recipe.learning_rate, unfreeze_vision_at=first,
+            heatmap_every=self.heatmap_every or method.every, heatmap_images=self.heatmap_images or method.images,
+            compile=torch.cuda.is_available() if self.compile is None else self.compile,
+        )  # fmt: skip
 
     def vision_trains(self, epoch: int) -> bool:
         """Whether the vision encoder trains in this epoch (from 0), once `resolved`."""
@@ -194,9 +194,7 @@ class Run:
         self.folder = RunFolder(config)
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
-        self.folder.writes = self.accelerator.is_main_process
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
-        self.images = fingerprint(self.samples)
         start = self.folder.checkpoint if config.resume else config.model
         self.model = model or load_model(start, seed=config.seed)
         self.config = config = config.resolved(self.model.recipe, self.accelerator.mixed_precision)
@@ -204,10 +202,10 @@ class Run:
         save_memory(network, config.lora, config.gradient_checkpointing, self.accelerator.mixed_precision)
         self.heatmap = Heatmap(
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
-            torch.cuda.is_available() if config.compile is None else config.compile, config.gradient_method,
+            config.compile, config.gradient_method,
         )  # fmt: skip
         loss = DualLoss(
-            network, config.attention_weight, config.attention_loss, self.heatmap, config.resolved_heatmap_images,
+            network, config.attention_weight, config.attention_loss, self.heatmap, config.heatmap_images,
             config.attention_target,
         )  # fmt: skip
         optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
@@ -216,20 +214,24 @@ class Run:
         self.open_loader(pixels=not config.caches_vision)
         self.total_steps = len(self.batches.sizes) * config.epochs
         self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs done so far, and the checkpoint's steps
-        self.signals = Signals(self.accelerator.num_processes == 1)  # several would stop at different steps
+        self.signals = Signals()
         train, val = ([sample.count for sample in self.samples[split]] for split in ("train", "val"))
         self.result = TrainResult(config.out, constant_baselines(train, val), {"train": len(train), "val": len(val)})
-        self.tracker = None
 
     def open_loader(self, pixels: bool) -> None:
         """Open the loader of training batches, with room for all pixels unless the vision cache takes their place."""
         config, (train, val) = self.config, self.samples.values()
         self.store = PixelStore([*train, *val], self.model.image_processor, shared=self.workers > 0) if pixels else None
-        loader = training_loader(
-            train, self.model, self.store, config.batch_size, config.seed, config.flip, config.batch_by_size,
-            self.workers, config.accumulation, self.accelerator.num_processes, config.batch_tokens,
+        collate = Collate(self.model.tokenizer, self.model.image_processor, self.store, pixels=pixels)
+        self.batches = SizeBatches(
+            [collate.lengths(sample) for sample in train], config.batch_size, config.seed, config.flip,
+            config.batch_by_size, config.accumulation, self.accelerator.num_processes, config.batch_tokens,
         )  # fmt: skip
-        self.batches, self.loader = loader.batch_sampler, self.accelerator.prepare(loader)
+        self.loader = self.accelerator.prepare(DataLoader(
+            TrainingImages(train), batch_sampler=self.batches, collate_fn=collate, num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(), persistent_workers=self.workers > 0,
+            prefetch_factor=4 if self.workers else None,
+        ))  # fmt: skip
 
     def open(self) -> None:
         """Begin in the folder, or go on in it, and fill the vision cache."""
@@ -237,9 +239,7 @@ class Run:
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if config.resume:
             self.folder.restore(self)
-        self.folder.start()
-        if self.folder.writes:
-            self.tracker = start_tracker(config.out, config.tracking, json.loads(config.to_json()))
+        self.folder.start(config)
         if config.caches_vision and not config.vision_trains(self.epoch):
             train = self.samples["train"]
             mirrored = [sample.flipped() for sample in train] if config.flip else []
@@ -248,21 +248,13 @@ class Run:
                 config.vision_cache, config.out.parent / "vision-cache", self.workers, compiled=self.heatmap.compiled,
             )  # fmt: skip
 
-    def close(self) -> None:
-        if self.tracker is not None:
-            self.tracker.finish()
-        self.folder.close()
-
     def log(self, line: dict) -> None:
-        """Append to metrics.jsonl and hand on to the tracker and to whoever watches."""
+        """Keep a line of metrics.jsonl, and show it to whoever watches."""
         (self.result.epochs if "val" in line else self.result.steps).append(line)
-        if not self.folder.writes:
-            return
-        self.folder.append(line)
-        if self.tracker is not None:
-            self.tracker.log(line)
-        if self.on_log:
-            self.on_log(line)
+        if self.folder.writes:
+            self.folder.log(line)
+            if self.on_log:
+                self.on_log(line)
 
     def validate(self) -> None:
         """Evaluate the validation split and log it."""
@@ -285,7 +277,7 @@ class Run:
             self.open_loader(pixels=True)
         self.batches.shuffle(self.epoch, self.step - self.epoch * self.total_steps // config.epochs)
         step.loss.train()
-        images, started, every = 0, time.perf_counter(), config.resolved_heatmap_every
+        images, started, every = 0, time.perf_counter(), config.heatmap_every
         for window in windows(step.cache.ahead(self.loader) if step.cache else self.loader, self.batches.sizes):
             factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
             rate = config.learning_rate * factor
@@ -297,8 +289,8 @@ class Run:
             progress.update()
             if self.step % config.log_every == 0 or self.step == 1 or losses.attention is not None and every > 1:
                 step.check()
-                line = {name: None if value is None else float(value) for name, value in asdict(losses).items()}
-                skipped = {} if step.scaler is None else {"skipped_steps": step.skipped}
+                line = {name: None if value is None else float(value) for name, value in losses._asdict().items()}
+                skipped = {"skipped_steps": step.skipped} if step.scaler.is_enabled() else {}
                 self.log({
                     "step": self.step, "epoch": self.epoch + 1, "count_loss": line["count"],
                     "attention_loss": line["attention"], "total": line["total"],
@@ -331,7 +323,7 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
     with locked(config.out):
         run = Run(config, on_log, on_epoch)
         try:
-            with run.signals:
+            with run.signals.caught(run.accelerator.num_processes):
                 run.open()
                 if not run.result.epochs:
                     run.validate()
@@ -345,5 +337,5 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
         except Interrupted as interrupted:
             raise stopped(run, interrupted) from None
         finally:
-            run.close()
+            run.folder.close()
     return run.result

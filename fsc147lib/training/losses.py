@@ -1,21 +1,13 @@
-"""The two losses and their sum: is the predicted count right, and does the model look at the objects?
+"""The two losses and their sum: is the predicted count right, and does the model look at the objects?"""
 
-`DualLoss` holds the network, so that one module is all that a loop or a wrapper for several processes has to call.
-"""
-
-import math
 import random
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..data.targets import centre_blob, kl_divergence
 from ..model import Batch, Heatmap, answer_logits, count_loss, select_rows
-
-
-class NonFiniteLoss(ValueError):
-    """A loss is NaN or infinite; the message names which one, and the images."""
 
 
 def squared_error(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
@@ -27,26 +19,24 @@ ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
 """An attention loss is a function of target and heatmap [B, 14, 14] to [B]."""
 
 
-def another_image(target: torch.Tensor) -> torch.Tensor:
-    """Targets [B, 14, 14] dealt to the next image of the batch: a control, with nothing to learn but statistics."""
-    return target.roll(1, dims=0)
-
-
-ATTENTION_TARGETS = {"objects": lambda target: target, "shuffled": another_image, "centre": centre_blob}
+ATTENTION_TARGETS = {
+    "objects": lambda target: target,
+    "shuffled": lambda target: target.roll(1, dims=0),  # the next image's: nothing to learn but statistics
+    "centre": centre_blob,
+}
 """What the heatmap is drawn to: the objects, or a control that shows what drawing it anywhere is worth."""
 
 
-@dataclass
-class LossParts:
+class LossParts(NamedTuple):
     """Scalars of one step; `total` = `count` + weight * `attention`."""
 
     total: torch.Tensor
     count: torch.Tensor  # mean over answer tokens
-    attention: torch.Tensor | None  # mean over images with objects; in a log None on steps without it
+    attention: torch.Tensor | None  # mean over images with objects; None of a step that looked at no heatmap
 
 
 class DualLoss(nn.Module):
-    """Count loss plus weighted attention loss of one forward pass.
+    """Count loss plus weighted attention loss of one forward pass; the one module that a training loop calls.
 
     The attention loss leaves out images without objects: there is no target to hold their heatmap against.
 
@@ -79,7 +69,7 @@ class DualLoss(nn.Module):
         images: int | torch.Tensor | None = None,
         weight: float | None = None,
     ) -> LossParts:
-        """The losses of a batch.  Nothing here waits for the GPU: `check_finite` looks at them later.
+        """The losses of a batch.  Nothing here waits for the GPU.
 
         Args:
             tokens, images: answer tokens and images with objects, to divide the sums by; None for this batch's own.
@@ -112,20 +102,3 @@ class DualLoss(nn.Module):
     def chosen(self, names: list[str], rows: list[int]) -> list[int]:
         """Which of some rows of a batch to look at: depends on the batch's images and their order alone."""
         return sorted(random.Random(" ".join(names)).sample(rows, min(self.heatmap_images, len(rows))))
-
-
-def check_finite(steps: list[tuple[list[str], dict[str, torch.Tensor]]], may_overflow: str = "") -> list[bool]:
-    """Fetch the numbers of some steps (names of its images, numbers by name) at once; raise at one that is infinite.
-
-    The number called `may_overflow` may be: whether it was is returned of each step that has it.
-    """
-    labels = [(name, images) for images, numbers in steps for name in numbers]
-    values = torch.stack([value for _, numbers in steps for value in numbers.values()]).tolist() if steps else []
-    overflowed = []
-    for (name, images), value in zip(labels, values, strict=True):
-        if name == may_overflow:
-            overflowed.append(not math.isfinite(value))
-        elif not math.isfinite(value):
-            cure = "lower the learning rate, or look at these images with `check`"
-            raise NonFiniteLoss(f"the {name} is {value} on {', '.join(images)}: {cure}")
-    return overflowed

@@ -15,7 +15,7 @@ from ..model.load import count_parameters
 from ..model.network import freeze_vision
 from ..model.vision_cache import VisionCache, choose_place
 from .loop import Run, TrainConfig
-from .schedule import lazy_weight
+from .step import lazy_weight
 
 
 @dataclass(frozen=True)
@@ -28,33 +28,32 @@ class TrainCommand(TrainConfig):
 
 @dataclass
 class Plan:
-    """What a run needs; bytes and seconds."""
+    """What a run needs, in bytes and seconds; no seconds where the states leave no room for a step."""
 
     config: TrainConfig
     room: int  # of the GPU, or of the machine's memory
-    memory: dict[str, int]  # what takes it up; of the states alone where these leave no room for a step
-    cache: tuple[str, int]  # where image features lie, "off" for nowhere, and how large they are
     base: int  # in use before the first step
-    fits: bool = False
+    states: dict[str, int]  # weights, gradients, moments
+    activations: int = 0
+    cache: tuple[str, int] = ("off", 0)  # where image features lie, and how large they are
     step: float = math.nan
     first_step: float = math.nan  # which compiles
     epoch: float = math.nan  # without its validation
 
     @property
-    def states(self) -> dict[str, int]:
-        return {name: size for name, size in self.memory.items() if name not in ("activations", "vision cache")}
+    def memory(self) -> dict[str, int]:
+        """What takes up the room."""
+        place, size = self.cache
+        parts = {**self.states, "activations": self.activations, "vision cache": size if place == "gpu" else 0}
+        return {name: size for name, size in parts.items() if size}
 
     @property
     def total(self) -> int:
         return sum(self.memory.values())
 
-    def line(self) -> str:
-        """The options that matter, memory and speed in one line."""
-        config = self.config
-        words = f"--batch-size {config.batch_size} --accumulation {config.accumulation}"
-        words += f" --lora {config.lora}" * bool(config.lora)
-        words += " --gradient-checkpointing" * config.gradient_checkpointing
-        return f"{words}: {_gib(self.total)}, a step {self.step:.2f} s, an epoch {_time(self.epoch)}"
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.room and not math.isnan(self.step)
 
     def __str__(self) -> str:
         place, size = self.cache
@@ -78,13 +77,13 @@ def plan_training(config: TrainConfig) -> list[Plan]:
     Raises:
         ConfigError, DataError, ModelError: as `train` does.
     """
-    plans = [largest_that_fits(config, smallest=config.batch_size)]
-    if not plans[0].fits:
-        checkpointed = replace(config, gradient_checkpointing=True)
-        adapters = replace(checkpointed, lora=config.lora or 16, unfreeze_vision_at=None)
-        others = [largest_that_fits(other) for other in dict.fromkeys((config, checkpointed, adapters))]
-        plans += [plan for plan in others if plan.fits]
-    return plans
+    plan = largest_that_fits(config, smallest=config.batch_size)
+    if plan.fits:
+        return [plan]
+    checkpointed = replace(config, gradient_checkpointing=True)
+    adapters = replace(checkpointed, lora=config.lora or 16, unfreeze_vision_at=None)
+    others = [largest_that_fits(other) for other in dict.fromkeys((config, checkpointed, adapters))]
+    return [plan, *(other for other in others if other.fits)]
 
 
 def describe(plans: list[Plan]) -> str:
@@ -92,8 +91,16 @@ def describe(plans: list[Plan]) -> str:
     first, *others = plans
     if first.fits:
         return f"{first}\nit fits"
-    cures = [f"  {plan.line()}" for plan in others] or ["  nothing that was tried: take a smaller model, or make room"]
-    return "\n".join([str(first), "it does not fit; what does:", *cures])
+    lines = [str(first), "it does not fit; what does:"]
+    for plan in others:
+        config = plan.config
+        words = f"--batch-size {config.batch_size} --accumulation {config.accumulation}"
+        words += f" --lora {config.lora}" * bool(config.lora)
+        words += " --gradient-checkpointing" * config.gradient_checkpointing
+        lines.append(f"  {words}: {_gib(plan.total)}, a step {plan.step:.2f} s, an epoch {_time(plan.epoch)}")
+    if not others:
+        lines.append("  nothing that was tried: take a smaller model, or make room")
+    return "\n".join(lines)
 
 
 def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
@@ -104,22 +111,21 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
     try:
         run = Run(config)
     except torch.OutOfMemoryError:  # the weights alone have no room
-        return Plan(config, room, {"weights": max(room + 1, 4 * count_parameters(config.model))}, ("off", 0), 0)
+        return Plan(config, room, 0, {"weights": max(room + 1, 4 * count_parameters(config.model))})
     network = run.model.network
     freeze_vision(network, not run.config.vision_trains(run.config.epochs - 1))
     trained = sum(weight.nbytes for weight in network.parameters() if weight.requires_grad)
     states = {"weights": sum(weight.nbytes for weight in network.parameters()), "gradients": trained}
     states["AdamW's two moments"] = 2 * trained
-    base = memory_in_use(run.accelerator.device.type)
-    plan, size = Plan(run.config, room, states, ("off", 0), base), config.batch_size
+    plan, size = Plan(run.config, room, memory_in_use(run.accelerator.device.type), states), config.batch_size
     if plan.total > room:
         return plan
     if not on_gpu:  # where memory ends there, the process does: one image says how many have room
-        one = _measured(run, plan, 1).memory["activations"]
+        one = _measured(run, plan, 1).activations
         while size > smallest and plan.total + size * one > room:
             size //= 2
         if plan.total + size * one > room:
-            return replace(plan, memory=states | {"activations": size * one})
+            return replace(plan, activations=size * one)
     while size >= smallest and not plan.fits:
         try:
             plan = _measured(run, plan, size)
@@ -147,7 +153,7 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
         needed = step.cache.features.nbytes // step.cache.shape[0] * tokens
         cache = choose_place(needed) if config.vision_cache == "auto" else config.vision_cache, needed
     window = [to_device(collate(samples), device)] * min(2, parts)
-    seconds, every = [], config.resolved_heatmap_every
+    seconds, every = [], config.heatmap_every
 
     def train(weight: float) -> None:
         step.loss.train()
@@ -161,20 +167,16 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
     looking = lazy_weight(config.attention_weight, every, 0)
     train(looking)  # allocates what stays, and compiles
     peaks = peak_memory(lambda: train(looking), device.type), peak_memory(validate, device.type)  # None: not on a Mac
-    *_, gradients, moments = plan.states.values()
+    _, gradients, moments = plan.states.values()
     stays = plan.base + moments + gradients, plan.base + moments  # beside activations, in a step and in a validation
     used = [int((peak or 0) * 2**20) - beside for peak, beside in zip(peaks, stays, strict=True)]
-    memory = plan.states | {"activations": max(0, *used)}
-    if cache[0] == "gpu":
-        memory["vision cache"] = cache[1]
     if every > 1:
         train(0.0)
     mean = (seconds[1] + (every - 1) * seconds[-1]) / every / len(window)  # of a batch
     padded = sum(max(lengths[i][2] for i, _ in part) * len(part) for part in run.batches.batches)
     return replace(
-        plan, config=replace(config, batch_size=size, accumulation=parts), memory=memory, cache=cache,
-        fits=sum(memory.values()) <= plan.room, step=mean * parts, first_step=seconds[0],
-        epoch=mean * padded / (len(samples) * lengths[longest[-1]][2]),
+        plan, config=replace(config, batch_size=size, accumulation=parts), activations=max(0, *used), cache=cache,
+        step=mean * parts, first_step=seconds[0], epoch=mean * padded / (len(samples) * lengths[longest[-1]][2]),
     )  # fmt: skip
 
 

@@ -1,30 +1,30 @@
 """The folder of a run: who may use it, what it holds, and how a run comes back from it.
 
 `config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `summary.json` (validation
-before, best and last), `best.csv` (the best one, image by image), `best/` and `last/` (checkpoints), `last.old/`
-(the checkpoint before, used where the last is damaged), `run_id`, `wandb/`.
+before, best and last), `best/` and `last/` (checkpoints), `last.old/` (the checkpoint before, used where the last is
+damaged), `run_id`, `wandb/`.
 
 Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`).
 """
 
 import hashlib
 import json
-import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
-from accelerate import PartialState
 from filelock import Timeout
 
 from ..data import Sample
 from ..evaluation.answering import to_csv
 from ..files import file_lock, recover_folder, set_aside, write_json, write_text
 from ..options import ConfigError
-from .checkpoint import RUN_ID, VALIDATION, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
+from .checkpoint import RUN_ID, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
 
 MAY_CHANGE = {
     "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite", "dry_run",
@@ -54,13 +54,8 @@ class TrainResult:
     def summary(self) -> dict:
         """Validation `before` training, `best` (lowest MAE, with its epoch) and `last`; baselines; images."""
         rows = [{"epoch": line["epoch"], **line["val"]} for line in self.epochs]
-        best = min(rows[1:], key=lambda row: row["mae"])
+        best = min(rows[1:], key=lambda row: row["mae"])  # the first of those
         return {"before": rows[0], "best": best, "last": rows[-1], "baselines": self.baselines, "images": self.images}
-
-    def last_is_best(self) -> bool:
-        """Whether the last epoch's validation MAE is the lowest so far."""
-        *earlier, last = (line["val"]["mae"] for line in self.epochs[1:])
-        return last < min(earlier, default=math.inf)
 
 
 def fingerprint(samples: dict[str, list[Sample]]) -> str:
@@ -88,6 +83,11 @@ def need_same_run(config) -> None:
             )
 
 
+def is_main_process() -> bool:
+    """Whether this process is the only one of a run or the first, which alone writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keep other runs out of a run's folder; the lock, a file beside it, ends with the process that holds it.
@@ -95,7 +95,7 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         ConfigError: another run is at work there.
     """
-    if not PartialState().is_main_process:
+    if not is_main_process():
         yield
         return
     try:
@@ -108,9 +108,8 @@ def locked(out: Path) -> Iterator[None]:
 class RunFolder:
     """A run's folder, which an earlier run cannot be lost from and no two runs share (`locked`).
 
-    Several processes of one run read it; the one with `writes` writes it.
-
     Attributes:
+        writes: whether this process is the one of the run that writes; others read.
         checkpoint: that a resumed run goes on from.
 
     Args:
@@ -122,8 +121,10 @@ class RunFolder:
     """
 
     def __init__(self, config):
-        self.config, self.out, self.writes = config, config.out, True
-        self.run, self.checkpoint = uuid4().hex, self.out / "last"
+        self.config, self.out, self.writes = config, config.out, is_main_process()
+        self.checkpoint = self.out / "last"
+        self.before = self.out.with_name(self.out.name + ".old")  # an earlier run, until this one's first checkpoint
+        self.tracker = None
         recover_folder(self.out / "last")
         started = (self.out / "config.json").is_file() and (self.out / "metrics.jsonl").is_file()
         finished_epoch = (self.out / "last").is_dir()
@@ -131,7 +132,7 @@ class RunFolder:
             if not finished_epoch:
                 raise ConfigError(f"there is nothing to resume in {self.out}: no epoch of a run was finished there")
             need_same_run(config)
-            self.checkpoint, self.run = sound_checkpoint(self.out, self.run)
+            self.checkpoint = sound_checkpoint(self.out)
         elif finished_epoch and not config.overwrite:
             raise ConfigError(
                 f"{self.out} holds a run already: name another --out, go on with --resume, or --overwrite it"
@@ -139,13 +140,16 @@ class RunFolder:
         elif not started and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"{self.out} holds something that is no run: name another --out (it is left alone)")
 
-    def start(self) -> None:
-        """Begin to write; an earlier run is set aside until this one's first checkpoint."""
+    def start(self, resolved) -> None:
+        """Begin to write, and to track the `resolved` config; an earlier run is set aside."""
         if self.writes:
             if not self.config.resume:
                 set_aside(self.out)
+                write_text(self.out / RUN_ID, uuid4().hex)
             write_text(self.out / "config.json", self.config.to_json())
             (self.out / "metrics.jsonl").touch()
+            if self.config.tracking != "disabled":
+                self.tracker = start_tracker(self.out, self.config.tracking, json.loads(resolved.to_json()))
 
     def restore(self, run) -> None:
         """Put the checkpoint's steps, epochs, history, optimizer moments and, in fp16, loss scale back.
@@ -155,14 +159,14 @@ class RunFolder:
         """
         result, step = run.result, run.training_step
         state = load_training_state(self.checkpoint, step.optimizer)
-        if state["data"] != run.images:
+        if state["data"] != fingerprint(run.samples):
             raise ConfigError(
                 f"the training or validation images in {self.config.data} are not those that the run in "
                 f"{self.out} was started with: give its --data, or start a new run with another --out"
             )
         result.steps, result.epochs = state["steps"], state["epochs"]
         run.step, run.epoch, run.saved = state["step"], state["epoch"], state["step"]
-        if step.scaler is not None and "scaler" in state:
+        if state.get("scaler"):
             step.scaler.load_state_dict(state["scaler"])
         if self.writes:
             if state["step"] == state["epochs"][-1]["step"]:  # a crash may have come between last/ and best/
@@ -170,13 +174,15 @@ class RunFolder:
             lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
             write_text(self.out / "metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
-    def append(self, line: dict) -> None:
-        """Add a line to metrics.jsonl."""
+    def log(self, line: dict) -> None:
+        """Add a line to metrics.jsonl and to what is tracked."""
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(line)
 
     def save(self, run) -> None:
-        """Write last/; after an epoch's validation also summary.json, and best/ and best.csv if its MAE is the lowest.
+        """Write last/; after an epoch's validation also summary.json, and best/ if its MAE is the lowest.
 
         Args:
             run: a `loop.Run`; within an epoch, the one before counts as the last whole one.
@@ -184,10 +190,8 @@ class RunFolder:
         run.saved, result, step = run.step, run.result, run.training_step
         if not self.writes:
             return
-        state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": run.images,
-                 "steps": result.steps, "epochs": result.epochs}  # fmt: skip
-        if step.scaler is not None:
-            state["scaler"] = step.scaler.state_dict()
+        state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": fingerprint(run.samples),
+                 "steps": result.steps, "epochs": result.epochs, "scaler": step.scaler.state_dict()}  # fmt: skip
         whole = result.epochs[-1]["step"] == run.step
         listed = to_csv([asdict(image) for image in run.validation.images]) if whole else None
         last = self.out / "last"
@@ -195,23 +199,37 @@ class RunFolder:
             last.rename(self.out / f"damaged-{uuid4().hex[:8]}")
             recover_folder(last)
             self.checkpoint = last
-        save_checkpoint(last, run.model, step.optimizer, state, self.run, listed)
-        write_text(self.out / RUN_ID, self.run)
+        save_checkpoint(last, run.model, step.optimizer, state, (self.out / RUN_ID).read_text(), listed)
         if whole:
             self._publish(result)
-        shutil.rmtree(self.out.with_name(self.out.name + ".old"), ignore_errors=True)
+        shutil.rmtree(self.before, ignore_errors=True)
 
     def _publish(self, result: TrainResult) -> None:
-        """Write what follows from the checkpoint of a whole epoch: summary.json, best/ and best.csv."""
-        if result.last_is_best():
+        """Write what follows from the checkpoint of a whole epoch: summary.json, and best/."""
+        summary = result.summary()
+        if summary["best"]["epoch"] == summary["last"]["epoch"]:
             link_checkpoint(self.checkpoint, self.out / "best")
-            if (self.checkpoint / VALIDATION).is_file():  # an older version has none
-                write_text(self.out / "best.csv", (self.checkpoint / VALIDATION).read_text())
-        write_json(self.out / "summary.json", result.summary())
+        write_json(self.out / "summary.json", summary)
 
     def close(self) -> None:
-        """Give the folder back to the run that it was to replace, if this one came to nothing."""
-        old = self.out.with_name(self.out.name + ".old")
-        if self.writes and not (self.out / "last").is_dir() and old.exists():
+        """End tracking; give the folder back to the run that it was to replace, if this one came to nothing."""
+        if self.tracker is not None:
+            self.tracker.finish()
+        if self.writes and not (self.out / "last").is_dir() and self.before.exists():
             shutil.rmtree(self.out, ignore_errors=True)
             recover_folder(self.out)
+
+
+def start_tracker(out: Path, mode: Literal["offline", "online"], config: dict):
+    """A Weights & Biases run with `log` and `finish`, its files in `out`/wandb."""
+    import wandb  # takes half a second
+    from wandb.errors import Error
+
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would print into every notebook
+    try:
+        return wandb.init(project="fsc147lib", name=out.name, dir=out, mode=mode, config=config)
+    except Error as error:
+        raise ConfigError(
+            f"tracking (--tracking) is {mode}, but Weights & Biases says: {error}  Log in with `wandb login`, or "
+            "train with --tracking offline"
+        ) from error

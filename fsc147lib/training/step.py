@@ -1,8 +1,10 @@
 """One training step: losses over a window of batches, their gradient, its clip and the update; what benchmarks time.
 
-Left out: which batches make a window, the learning rate, and on which steps the attention is looked at (`loop`).
+Also what changes from step to step: the learning rate, and the weight of the attention loss.
+Left out: which batches make a window (`batches`).
 """
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -11,10 +13,14 @@ from torch import nn
 
 from ..model.collate import Batch
 from ..model.vision_cache import VisionCache
-from .losses import LossParts, NonFiniteLoss, check_finite
+from .losses import LossParts
 
 MOST_SKIPPED = 32
 """Steps skipped one after the other that end a run: the loss scale is 2**-32 of what it was, and no cure."""
+
+
+class NonFiniteLoss(ValueError):
+    """A loss is NaN or infinite; the message names which one, and the images."""
 
 
 def make_optimizer(network: nn.Module, learning_rate: float, weight_decay: float = 0.05) -> torch.optim.AdamW:
@@ -24,6 +30,25 @@ def make_optimizer(network: nn.Module, learning_rate: float, weight_decay: float
         {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
+    """Linear rise over the first part of the steps, then half a cosine or a line to 0, or 1; step counts from 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    done, falling = step - rising, max(1, steps - rising)
+    cosine = 0.5 * (1 + math.cos(math.pi * done / falling))
+    return {"cosine": cosine, "linear": 1 - done / falling, "constant": 1.0}[schedule]
+
+
+def lazy_weight(weight: float, every: int, step: int) -> float:
+    """A step's weight of the attention loss: K times as strong on each K-th step, none between.
+
+    So the expected gradient is the same at 1/K of the cost: the lazy regularisation of Karras et
+    al., "Analyzing and Improving the Image Quality of StyleGAN" (CVPR 2020).
+    """
+    return weight * every if step % every == 0 else 0.0
 
 
 class TrainingStep:
@@ -38,25 +63,20 @@ class TrainingStep:
         optimizer: of the loss's network; its learning rate is the caller's to set.
         accelerator: gives device, precision and processes.
         clip: largest norm of the gradient.
-        cache: gives each batch its image features; None where the batches bring them, or pixels.
 
     Attributes:
+        cache: gives each batch its image features; None where the batches bring them, or pixels.
         skipped: steps so far without an update, as of the last `check`.
     """
 
-    def __init__(
-        self,
-        loss: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
-        clip: float = 1.0,
-        cache: VisionCache | None = None,
-    ):
+    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, clip: float = 1.0):
         self.loss, self.optimizer, self.accelerator = accelerator.prepare(loss), optimizer, accelerator
-        self.clip, self.cache, self.scaler = clip, cache, accelerator.scaler  # None but in fp16
+        self.clip = clip
+        self.cache: VisionCache | None = None
+        self.scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)  # does nothing but in fp16
         self.skipped, self.in_a_row = 0, 0
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.unchecked: list[tuple[list[str], dict[str, torch.Tensor]]] = []  # steps whose numbers lie on the device
+        self.unchecked: list[tuple[list[str], LossParts, torch.Tensor]] = []  # images, losses, gradient's norm
 
     def __call__(self, window: list[Batch], weight: float) -> tuple[LossParts, torch.Tensor]:
         """Accumulate the window's gradient, clip it and update the weights.
@@ -70,38 +90,24 @@ class TrainingStep:
             The window's losses (with several processes this one's share), and the gradient's norm before the clip:
             not finite where the step was skipped.
         """
-        tokens, images = self._sizes(window)
-        summed = LossParts(*torch.zeros(3, device=self.accelerator.device))
+        with_objects = sum(count > 0 for batch in window for count in batch["count"])
+        tokens, images = sum(batch["answer_tokens"] for batch in window), with_objects
+        if self.accelerator.num_processes > 1:  # of all of them
+            tokens, images = self.accelerator.reduce(torch.tensor([tokens, images], device=self.accelerator.device))
+        losses = LossParts(*torch.zeros(3, device=self.accelerator.device))
         for i, batch in enumerate(window):
             batch = self.cache.add_to(batch) if self.cache and "image_features" not in batch else batch
             with self.accelerator.no_sync(self.loss) if i + 1 < len(window) else nullcontext():
                 parts = self.loss(batch, tokens, images, weight)
                 self.accelerator.backward(parts.total * self.accelerator.num_processes)  # whose gradients are averaged
-            for name in ("total", "count", "attention"):
-                setattr(summed, name, getattr(summed, name) + getattr(parts, name).detach())
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+            losses = LossParts(*(summed + part.detach() for summed, part in zip(losses, parts, strict=True)))
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:  # a gradient that is not finite leaves weights and moments alone
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.step(self.optimizer)  # leaves weights and moments alone where the scaled gradient is not finite
+        self.scaler.update()
         self.optimizer.zero_grad()
-        numbers = {"count loss": summed.count, "attention loss": summed.attention, "gradient's norm": norm}
-        self.unchecked.append(([name for batch in window for name in batch["names"]], numbers))
-        if not (weight and any(any(batch["count"]) for batch in window)):
-            summed.attention = None  # not looked at, which is not 0
-        return summed, norm
-
-    def _sizes(self, window: list[Batch]) -> tuple[int | torch.Tensor, int | torch.Tensor]:
-        """Answer tokens and images with objects of a window, over all processes."""
-        with_objects = sum(count > 0 for batch in window for count in batch["count"])
-        sizes = [sum(batch["answer_tokens"] for batch in window), with_objects]
-        if self.accelerator.num_processes == 1:
-            return sizes[0], sizes[1]
-        tokens, images = self.accelerator.reduce(torch.tensor(sizes, device=self.accelerator.device))
-        return tokens, images
+        self.unchecked.append(([name for batch in window for name in batch["names"]], losses, norm))
+        return losses if weight and with_objects else losses._replace(attention=None), norm
 
     def check(self) -> None:
         """Look at the losses and gradient norms of the steps since the last time: one wait for many steps.
@@ -110,7 +116,13 @@ class TrainingStep:
             NonFiniteLoss: one is NaN or infinite; in fp16 the norm may be, but not in MOST_SKIPPED steps on end.
         """
         steps, self.unchecked = self.unchecked, []
-        for skipped in check_finite(steps, "gradient's norm" if self.scaler is not None else ""):
+        numbers = [torch.stack([losses.count, losses.attention, norm]) for _, losses, norm in steps]
+        for (names, *_), values in zip(steps, torch.stack(numbers).tolist() if steps else [], strict=True):
+            skipped = self.scaler.is_enabled() and not math.isfinite(values[2])
+            for what, value in zip(("count loss", "attention loss", "gradient's norm"), values, strict=True):
+                if not (math.isfinite(value) or skipped and what == "gradient's norm"):
+                    cure = "lower the learning rate, or look at these images with `check`"
+                    raise NonFiniteLoss(f"the {what} is {value} on {', '.join(names)}: {cure}")
             self.skipped, self.in_a_row = self.skipped + skipped, (self.in_a_row + 1) * skipped
             if self.in_a_row >= MOST_SKIPPED:
                 raise NonFiniteLoss(

@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -62,13 +63,13 @@ class GridRun:
         row = {"name": self.name, "options": self.options, "finished": False, "error": None, "seconds": 0.0}
         try:
             need_same_run(self.config)
-            lines = (self.config.out / "metrics.jsonl").read_text().splitlines()
+            summary = json.loads((self.config.out / "summary.json").read_text())
+            lines = map(json.loads, (self.config.out / "metrics.jsonl").read_text().splitlines())
         except (ConfigError, OSError):
             return row
-        curve = [{"epoch": line["epoch"], **line["val"]} for line in map(json.loads, lines) if "val" in line]
-        if not curve or curve[-1]["epoch"] < self.config.epochs or not (self.config.out / "summary.json").is_file():
+        if summary["last"]["epoch"] < self.config.epochs:
             return row
-        summary = json.loads((self.config.out / "summary.json").read_text())
+        curve = [{"epoch": line["epoch"], **line["val"]} for line in lines if "val" in line]
         return {**row, "finished": True, "best": summary["best"], "last": summary["last"], "curve": curve}
 
     def start(self, log: Path, threads: int) -> subprocess.Popen:
@@ -80,16 +81,26 @@ class GridRun:
             command = [sys.executable, "-m", "fsc147lib", "train", *words]
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
+    def answers(self, splits: tuple[str, ...]) -> dict[str, dict]:
+        """What the last weights answer: per split the `metrics`, and of each image its `error` and `kl`."""
+        config, answered = self.config, {}
+        model, accelerator = load_model(config.out / "last"), make_accelerator(config.precision)
+        training_mean = float(np.mean([sample.count for sample in config.open_split("train")]))
+        for split in splits:
+            samples = open_split(config.data, split, None, config.category, None, config.max_pixels)
+            found = evaluate_samples(model, samples, 64, accelerator=accelerator, empty_cost=training_mean)
+            images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
+            answered[split] = {"metrics": found.metrics, **images}
+        return answered
+
 
 def grid_runs(config: SweepConfig) -> list[GridRun]:
     """Every combination of the grid, checked as `train` checks its options: SystemExit, its message printed."""
-    axes = [
-        [(name, value) for value in values.split(",")] for name, _, values in (x.partition("=") for x in config.grid)
-    ]
+    axes = [(name, values.split(",")) for name, _, values in (axis.partition("=") for axis in config.grid)]
     runs = []
-    for pairs in product(*axes):
-        point = dict(pairs)
-        name = ",".join(f"{key}={value.replace(' ', '+').replace('/', '-')}" for key, value in pairs)
+    for values in product(*(values for _, values in axes)):
+        point = dict(zip((name for name, _ in axes), values, strict=True))
+        name = ",".join(f"{key}={value.replace(' ', '+').replace('/', '-')}" for key, value in point.items())
         words = [*config.train]
         for key, value in point.items():
             flag = key.replace("_", "-")
@@ -108,62 +119,50 @@ def run_sweep(config: SweepConfig) -> list[dict]:
     Returns:
         The rows of `sweep.json`, in the grid's order: `name`, `options` (the grid's), `finished`, `error` (None, or
         the last line that a failed run has printed), `seconds` (of all its processes); of a finished run `best`
-        and `last` (validation metrics with their epoch) and `curve` (those of each epoch).
+        and `last` (validation metrics with their epoch), `curve` (those of each epoch) and, where asked for, `splits`
+        (`GridRun.answers`).
     """
     runs, path = grid_runs(config), config.out / "sweep.json"
     before = {row["name"]: row["seconds"] for row in json.loads(path.read_text())["runs"]} if path.is_file() else {}
     rows = {run.name: {**run.row(), "seconds": before.get(run.name, 0.0)} for run in runs}
+
+    def write() -> None:
+        write_json(path, {"train": config.train, "grid": config.grid, "runs": list(rows.values())})
+
+    write()
     waiting = [run for run in runs if not rows[run.name]["finished"]]
-    _write(path, config, rows)
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
     for run, seconds, error in processes(waiting, config.out / "logs", config.parallel):
         rows[run.name] = {**run.row(), "seconds": rows[run.name]["seconds"] + seconds, "error": error}
-        _write(path, config, rows)
+        write()
         print(f"{run.name}: {error or 'MAE {mae:.2f}'.format(**rows[run.name]['best'])}, {seconds:.0f} s", flush=True)
-    if config.splits:
-        for run in runs:
-            if rows[run.name]["finished"] and "splits" not in rows[run.name]:
-                rows[run.name]["splits"] = answer_splits(run.config, config.splits)
-                _write(path, config, rows)
+    for run in runs:
+        if config.splits and rows[run.name]["finished"]:
+            rows[run.name]["splits"] = run.answers(config.splits)
+            write()
     return list(rows.values())
-
-
-def answer_splits(config: TrainConfig, splits: Sequence[str]) -> dict[str, dict]:
-    """What a run's last weights answer: per split the `metrics`, and of each image its `error` and `kl`."""
-    model, accelerator = load_model(config.out / "last"), make_accelerator(config.precision)
-    training_mean = float(np.mean([sample.count for sample in config.open_split("train")]))
-    answered = {}
-    for split in splits:
-        samples = open_split(config.data, split, None, config.category, None, config.max_pixels)
-        found = evaluate_samples(model, samples, 64, accelerator=accelerator, empty_cost=training_mean)
-        images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
-        answered[split] = {"metrics": found.metrics, **images}
-    return answered
-
-
-def _write(path: Path, config: SweepConfig, rows: dict[str, dict]) -> None:
-    write_json(path, {"train": config.train, "grid": config.grid, "runs": list(rows.values())})
 
 
 def processes(runs: list[GridRun], logs: Path, parallel: int) -> Iterator[tuple[GridRun, float, str | None]]:
     """Run some at once; yields each that ended, its seconds and what went wrong.  Interrupted, it ends them all."""
-    waiting = list(runs)
-    running: dict[str, tuple[GridRun, float, subprocess.Popen]] = {}
     threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, len(runs))))
+    started: list[subprocess.Popen] = []
+
+    def finish(run: GridRun) -> tuple[GridRun, float, str | None]:
+        log, began, error = logs / f"{run.name}.txt", time.perf_counter(), None
+        process = run.start(log, threads)
+        started.append(process)
+        if status := process.wait():
+            printed = log.read_text(errors="replace").strip()
+            error = printed.splitlines()[-1] if printed else f"ended with status {status}"
+        return run, time.perf_counter() - began, error
+
+    pool = ThreadPoolExecutor(parallel)
     try:
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                run = waiting.pop(0)
-                running[run.name] = run, time.perf_counter(), run.start(logs / f"{run.name}.txt", threads)
-            for run, started, process in [entry for entry in running.values() if entry[2].poll() is not None]:
-                del running[run.name]
-                error = None
-                if process.returncode:
-                    printed = (logs / f"{run.name}.txt").read_text(errors="replace").strip()
-                    error = printed.splitlines()[-1] if printed else f"ended with status {process.returncode}"
-                yield run, time.perf_counter() - started, error
-            time.sleep(0.1)
+        for ended in as_completed([pool.submit(finish, run) for run in runs]):
+            yield ended.result()
     finally:
-        for _, _, process in running.values():
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in started:
             process.terminate()
             process.wait()

@@ -13,7 +13,7 @@ from fsc147lib.model.network import freeze_vision
 from fsc147lib.options import ConfigError
 from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss
-from fsc147lib.training.schedule import lazy_weight
+from fsc147lib.training.step import lazy_weight
 
 TRAINABLE = [("attention", 0), ("token_gradient", 0), ("token_gradient", 2), ("input_gradient", 0)]
 

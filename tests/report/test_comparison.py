@@ -6,12 +6,12 @@ import json
 import pytest
 
 from fsc147lib.options import ConfigError
-from fsc147lib.report.comparison import CompareConfig, SavedRun, compare_runs
+from fsc147lib.report.comparison import CompareConfig, compare_runs, read_run
 
 
 def write_run(folder, errors, kl, **options):
     """A run's folder as `train` leaves it: two epochs, the second the best."""
-    folder.mkdir(parents=True)
+    (folder / "best").mkdir(parents=True)
     mae = sum(errors) / len(errors)
     best = {"epoch": 2, "mae": mae, "kl": kl}
     config = {"data": "root", "out": str(folder), "seed": 0, "attention_weight": 0.1} | options
@@ -21,7 +21,7 @@ def write_run(folder, errors, kl, **options):
     lines = [{"step": 0, "epoch": 0, "val": {"mae": 20.0, "kl": 1.0}}, {"step": 5, "epoch": 1, "count_loss": 1.0},
              {"step": 9, "epoch": 2, "val": best}]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with (folder / "best.csv").open("w", newline="") as file:
+    with (folder / "best" / "validation.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, ["name", "error", "kl"])
         table.writeheader()
         table.writerows({"name": f"{i}.jpg", "error": e, "kl": "" if i == 0 else kl} for i, e in enumerate(errors))
@@ -44,10 +44,10 @@ def test_runs_side_by_side(tmp_path):
 
 
 def test_images_of_another_epoch_are_not_compared(tmp_path):
-    """A crash between the checkpoint and its CSV leaves one that does not belong to the best epoch."""
+    """A crash between best/ and summary.json leaves images that are not those of the metrics."""
     a, b = write_run(tmp_path / "a", [2.0, 4.0], 0.9), write_run(tmp_path / "b", [1.0, 3.0], 0.4)
-    (b / "best.csv").write_text((a / "best.csv").read_text())
-    assert "b and a: not the same images, or no best.csv of both" in compare_runs(CompareConfig((a, b)))
+    (b / "best" / "validation.csv").write_text((a / "best" / "validation.csv").read_text())
+    assert "b and a: not the same images, or no best/validation.csv of both" in compare_runs(CompareConfig((a, b)))
 
 
 def test_what_is_no_run_is_named(tmp_path):
@@ -63,6 +63,6 @@ def test_a_trained_run_compares_with_itself(tmp_path, root):
     from fsc147lib import TrainConfig, train
 
     train(TrainConfig(root, tmp_path / "run", "tiny-random", epochs=2, limit=4, batch_size=2, tracking="disabled"))
-    run = SavedRun.read(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert len(run.images) == 4 and [line["epoch"] for line in run.epochs] == [0, 1, 2]
     assert "MAE +0.000 (+0.000 to +0.000)" in compare_runs(CompareConfig((tmp_path / "run", tmp_path / "run")))

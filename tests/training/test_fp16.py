@@ -17,8 +17,8 @@ from fsc147lib.model.load import load_model
 from fsc147lib.model.network import freeze_vision, save_memory
 from fsc147lib.options import ConfigError
 from fsc147lib.training import DualLoss, TrainConfig, loop, step, train
-from fsc147lib.training.losses import LossParts, NonFiniteLoss
-from fsc147lib.training.step import TrainingStep, make_optimizer
+from fsc147lib.training.losses import LossParts
+from fsc147lib.training.step import NonFiniteLoss, TrainingStep, make_optimizer
 
 
 def fp16_accelerator(scale=2.0**16):

@@ -33,7 +33,7 @@ def config(root, tmp_path):
 
 
 def ends_equal(one, other):
-    """Weights, moments and history of last/ and best/, best.csv, summary and log: all but the speed."""
+    """Weights, moments, history and validation of last/ and best/, summary and log: all but the speed."""
     for name in ("last", "best"):
         for file in ("model.safetensors", "training_state.safetensors"):
             a, b = (load_file(out / name / file) for out in (one, other))
@@ -41,7 +41,7 @@ def ends_equal(one, other):
     logs = ([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, other))
     a, b = ([{k: v for k, v in line.items() if k != "images_per_second"} for line in log] for log in logs)
     assert a == b
-    for file in ("best.csv", "summary.json"):
+    for file in ("last/validation.csv", "best/validation.csv", "summary.json"):
         assert (one / file).read_text() == (other / file).read_text()
 
 
