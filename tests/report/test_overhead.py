@@ -70,6 +70,7 @@ def test_out_of_memory_is_a_row(tiny, root, monkeypatch):
     assert "out of memory" in table(rows)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "billions"), [("qwen3-vl-2b", 2.1), ("qwen3-vl-4b", 4.4), ("qwen3-vl-8b", 8.8)])
 def test_shapes_have_the_published_sizes(name, billions):
     network = load_or_shape(name, device="meta").network
