@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from ..files import need_file, new_folder
 from ..options import need
-from .faults import IMAGES, DataError, category_problem, is_plain, write_layout
+from .faults import IMAGES, DataError, category_problem, is_plain, need_category, write_layout
 from .samples import open_picture, shrunk
 
 
@@ -73,7 +73,7 @@ def import_pictures(config: ImportConfig) -> dict[str, int]:
         if not labels:
             raise DataError(f"{file} names no picture to count {config.category or 'anything'} in")
         (draft / IMAGES).mkdir(parents=True)
-        entries: dict[str, dict] = {}
+        entries, categories = {}, {}
         sources: dict[str, Path] = {}
         for name, label in tqdm(labels.items(), desc="import", leave=False):
             source = find_picture(config.images, name)
@@ -89,9 +89,9 @@ def import_pictures(config: ImportConfig) -> dict[str, int]:
             small.save(draft / IMAGES / stored, quality=95)
             scale = np.array(small.size) / image.size
             entries[stored] = {"points": (np.array(label.points).reshape(-1, 2) * scale).round(3).tolist()}
+            categories[stored] = label.category
         splits = choose_splits(list(entries), config.val, config.test, config.seed)
-        categories = [label.category for label in labels.values()]
-        write_layout(draft, entries, splits, dict(zip(entries, categories, strict=True)))
+        write_layout(draft, entries, splits, categories)
     return {split: len(names) for split, names in splits.items()}
 
 
@@ -100,10 +100,10 @@ def find_picture(folder: Path, name: str) -> Path:
     if is_plain(name) and (folder / name).is_file():
         return folder / name
     found = [path for path in sorted(folder.glob("*")) if path.stem == name and path.suffix.lower() != ".csv"]
-    if len(found) != 1:
-        which = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{folder} must hold one picture called {name!r}, but has {which}")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    which = ", ".join(path.name for path in found) or "none"
+    raise DataError(f"{folder} must hold one picture called {name!r}, but has {which}")
 
 
 def choose_splits(names: list[str], val: float, test: float, seed: int) -> dict[str, list[str]]:
@@ -143,13 +143,13 @@ def read_points(path: Path, category: str | None) -> dict[str, Labels]:
     labels: dict[str, Labels] = {}
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         if path.is_dir():
-            labels[file.stem] = Labels(_need_category(category, file), [])
+            labels[file.stem] = Labels(need_category(category, f"{file}: "), [])
         for number, row in _csv_rows(file, {"x", "y"} if path.is_dir() else {"image", "x", "y"}):
             place, kind = f"{file}, line {number}", row.get("category", "")
             name = file.stem if path.is_dir() else row["image"]
             if not name:
                 raise DataError(f"{place}: no image is named")
-            label = labels.setdefault(name, Labels(category or _need_category(kind or None, place), []))
+            label = labels.setdefault(name, Labels(category or need_category(kind or None, f"{place}: "), []))
             if category is None and label.category != kind:
                 raise DataError(f"{place}: {name} shows {label.category!r} and {kind!r}: choose one with --category")
             if (row["x"] or row["y"]) and category in (None, kind or category):
@@ -178,12 +178,6 @@ def _number(row: dict[str, str], name: str, place: str) -> float:
     if not math.isfinite(value):
         raise DataError(f"{place}: {name} is {row[name]!r}, but must be a number of pixels")
     return value
-
-
-def _need_category(text: str | None, place) -> str:
-    if category_problem(text or ""):
-        raise DataError(f"{place}: the category is {text!r}: name what is counted there, or with --category for all")
-    return text
 
 
 def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
@@ -223,5 +217,5 @@ def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
             raise DataError(f"{path}: {name} shows {', '.join(sorted(kinds))}: choose one with --category")
         kind = category or next(iter(kinds), only)
         if kind is not None and (number, kind) not in crowds:
-            labels[name] = Labels(_need_category(kind, path), kinds[kind], size)
+            labels[name] = Labels(need_category(kind, f"{path}: "), kinds[kind], size)
     return labels
