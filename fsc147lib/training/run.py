@@ -88,6 +88,16 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def read_run(out: Path) -> tuple[dict, dict, list[dict]]:
+    """Options, summary, and the validations (lines of metrics.jsonl) of a run; ConfigError if it finished no epoch."""
+    try:
+        options, summary = (json.loads((out / name).read_text()) for name in ("config.json", "summary.json"))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out} holds no run with a finished epoch ({error}): give a run's folder") from error
+    return options, summary, [line for line in lines if "val" in line]
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keep other runs out of a run's folder; the lock, a file beside it, ends with the process that holds it.
