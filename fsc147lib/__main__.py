@@ -37,8 +37,8 @@ def run_import(config) -> None:
 def run_synth(config) -> None:
     from .data import make_dataset
 
-    out = make_dataset(config.out, config.train, config.val, config.test, config.seed, sprites=config.sprites)
-    print(f"drew {config.train} train, {config.val} val and {config.test} test pictures in {out},")
+    make_dataset(**vars(config))
+    print(f"drew {config.train} train, {config.val} val and {config.test} test pictures in {config.out},")
     print("and as many in val_seen and test_seen, of training's categories")
 
 

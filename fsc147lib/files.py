@@ -55,29 +55,26 @@ def write_json(path: str | Path, value) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A draft to fill, put in the folder's place at the end; FileExistsError if that holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def new_folder(folder: Path, replace: bool = False, keep: bool = False) -> Iterator[Path]:
+    """A draft beside the folder, not made yet, to fill; it is put in the folder's place at the end.
+
+    Args:
+        replace: put it in the place of what the folder holds; else FileExistsError if that is anything.
+        keep: leave what was replaced beside it, see `set_aside`.
+    """
+    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: name a new folder, or remove it first")
-    draft = new_draft(folder)
-    yield draft
-    replace_folder(draft, folder)
-
-
-def new_draft(folder: Path) -> Path:
-    """The place beside `folder` to prepare its next version in; what an earlier failure left there is removed."""
     draft = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(draft, ignore_errors=True)
-    return draft
-
-
-def replace_folder(draft: Path, folder: Path, keep: bool = False) -> None:
-    """Put a finished folder in its place, keeping the old one until the new one is there, or also after that."""
-    recover_folder(folder)
-    old = set_aside(folder)
-    draft.rename(folder)
-    if not keep:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(draft, ignore_errors=True)  # of an earlier crash
+    try:
+        yield draft
+        recover_folder(folder)
+        old = set_aside(folder)
+        draft.rename(folder)
+        if not keep:
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:

@@ -5,7 +5,7 @@ Left out: the faults of text files and headers, which the scan finds (`fsc147`).
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,25 +42,16 @@ class CheckConfig:
 
 @dataclass
 class Report:
-    """What `check` found: per split the numbers of usable images and categories, and the spread of counts.
-
-    An image without a dot is no fault: it has a count of 0, and no target heatmap.
-    """
+    """What `check` found.  An image without a dot is no fault: it has a count of 0, and no target heatmap."""
 
     root: str
-    splits: dict[str, dict[str, float]]  # images, empty (of objects), categories, and of counts min, median, mean, max
+    splits: dict[str, dict[str, float]]  # of usable images: images, empty, categories; of counts min, median, mean, max
     faults: Faults
-    train: list[str]  # names
+    exclude: list[str]  # names of training images that are images of another part, too
 
     @property
     def clean(self) -> bool:
         return not self.faults
-
-    @property
-    def exclude(self) -> list[str]:
-        """Names of training images that are images of another part, too."""
-        repeated = {fault.entry for fault in self.faults if fault.kind == "repeated-image"}
-        return [name for name in self.train if name in repeated]
 
     def to_dict(self) -> dict:
         """Plain values for JSON."""
@@ -86,17 +77,19 @@ def check(root: str | Path, category: str | None = None, max_pixels: int = MAX_P
     with ThreadPoolExecutor() as pool:  # decoding lets go of the interpreter lock
         for found in pool.map(_pixel_faults, usable.values()):
             faults.extend(found)
-    faults.extend(_repeated_images(samples, usable))
+    repeated = _repeated_images(samples, usable)
+    faults.extend(repeated)
     splits: dict[str, dict[str, float]] = {}
     for split, listed in samples.items():
         n = [sample.count for sample in listed]
         splits[split] = {"images": len(n), "empty": n.count(0), "categories": len({s.category for s in listed})}
         if n:
             splits[split] |= {"min": min(n), "median": float(np.median(n)), "mean": float(np.mean(n)), "max": max(n)}
-    return Report(str(root), splits, faults, [sample.name for sample in samples.get("train", ())])
+    names = {fault.entry for fault in repeated}
+    return Report(str(root), splits, faults, [s.name for s in samples.get("train", ()) if s.name in names])
 
 
-def _repeated_images(samples: dict[str, list[Sample]], usable: Collection[str]) -> Iterable[Fault]:
+def _repeated_images(samples: dict[str, list[Sample]], usable: Collection[str]) -> list[Fault]:
     """A fault for each image of train or val whose very bytes are an image of another of train, val and test, too."""
     faults = Faults()
     found: dict[bytes, tuple[str, str]] = {}  # name and part
@@ -108,7 +101,7 @@ def _repeated_images(samples: dict[str, list[Sample]], usable: Collection[str]) 
                 if part != PARTS[split] and name != sample.name:  # a name in two of them is a fault of its own
                     problem = f"the same bytes as {name!r} of {part!r}"
                     faults.add("repeated-image", f"{IMAGES}/{sample.name}", sample.name, problem)
-    return dict.fromkeys(faults)  # val_coco is a part of val
+    return list(dict.fromkeys(faults))  # val_coco is a part of val
 
 
 def _pixel_faults(sample: Sample) -> Faults:

@@ -1,7 +1,7 @@
 """Draw one object of a composed category, a look and a shape: "blue stars", "striped bricks".
 
-The pairs of validation and test never occur in training, not even as distractors, while each of their words occurs
-there with six others.  Left out: whole pictures (`scenes`).
+The pairs of validation and test never occur in training, while each of their words occurs there with six others.
+Left out: whole pictures (`scenes`).
 """
 
 import math
@@ -64,19 +64,15 @@ class Shapes:
         pen, stencil = ImageDraw.Draw(pixels), ImageDraw.Draw(mask)
         for mark in _pattern(look):
             pen.polygon(place(mark), fill=(250, 248, 240))
-        stencil.polygon(place(_outline(shape)), fill=255)
         for mark in _details(shape):
             pen.polygon(place(mark), fill=_rgb(base * 0.4))
-        edges = [_outline(shape)]
-        if shape == "rings":
-            stencil.polygon(place(_HOLE), fill=0)
-            edges.append(_HOLE)
-        for edge in edges:  # half of the line lies outside the mask
-            closed = place(np.concatenate([edge, edge[:2]]))
+        edges = [_outline(shape), _round(0.46)] if shape == "rings" else [_outline(shape)]
+        for edge, inside in zip(edges, (255, 0), strict=False):  # the second is a hole
+            stencil.polygon(place(edge), fill=inside)
+            closed = place(np.concatenate([edge, edge[:2]]))  # half of the line lies outside the mask
             pen.line(closed, fill=_rgb(base * 0.5), width=round(0.2 * radius * FINENESS))
         pixels, mask = pixels.reduce(FINENESS), mask.reduce(FINENESS)
-        box = mask.getbbox()
-        pixels, mask = pixels.crop(box), mask.crop(box)
+        pixels, mask = pixels.crop(mask.getbbox()), mask.crop(mask.getbbox())
         pixels.paste((0, 0, 0), (0, 0), _shade(pixels.size))
         return pixels, mask
 
@@ -94,9 +90,6 @@ def _shade(size: tuple[int, int]) -> Image.Image:
 def _round(radius: float, x: float = 0.0, y: float = 0.0, corners: int = 36) -> np.ndarray:
     t = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     return np.stack([x + radius * np.cos(t), y + radius * np.sin(t)], axis=1)
-
-
-_HOLE = _round(0.46)
 
 
 @cache

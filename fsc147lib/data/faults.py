@@ -123,10 +123,11 @@ def category_problem(text: str) -> str:
     return ""
 
 
-def need_category(category: str) -> None:
-    """Raise DataError where nobody could count such objects."""
-    if category_problem(category):
-        raise DataError(f"the category is {category!r:.60}: name what to count, for example 'apples'")
+def need_category(category: str | None, place: str = "") -> str:
+    """The category, or a DataError (that begins with the place it was found at) where nobody could count such."""
+    if category is None or category_problem(category):
+        raise DataError(f"{place}the category is {category!r:.60}: name what to count, for example 'apples'")
+    return category
 
 
 def size_problem(width: int, height: int, max_pixels: int = MAX_PIXELS) -> str:

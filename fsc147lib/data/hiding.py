@@ -34,8 +34,7 @@ def hide(sample: Sample, cells: np.ndarray, fill: Fill = "grey", category: str |
     Raises:
         DataError: the cells are no grid, or the category or the fill is not known.
     """
-    category = sample.category if category is None else category
-    need_category(category)
+    category = need_category(sample.category if category is None else category)
     if fill not in get_args(Fill):
         raise DataError(f"fill is {fill!r:.40}: choose one of {', '.join(get_args(Fill))}")
     cells = np.asarray(cells, dtype=bool)

@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from ..files import need_file, new_folder
 from ..options import need
-from .faults import IMAGES, DataError, category_problem, is_plain, write_layout
+from .faults import IMAGES, DataError, category_problem, is_plain, need_category, write_layout
 from .samples import open_picture, shrunk
 
 
@@ -143,13 +143,13 @@ def read_points(path: Path, category: str | None) -> dict[str, Labels]:
     labels: dict[str, Labels] = {}
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         if path.is_dir():
-            labels[file.stem] = Labels(_need_category(category, file), [])
+            labels[file.stem] = Labels(need_category(category, f"{file}: "), [])
         for number, row in _csv_rows(file, {"x", "y"} if path.is_dir() else {"image", "x", "y"}):
             place, kind = f"{file}, line {number}", row.get("category", "")
             name = file.stem if path.is_dir() else row["image"]
             if not name:
                 raise DataError(f"{place}: no image is named")
-            label = labels.setdefault(name, Labels(category or _need_category(kind or None, place), []))
+            label = labels.setdefault(name, Labels(category or need_category(kind or None, f"{place}: "), []))
             if category is None and label.category != kind:
                 raise DataError(f"{place}: {name} shows {label.category!r} and {kind!r}: choose one with --category")
             if (row["x"] or row["y"]) and category in (None, kind or category):
@@ -178,12 +178,6 @@ def _number(row: dict[str, str], name: str, place: str) -> float:
     if not math.isfinite(value):
         raise DataError(f"{place}: {name} is {row[name]!r}, but must be a number of pixels")
     return value
-
-
-def _need_category(text: str | None, place) -> str:
-    if category_problem(text or ""):
-        raise DataError(f"{place}: the category is {text!r}: name what is counted there, or with --category for all")
-    return text
 
 
 def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
@@ -223,5 +217,5 @@ def read_coco(path: Path, category: str | None = None) -> dict[str, Labels]:
             raise DataError(f"{path}: {name} shows {', '.join(sorted(kinds))}: choose one with --category")
         kind = category or next(iter(kinds), only)
         if kind is not None and (number, kind) not in crowds:
-            labels[name] = Labels(_need_category(kind, path), kinds[kind], size)
+            labels[name] = Labels(need_category(kind, f"{path}: "), kinds[kind], size)
     return labels

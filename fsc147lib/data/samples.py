@@ -168,7 +168,7 @@ class Picture(Sample):
 
     def __init__(self, picture: str | Path | Image.Image, category: str, name: str | None = None):
         """Open it upright, shrunk to FSC147's size; raises DataError where it cannot be used."""
-        need_category(category)
         name = name or ("picture" if isinstance(picture, Image.Image) else str(picture))
-        nothing = np.zeros((0, 2), np.float32), np.zeros((0, 4), np.float32)
-        super().__init__(name, category, *nothing, Path(name), in_memory=shrunk(open_picture(picture)))
+        dots, boxes = np.zeros((0, 2), np.float32), np.zeros((0, 4), np.float32)
+        need_category(category)
+        super().__init__(name, category, dots, boxes, Path(name), in_memory=shrunk(open_picture(picture)))

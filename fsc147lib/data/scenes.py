@@ -1,8 +1,8 @@
 """Draw a small data set in FSC147's own layout: something to learn on, with no download.
 
 Each picture shows one counted category among distractors that share its look or its shape, on its own cluttered
-background and under its own uneven light; a few show distractors alone.  The annotation is exact: a dot in the middle
-of each object, up to three exemplar boxes.  A seed gives the same bytes again (with the same version of Pillow).
+background and under its own uneven light; a few show distractors alone.  A dot lies in the middle of each object, and
+three have boxes.  A seed gives the same bytes again (with the same version of Pillow).
 Left out: what an object looks like (`drawing`, and `sprites` for cut-outs).
 """
 
@@ -10,7 +10,6 @@ import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,7 @@ WIDTHS = (384, 432, 480, 512, 576, 640)
 COUNTS = (1, 60)  # objects of the counted category in a picture that has any: drawn log-uniformly between
 EMPTY = 0.04  # part of the pictures that show distractors alone: the answer is 0
 MAX_DISTRACTORS = 10  # drawn log-uniformly from none, whatever the count is, so that the total tells little
-DRAWN = ("train", "val", "test", "val_seen", "test_seen")
-"""The splits; the last two hold new pictures of training's categories, as many as `val` and `test`."""
+DRAWN = ("train", "val", "test", "val_seen", "test_seen")  # the last two: new pictures of training's categories
 RADII = (16, 44)  # smallest and largest of an object, in pixels
 OVERLAP = 0.85  # least distance of two objects, in sums of their radii
 _SHADOW = [round(0.42 * value) for value in range(256)]  # of a mask's values
@@ -49,8 +47,7 @@ class SynthConfig:
     seed: int = 0
     """The same seed draws the same bytes."""
     sprites: Path | None = None
-    """Folder of cut-outs (PNG or WebP with transparency) to draw with instead of shapes: a folder per
-    category, or files named by what they show."""
+    """Cut-outs (PNG or WebP with transparency) to draw with: a folder per category, or named by what they show."""
 
 
 Stock = Shapes | Sprites  # what scenes are made of
@@ -167,53 +164,42 @@ def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     return ImageChops.multiply(image, Image.merge("RGB", [layer] * 3))
 
 
-def _save_scene(folder: Path, seed: int, stock: Stock, job: tuple[str, int, int]) -> tuple[str, str, dict]:
-    split, index, number = job
-    image, scene = draw_scene(np.random.default_rng([seed, DRAWN.index(split), index]), split, stock)
-    name = f"{number}.jpg"
-    image.save(folder / name, quality=90)
-    corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in scene["boxes"].tolist()]
-    points = scene["points"].tolist()
-    entry = {"box_examples_coordinates": corners, "img_path": f"{IMAGES}/{name}", "points": points}
-    return name, scene["category"], entry
-
-
 def make_dataset(
-    out: str | Path,
-    train: int,
-    val: int,
-    test: int,
-    seed: int = 0,
-    workers: int | None = None,
-    sprites: str | Path | None = None,
+    out: str | Path, train: int, val: int, test: int, seed: int = 0, sprites: str | Path | None = None
 ) -> Path:
     """Draw a whole root in FSC147's official layout, and return it; it appears only when it is complete.
 
-    A picture depends on the seed, its split and its place there alone.
-
-    Args:
-        out, train, val, test, seed, sprites: as in `SynthConfig`.
-        workers: processes that draw, None for one per core; the result does not depend on it.
+    Arguments as in `SynthConfig`.  A picture depends on the seed, its split and its place there alone.
 
     Raises:
         FileExistsError: `out` holds something already.
         ValueError: a split without pictures, a negative seed, or cut-outs that cannot be used.
     """
-    for split, number in (("train", train), ("val", val), ("test", test)):
-        if number < 1:
-            raise ValueError(f"--{split} is {number}: each split needs at least one picture")
-    if seed < 0:
-        raise ValueError(f"--seed is {seed}, but must be at least 0")
+    for name, value, least in (("train", train, 1), ("val", val, 1), ("test", test, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"--{name} is {value}, but must be at least {least}")
     stock = Shapes() if sprites is None else read_sprites(sprites, seed)
     sizes = dict(zip(DRAWN, (train, val, test, val, test), strict=True))
+    splits: dict[str, list[str]] = {split: [] for split in DRAWN}
     jobs = [(split, index) for split, number in sizes.items() for index in range(number)]
+    paths = [f"{number}.jpg" for number in range(1, len(jobs) + 1)]
     with new_folder(Path(out)) as draft:
         (draft / IMAGES).mkdir(parents=True)
-        draw = partial(_save_scene, draft / IMAGES, seed, stock)
-        with ProcessPoolExecutor(workers) as pool:
-            drawn = list(pool.map(draw, [(*job, n) for n, job in enumerate(jobs, start=1)], chunksize=8))
-        names = iter(drawn)
-        splits = {split: [name for name, _, _ in islice(names, number)] for split, number in sizes.items()}
-        categories = {name: category for name, category, _ in drawn}
-        write_layout(draft, {name: entry for name, _, entry in drawn}, splits, categories)
+        with ProcessPoolExecutor() as pool:  # a process for each core
+            draw = partial(_save_scene, seed, stock)
+            drawn = list(pool.map(draw, jobs, [draft / IMAGES / name for name in paths], chunksize=8))
+        for (split, _), name in zip(jobs, paths, strict=True):
+            splits[split].append(name)
+        categories = {name: category for name, (category, _) in zip(paths, drawn, strict=True)}
+        write_layout(draft, {name: entry for name, (_, entry) in zip(paths, drawn, strict=True)}, splits, categories)
     return Path(out)
+
+
+def _save_scene(seed: int, stock: Stock, job: tuple[str, int], path: Path) -> tuple[str, dict]:
+    """Draw a picture of a split; returns its category and its annotation, as FSC147 has it."""
+    split, index = job
+    image, scene = draw_scene(np.random.default_rng([seed, DRAWN.index(split), index]), split, stock)
+    image.save(path, quality=90)
+    corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in scene["boxes"].tolist()]
+    entry = {"box_examples_coordinates": corners, "img_path": f"{IMAGES}/{path.name}"}
+    return scene["category"], {**entry, "points": scene["points"].tolist()}

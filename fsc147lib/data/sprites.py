@@ -1,14 +1,13 @@
 """Cut-outs to draw scenes with: pictures with transparency, sorted into categories, dealt to the splits.
 
-Three layouts are understood, so that collections can be used as they come:
+Collections can be used as they come:
 
 - a folder per category, FOLDER/apples/1.png: pictures lie one folder down and nowhere else;
-- any tree or flat folder of pictures named by what they show, red_apple.png; a text file beside a
-  picture (red_apple.txt) whose first line is like "A red apple." names it better;
-- pictures named by the emoji they show, 1f34e.webp: Unicode's name, "red apple".  Sequences of code
-  points (skin tones, families, flags) are left out.
+- any tree of pictures named by what they show, red_apple.png; a text file beside one (red_apple.txt) whose first
+  line is like "A red apple." names it better;
+- pictures named by the emoji they show, 1f34e.webp: Unicode's name, "red apple".
 
-Pictures without any transparency are left out: they are no cut-outs.
+Left out: sequences of code points (skin tones, families, flags), and pictures without transparency: no cut-outs.
 """
 
 import re
@@ -51,7 +50,7 @@ class Sprites:
     def cut_out(self, rng: np.random.Generator, category: str, radius: float) -> tuple[Image.Image, Image.Image]:
         """One picture of a category, turned a little: RGB pixels and an L mask, trimmed, the larger side 2 * radius."""
         files = self.pictures[category]
-        picture = _load(files[rng.integers(len(files))])
+        picture = _thumbnail(files[rng.integers(len(files))])
         picture = picture.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR, expand=True)
         picture = picture.crop(_solid(picture))
         scale = 2 * radius / max(picture.size)
@@ -83,33 +82,28 @@ def read_sprites(folder: str | Path, seed: int = 0) -> Sprites:
             pictures[name].append(path)
     if not pictures:
         raise ValueError(f"--sprites {folder}: no {' or '.join(ENDINGS)} picture with transparency in it")
-    return Sprites(dict(pictures), _deal(folder, sorted(pictures), seed))
-
-
-def _deal(folder: Path, categories: list[str], seed: int) -> dict[str, list[str]]:
-    nouns = sorted({name.split()[-1] for name in categories})
+    nouns = sorted({name.split()[-1] for name in pictures})
     if len(nouns) < 3 * LEAST:
         problem = f"{len(nouns)} different nouns ({', '.join(nouns)}), but three splits need {LEAST} each"
         raise ValueError(f"--sprites {folder}: {problem}, {3 * LEAST} in all: name a folder with more")
     nouns = [nouns[i] for i in np.random.default_rng(seed).permutation(len(nouns))]
     each = max(LEAST, round(HELD_OUT_PART * len(nouns)))
     parts = {"val": nouns[:each], "test": nouns[each : 2 * each], "train": nouns[2 * each :]}
-    return {split: [name for name in categories if name.split()[-1] in part] for split, part in parts.items()}
+    dealt = {split: [name for name in sorted(pictures) if name.split()[-1] in part] for split, part in parts.items()}
+    return Sprites(dict(pictures), dealt)
 
 
 def _name(path: Path) -> str | None:
     """What a picture shows, by its file's name or its description; None leaves it out."""
     stem, description = path.stem, path.with_suffix(".txt")
-    emoji = _EMOJI.fullmatch(stem)
-    if emoji:
+    if emoji := _EMOJI.fullmatch(stem):
         sign, sequence = chr(int(emoji[1], 16)), emoji[2]
         # 2600.png is a sign, 2001.png a number: other characters than emoji of these codes are no symbols (So)
         if len(emoji[1]) == 5 or "-" in stem or unicodedata.category(sign) == "So":
             return None if sequence else unicodedata.name(sign, "").lower() or None
     if description.is_file():
         line = description.read_text("utf-8", errors="replace").partition("\n")[0].strip()
-        found = re.fullmatch(r"(?:An?|Some|The) (?:pair of )?([A-Za-z][A-Za-z -]{1,30})[.!]?", line)
-        if found:
+        if found := re.fullmatch(r"(?:An?|Some|The) (?:pair of )?([A-Za-z][A-Za-z -]{1,30})[.!]?", line):
             return found[1].strip().lower()
     return _words(stem) or _words(path.parent.name)
 
@@ -118,14 +112,6 @@ def _words(stem: str) -> str:
     """ "Red_Apple-02" as "red apple"."""
     words = [word.rstrip("0123456789") for word in re.split(r"[\s_-]+", stem.lower().removesuffix("_mirror"))]
     return " ".join(word for word in words if word)
-
-
-def _is_cut_out(path: Path) -> bool:
-    """Whether a picture has transparent pixels; ValueError if it is damaged or has no others."""
-    alpha = _read(path).getchannel("A")
-    if _solid(alpha) is None:
-        raise ValueError(f"--sprites: {str(path)!r} is fully transparent: remove it")
-    return alpha.getextrema()[0] < 128  # type: ignore[operator]  # one channel: a pair
 
 
 def _read(path: Path) -> Image.Image:
@@ -138,11 +124,19 @@ def _read(path: Path) -> Image.Image:
 
 def _solid(picture: Image.Image) -> tuple[int, int, int, int] | None:
     """The box of what is not transparent."""
-    return picture.getchannel("A" if picture.mode == "RGBA" else 0).point(_FAINT).getbbox()
+    return picture.getchannel("A").point(_FAINT).getbbox()
+
+
+def _is_cut_out(path: Path) -> bool:
+    """Whether a picture has transparent pixels; ValueError if it is damaged or has no others."""
+    picture = _read(path)
+    if _solid(picture) is None:
+        raise ValueError(f"--sprites: {str(path)!r} is fully transparent: remove it")
+    return picture.getchannel("A").getextrema()[0] < 128  # type: ignore[operator]  # one channel: a pair
 
 
 @lru_cache(512)
-def _load(path: Path) -> Image.Image:
+def _thumbnail(path: Path) -> Image.Image:
     picture = _read(path)
     picture = picture.crop(_solid(picture))
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))

@@ -12,9 +12,9 @@ from .heatmaps import METHODS, Heatmap, default_layers, method_names, register, 
 from .load import load_model
 from .looking import Look, corner_share, look, mean_map
 from .network import CountingModel, ModelError
-from .occlusion import Occlusion, count_without, occlude
+from .occlusion import Occlusion, occlude
 from .pixels import PixelStore
-from .prediction import Prediction, predict, predict_samples
+from .prediction import Prediction, count_without, predict, predict_samples
 from .vision_cache import VisionCache
 
 __all__ = [

@@ -61,23 +61,16 @@ def agreement(batch: Batch, logits: torch.Tensor, end: int) -> DeferredCopy:
 def greedy_tokens(
     network,
     batch: Batch,
-    logits: torch.Tensor,
-    past: list[KeysValues],
-    agreed: DeferredCopy,
+    logits: torch.Tensor,  # [B, A, V] of a pass over some answer to each, which is the forced one
+    past: list[KeysValues],  # keys and values of that pass, which are used up
+    agreed: DeferredCopy,  # `agreement` with it; the keys of its tokens after that are masked out
     longest: int,
     end: int,
     compiled: bool = False,
 ) -> torch.Tensor:
     """Greedy answers to the prompts of a batch, decoded from where its forced pass stops agreeing with them.
 
-    Args:
-        logits, past, agreed: [B, A, V], keys and values (which are used up), and `agreement` of a forced pass: of
-            its answer's tokens those that the model would not have said are masked out.
-        longest: tokens at the most.
-        end: token that ends an answer.
-
-    Returns:
-        [B, up to longest] tokens; after an end only ends.
+    [B, up to `longest`] tokens; after an `end` only ends.
     """
     known = int(agreed.value)
     tokens = list(logits[:, : known + 1].argmax(dim=-1).unbind(1))
@@ -101,19 +94,18 @@ def longest_answer(tokenizer) -> int:
 
 @torch.no_grad()
 def own_answers(
-    model: CountingModel, batch: Batch, compiled: bool = False, longest: int | None = None
+    model: CountingModel, batch: Batch, longest: int | None = None
 ) -> tuple[list[list[int]], torch.Tensor, Trace]:
     """What a model (in eval mode) answers to the prompts of a batch, whatever answers the batch holds.
 
-    Returns:
-        Of each image the tokens up to the end of the answer or to `longest` (None: as long as parses), never none;
-        logits [B, A, V] and trace, with all keys, of the pass over the batch's answers.
+    Of each image the tokens up to the end of the answer or to `longest` (None: as long as parses), never none; and
+    logits [B, A, V] and trace, with all keys, of the pass over the batch's answers.
     """
     end = model.tokenizer.eos_token_id
-    logits, trace = answer_logits(model.network, batch, keep_keys=True, compiled=compiled)
+    logits, trace = answer_logits(model.network, batch, keep_keys=True)
     agreed = agreement(batch, logits, end)
     longest = longest or longest_answer(model.tokenizer)
-    tokens = greedy_tokens(model.network, batch, logits, list(trace.keys_values), agreed, longest, end, compiled)
+    tokens = greedy_tokens(model.network, batch, logits, list(trace.keys_values), agreed, longest, end)
     return [row[: row.index(end) + 1] if end in row else row for row in tokens.tolist()], logits, trace
 
 
@@ -133,23 +125,16 @@ def number_tokens(tokenizer) -> tuple[list[int], list[int]]:
 def count_log_probabilities(
     model: CountingModel,
     batch: Batch,
-    logits: torch.Tensor,
-    past: list[KeysValues],
+    logits: torch.Tensor,  # [B, A, V] of a pass over the batch, whose answers begin with "COUNT: " and a number
+    past: list[KeysValues],  # all layers' of that pass
     digits: int = COUNT_DIGITS,
     followed: int = FOLLOWED,
 ) -> torch.Tensor:
     """Log-probability that the model's whole answer is "COUNT: n" and an end, for each n from 0 up.
 
     Digits are followed through a tree of all numbers: prefixes of one length are evaluated in one pass, each attending
-    to the prompt and to its own digits.
-
-    Args:
-        batch: on the network's device; its answers begin with "COUNT: " and a number.
-        logits, past: [B, A, V] and all layers' keys of a pass over the batch.
-
-    Returns:
-        [B, 10 ** digits] float64 on the CPU, -inf where fewer prefixes are followed than lead to the number.
-        Spellings such as "007" belong to none.
+    to the prompt and to its own digits.  [B, 10 ** digits] float64 on the CPU, -inf where fewer prefixes are followed
+    than lead to the number; spellings such as "007" belong to none.
     """
     prefix, digit_tokens = number_tokens(model.tokenizer)
     chosen = torch.tensor([*digit_tokens, model.tokenizer.eos_token_id], device=logits.device)

@@ -49,11 +49,8 @@ class Batch(TypedDict, total=False):
     neutral_tail: Annotated[torch.Tensor, "S"]  # tokens of a question that could follow the image instead
 
 
-LAYOUTS = {
-    name: field.__metadata__[0].split()
-    for name, field in get_type_hints(Batch, include_extras=True).items()
-    if hasattr(field, "__metadata__")
-}
+FIELDS = get_type_hints(Batch, include_extras=True)
+LAYOUTS = {name: field.__metadata__[0].split() for name, field in FIELDS.items() if field is not int}
 
 
 def image_key(sample: Sample) -> tuple[str, bool]:
@@ -96,9 +93,9 @@ class Collate:
         tokens = [self.tokens(sample) for sample in samples]
         if answers is not None:
             tokens = [each.with_answer(self.tokenizer, ids) for each, ids in zip(tokens, answers, strict=True)]
-        lengths = [self.lengths(sample, each) for sample, each in zip(samples, tokens, strict=True)]
-        sizes = [(height, width) for height, width, _ in lengths]
-        rows, length, width = len(samples), max(total for *_, total in lengths), max(len(t.answer) for t in tokens)
+        *sizes, lengths = zip(*map(self.lengths, samples, tokens), strict=True)
+        sizes = list(zip(*sizes, strict=True))
+        rows, length, width = len(samples), max(lengths), max(len(t.answer) for t in tokens)
         batch = Batch(
             names=[sample.name for sample in samples],
             count=[sample.count for sample in samples],
@@ -119,9 +116,8 @@ class Collate:
             target=torch.from_numpy(np.stack([sample.target for sample in samples])),
             neutral_tail=self.neutral_tail,
         )
-        for i, (parts, (height, breadth)) in enumerate(zip(tokens, sizes, strict=True)):
-            merge = self.image_processor.merge_size
-            self._write_row(batch, i, parts, height // merge, breadth // merge)
+        for i, (parts, size) in enumerate(zip(tokens, sizes, strict=True)):
+            self._write_row(batch, i, parts, *(side // self.image_processor.merge_size for side in size))
         batch["visual_index"] = batch["mm_token_type_ids"].flatten().nonzero()[:, 0]
         if self.pixels:
             batch["pixel_values"] = torch.cat([self.store.patches(sample) for sample in samples])

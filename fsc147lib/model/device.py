@@ -29,14 +29,10 @@ class OwnAccelerator(Accelerator):
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """Device and precision; weights keep their type.
+    """Device and precision; weights keep their type.  fp16 without a GPU is a ConfigError.
 
-    Args:
-        precision: "bf16" or "fp16" is autocast (fp16 with a loss scale), "fp32" none; "auto" is bf16 on a GPU that
-            has it, fp16 on an older one, fp32 elsewhere.
-
-    Raises:
-        ConfigError: fp16 without a GPU.
+    "bf16" or "fp16" is autocast (fp16 with a loss scale), "fp32" none; "auto" is bf16 on a GPU that has it, fp16 on
+    an older one, fp32 elsewhere.
     """
     on_gpu, on_mac = torch.cuda.is_available(), torch.backends.mps.is_available()
     if precision == "auto":

@@ -22,19 +22,15 @@ VISION = -1  # the vision encoder's place among the layers: below the language m
 
 @dataclass
 class Trace:
-    """What a forward pass computed beside its logits, as far as `answer_logits` was asked for it.
-
-    Attributes:
-        rows: layer -> [B, H, A, T] float32 attention probabilities at the answer's positions, each row summing
-            to 1 over the T keys up to its own position; part of the autograd graph where the pass has one.
-        inputs: what enters the layers from `gradient_from` on: the hidden state [B, T, C], and the deepstack
-            features [V, C] that are added after that layer or a later one; differentiable.
-        keys_values: of each layer.
-    """
+    """What a forward pass computed beside its logits, as far as `answer_logits` was asked for it; with its graph."""
 
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layer -> [B, H, A, T] float32 attention probabilities at the answer's positions, each row summing to 1."""
     inputs: list[torch.Tensor] = field(default_factory=list)
+    """What enters the layers from `gradient_from` on: the hidden state [B, T, C], and the deepstack features [V, C]
+    that are added after that layer or a later one."""
     keys_values: list[KeysValues] = field(default_factory=list)
+    """Of each layer."""
 
 
 def answer_logits(
@@ -72,26 +68,25 @@ def answer_logits(
     need_right_padding(batch)
     model, trace = network.model.language_model, Trace()
     answer, visual = batch["answer_positions"], batch["visual_index"]
-    through_vision = gradient_from == VISION
-    images = encode_images(network, batch, create_graph=create_graph and through_vision, compiled=compiled)
-    embeddings, *deepstack = images
-    if gradient_from is not None and not through_vision:
-        deepstack[gradient_from:] = [_differentiable(features) for features in deepstack[gradient_from:]]
+    first = len(model.layers) if gradient_from is None else gradient_from
+    graph = create_graph and first == VISION
+    embeddings, *deepstack = encode_images(network, batch, create_graph=graph, compiled=compiled)
+    if first != VISION:
+        deepstack[first:] = [_differentiable(features) for features in deepstack[first:]]
     hidden = _in_autocast_dtype(model.embed_tokens(batch["input_ids"]))  # [B, T, C]
     hidden = hidden.flatten(0, 1).index_copy(0, visual, embeddings.to(hidden)).view_as(hidden)
     cos, sin = model.rotary_emb(hidden, batch["position_ids"])
     for i, layer in enumerate(model.layers):
-        if i == gradient_from:
+        if i == first:
             hidden = _differentiable(hidden)
             trace.inputs = [hidden, *deepstack[i:]]
             if shift is not None:
                 hidden, *deepstack[i:] = (x + by for x, by in zip(trace.inputs, shift, strict=True))
-        differentiated = gradient_from is not None and i >= gradient_from
         last = i + 1 == len(model.layers) and i >= len(deepstack)
         hidden, rows, keys_values = run_layer(
-            text_layer, layer, hidden, cos, sin, compiled=compiled and not (differentiated and keeps_graph),
+            text_layer, layer, hidden, cos, sin, compiled=compiled and not (i >= first and keeps_graph),
             only_at=answer if last else None, rows_at=answer if i in rows_of and not last else None,
-            rows_in_output=rows_in_output, create_graph=create_graph and differentiated, keep_keys=keep_keys,
+            rows_in_output=rows_in_output, create_graph=create_graph and i >= first, keep_keys=keep_keys,
         )  # fmt: skip
         if i in rows_of:
             trace.rows[i] = rows
@@ -105,24 +100,16 @@ def answer_logits(
 
 def continue_pass(
     network,
-    tokens: torch.Tensor,
-    position_ids: torch.Tensor,
-    seen: torch.Tensor,
-    past: list[KeysValues],
+    tokens: torch.Tensor,  # [B, S]
+    position_ids: torch.Tensor,  # [3, B, S]
+    seen: torch.Tensor,  # [B, 1, S, K + S] which of the past's K positions, and of the tokens, are attended to
+    past: list[KeysValues],  # of each layer
     *,
     rows_of: tuple[int, ...] = (),
     compiled: bool = False,
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """Going on after a pass that kept its keys: by one token in decoding, or by several, also alternatives.
-
-    Args:
-        tokens: [B, S]; position_ids: [3, B, S] of these.
-        seen: [B, 1, S, K + S] which of the past's K positions, and of the tokens, are attended to.
-        past: keys and values of each layer; those of the tokens are put behind them.
-        rows_of: layers whose attention rows are returned.
-
-    Returns:
-        [B, S, V] logits, and layer -> rows [B, H, S, K + S].
+    """Going on after a pass that kept its keys, by some tokens: their logits [B, S, V], and of layers `rows_of` the
+    attention rows, layer -> [B, H, S, K + S].  Their keys and values are put behind those of the past.
     """
     model, rows = network.model.language_model, {}
     hidden = _in_autocast_dtype(model.embed_tokens(tokens))
@@ -167,11 +154,8 @@ def normalised_pixels(batch: Batch) -> torch.Tensor:
 def encode_images(network, batch: Batch, *, create_graph: bool = False, compiled: bool = False) -> list[torch.Tensor]:
     """Outputs of the vision encoder for a batch's V visual tokens, or those that the batch brings along.
 
-    Compiled only where the blocks need no gradient.
-
-    Returns:
-        1 + D times [V, C]: the embeddings that stand in the sequence, and the deepstack features that are added
-        after the language model's first D layers.
+    They are 1 + D times [V, C]: the embeddings that stand in the sequence, and the deepstack features that are added
+    after the language model's first D layers.  Blocks are compiled only where they need no gradient.
     """
     if "image_features" in batch:  # [V, 1 + D, C], see `vision_cache`
         return list(batch["image_features"].unbind(1))

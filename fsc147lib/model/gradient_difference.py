@@ -23,13 +23,9 @@ STEP = 0.03
 def gradients_by_difference(heatmap, batch: Batch, compiled: bool = False, **kwargs):
     """Gradients of the digits' log-probability with respect to the states entering `heatmap.state_layer`.
 
-    The graph that states and gradients have ends in a function whose backward pass adds to the weights' gradients.
-
-    Returns:
-        Logits (without a graph) and trace of a pass, its states, and their gradients.
-
-    Raises:
-        ConfigError: there are several processes: each of them would count a weight's gradient as finished too early.
+    Returned are logits (without a graph) and trace of a pass, its states, and their gradients, whose graph ends in a
+    function that adds to the weights' gradients.  Several processes are a ConfigError: each of them would count a
+    weight's gradient as finished too early.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise ConfigError("gradient_method is 'difference', which works in one process: choose 'exact'")

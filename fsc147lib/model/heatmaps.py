@@ -1,17 +1,13 @@
 """Where the model looks: several methods, one signature, each a [B, 14, 14] heatmap that sums to 1.
 
-`attention` is the probability mass that goes from the positions which predict the count's digits to the
-visual tokens; `relative_attention` is that over the attention for another question.  The gradient methods ask
-which visual tokens (or pixels) the log-probability of the digits depends on.  All are moved to 14x14 by exact areas
-and renormalised, and those that are `trainable` can keep their graph, so that a loss on them trains the network.
-
-A new method is a function given to `register`, from any file.
+All are moved to 14x14 by exact areas and renormalised, and those that are `trainable` can keep their graph, so that a
+loss on them trains the network.  A new method is a function given to `register`, from any file.
 
 Left out: the losses, how attention rows are computed (`layers`), and looking at samples (`looking`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,9 +18,8 @@ from .forward import VISION, Trace, answer_logits, continue_pass, normalised_pix
 from .gradient_difference import gradients_by_difference
 
 
-@dataclass(frozen=True)
-class Method:
-    """A heatmap method; its fields are the arguments of `register`."""
+class Method(NamedTuple):
+    """The arguments of `register`."""
 
     function: Callable
     trainable: bool
@@ -61,9 +56,8 @@ class Heatmap:
         network: a Qwen3-VL (`load_model`).
         method: a name in METHODS.
         layers, heads: whose attention is averaged; None for `default_layers` and all heads.
-        state_layer: of `token_gradient`: the layer whose incoming hidden states are looked at, from 0, the
-            visual embeddings themselves, to the last.  The higher, the less of the network has to be
-            differentiated twice.
+        state_layer: of `token_gradient`: the layer whose incoming hidden states are looked at, from 0, the visual
+            embeddings themselves.  The higher, the less of the network has to be differentiated twice.
         compiled: compile the layers in passes through the network.
         gradient_method: of `token_gradient`, how it is trained: "exact", or by "difference" (`gradient_difference`),
             whose logits have no gradient of their own.
@@ -105,14 +99,8 @@ class Heatmap:
     ) -> tuple[torch.Tensor, torch.Tensor, Trace]:
         """One forward pass: the answer's logits [B, A, V], the heatmap [B, 14, 14], and the trace.
 
-        Args:
-            batch: from `Collate`, on the network's device.
-            create_graph: make the heatmap differentiable with respect to the network's weights.  The logits' graph
-                is kept wherever gradients are on.
-            keep_keys: trace all layers' keys and values.
-
-        Raises:
-            ConfigError: `create_graph`, and the method cannot be trained.
+        With `create_graph` the heatmap is differentiable with respect to the network's weights, or a ConfigError says
+        that the method cannot be trained; the logits' graph is kept wherever gradients are on.
         """
         method = METHODS[self.method]
         if create_graph and not method.trainable:
@@ -135,14 +123,9 @@ def default_layers(depth: int) -> tuple[int, ...]:
 
 
 def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Attention mass on the cells of the 14x14 grid, not renormalised.
+    """Attention mass on all positions [B, ..., T] moved to the cells of the 14x14 grid: [B, ..., 14, 14].
 
-    Args:
-        rows: [B, ..., T] attention mass on every position of the sequence.
-        batch: gives each visual token's place by `row_weights` and `column_weights`.
-
-    Returns:
-        [B, ..., 14, 14]; the sum is the mass on visual tokens, the rest went to text.
+    The sum is the mass on visual tokens, the rest went to text; it is not renormalised.
     """
     shape = (len(rows), *(1,) * (rows.ndim - 2))
     along_y, along_x = (batch[key].to(rows).unflatten(0, shape) for key in ("row_weights", "column_weights"))

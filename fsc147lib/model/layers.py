@@ -38,41 +38,47 @@ def _compile(function):
 
 def text_layer(
     layer,
-    hidden: torch.Tensor,
-    cos: torch.Tensor,
+    hidden: torch.Tensor,  # [B, T, C]
+    cos: torch.Tensor,  # [B, T, D] of the positions, as sin
     sin: torch.Tensor,
     *,
-    only_at: torch.Tensor | None = None,
-    rows_at: torch.Tensor | None = None,
-    rows_in_output: bool = False,
-    create_graph: bool = False,
+    only_at: torch.Tensor | None = None,  # [B, A] positions whose output alone is wanted; None for all
+    rows_at: torch.Tensor | None = None,  # [B, R] positions whose attention rows are wanted beside those of `only_at`
+    rows_in_output: bool = False,  # compute these positions' output from the rows: the same, with a gradient for them
+    create_graph: bool = False,  # let the attention have a second derivative
     keep_keys: bool = False,
-    past: KeysValues | None = None,
-    seen: torch.Tensor | None = None,
+    past: KeysValues | None = None,  # of what comes before `hidden`, which is then a few new tokens
+    seen: torch.Tensor | None = None,  # with `past`: [B, 1, T, K + T] True where attended
 ) -> tuple[torch.Tensor, torch.Tensor | None, KeysValues | None]:
     """A layer of the language model: causal attention and a gated MLP, each added to its input.
 
-    Args:
-        layer: its module; hidden: [B, T, C]; cos, sin: [B, T, D] of the positions.
-        only_at: [B, A] positions whose output is wanted, of few queries over all keys; None for all.
-        rows_at: [B, R] positions whose attention rows are returned; with `only_at` its rows are returned anyway.
-        rows_in_output: compute these positions' output from the rows: the same numbers, with a gradient with
-            respect to the rows.
-        create_graph: let the attention have a second derivative.
-        past: keys and values that come before those of `hidden`, which is then a few new tokens.
-        seen: with `past`: [B, 1, T, K + T] True where attended.
-
-    Returns:
-        hidden [B, T or A, C]; rows [B, H, R, T] float32, each summing to 1, or None; keys and values, or None.
+    Returns hidden [B, T or A, C]; rows [B, H, R, T] float32, each summing to 1, or None; keys and values, or None.
     """
-    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-    if only_at is None and past is None:
-        output, rows, kept = _causal_attention(attention, normed, cos, sin, rows_at, rows_in_output, create_graph)
-    else:
-        output, rows, kept = _few_queries_attention(attention, normed, cos, sin, only_at, past, seen)
-    if only_at is not None:
-        hidden = select_positions(hidden, only_at)
-    hidden = hidden + attention.o_proj(output)
+    attention, normed, rows = layer.self_attn, layer.input_layernorm(hidden), None
+    all_positions = only_at is None and past is None
+    query = _queries(attention, normed, cos, sin) if all_positions else None
+    kept = key, value = _keys_values(attention, normed, cos, sin)
+    if all_positions:  # by the fast kernels, and a few positions' rows beside them
+        # the fast backends have no second derivative, the math backend has
+        with sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():
+            grouped = query.shape[1] != key.shape[1]
+            output = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=attention.scaling, enable_gqa=grouped
+            ).transpose(1, 2)  # [B, T, H, D]
+        if rows_at is not None:
+            index = rows_at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, R, D]
+            rows = attention_rows(query.gather(2, index), key, up_to(rows_at, key.shape[2]), attention.scaling)
+            if rows_in_output:
+                output = output.scatter(1, index.transpose(1, 2), weigh_values(rows, value).to(output))
+    else:  # few queries after many keys, by plain products
+        if past is not None:
+            kept = key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        else:
+            seen = up_to(only_at, key.shape[2])
+            hidden, normed, cos, sin = (select_positions(x, only_at) for x in (hidden, normed, cos, sin))
+        rows = attention_rows(_queries(attention, normed, cos, sin), key, seen, attention.scaling)
+        output = weigh_values(rows, value).to(normed)
+    hidden = hidden + attention.o_proj(output.flatten(2))
     hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return hidden, rows, kept if keep_keys else None
 
@@ -80,37 +86,6 @@ def text_layer(
 def select_positions(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """[B, T, C] at positions [B, A] -> [B, A, C]."""
     return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[-1]))
-
-
-def _causal_attention(attention, hidden, cos, sin, rows_at, rows_in_output: bool, create_graph: bool):
-    """All positions by the fast kernels, and a few positions' rows by plain products beside them."""
-    query = _queries(attention, hidden, cos, sin)
-    key, value = _keys_values(attention, hidden, cos, sin)
-    # the fast backends have no second derivative, the math backend has
-    with sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():
-        grouped = query.shape[1] != key.shape[1]
-        output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=attention.scaling, enable_gqa=grouped
-        ).transpose(1, 2)  # [B, T, H, D]
-    rows = None
-    if rows_at is not None:
-        index = rows_at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, R, D]
-        rows = attention_rows(query.gather(2, index), key, up_to(rows_at, key.shape[2]), attention.scaling)
-        if rows_in_output:
-            output = output.scatter(1, index.transpose(1, 2), weigh_values(rows, value).to(output))
-    return output.flatten(2), rows, (key, value)
-
-
-def _few_queries_attention(attention, hidden, cos, sin, only_at, past, seen):
-    """Few queries after many keys, by plain products: at positions of `hidden`, or of a few tokens after a past."""
-    key, value = _keys_values(attention, hidden, cos, sin)
-    if past is None:
-        seen = up_to(only_at, key.shape[2])
-        hidden, cos, sin = (select_positions(x, only_at) for x in (hidden, cos, sin))
-    else:
-        key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True))
-    rows = attention_rows(_queries(attention, hidden, cos, sin), key, seen, attention.scaling)
-    return weigh_values(rows, value).to(hidden).flatten(2), rows, (key, value)
 
 
 def _queries(attention, hidden, cos, sin) -> torch.Tensor:

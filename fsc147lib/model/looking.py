@@ -33,17 +33,12 @@ Word = Literal["all", "first", "last", "before"]
 
 @dataclass
 class Look:
-    """Maps of some samples, and the answers during which they were seen.
-
-    Attributes:
-        maps: [N, L, H, 14, 14] attention mass of every layer and head, or [N, 14, 14]: their mean, or another method's.
-        answers: what was said of each, for example "COUNT: 12".
-        whose: the model's "own" answers, or the "true" ones.
-    """
+    """Maps of some samples, and the answers during which they were seen."""
 
     maps: torch.Tensor
-    answers: list[str]
-    whose: Whose
+    """[N, L, H, 14, 14] attention mass of every layer and head, or [N, 14, 14]: their mean, or another method's."""
+    answers: list[str]  # to each, for example "COUNT: 12"
+    whose: Whose  # the model's "own" answers, or the "true" ones
 
     @property
     def titles(self) -> list[str]:
@@ -128,9 +123,8 @@ def ask(
 ) -> Iterator[tuple[Batch, Batch | None, torch.Tensor | None, Trace | None]]:
     """Batches of the samples, put to a model that is moved to the accelerator and set to eval mode.
 
-    Returns:
-        Of each: the batch with the true answers; with `own` also the batch with the model's own, and logits [B, A, V]
-        and trace, with all keys, of the pass over the true ones.
+    Of each the batch with the true answers; with `own` also that with the model's own, and logits [B, A, V] and trace,
+    with all keys, of the pass over the true ones.
     """
     model.network.to(accelerator.device).eval()
     collate = Collate(model.tokenizer, model.image_processor)
@@ -147,11 +141,7 @@ def ask(
 
 
 def with_word(batch: Batch, word: Word) -> Batch:
-    """The batch with one word of its answers in place of all digits; of an answer without digits, of all tokens.
-
-    Raises:
-        ConfigError: no such word.
-    """
+    """The batch with one word of its answers in place of all digits; of an answer without digits, of all tokens."""
     if word not in get_args(Word):
         raise ConfigError(f"word is {word!r}, but must be one of {', '.join(get_args(Word))}")
     if word == "all":
@@ -172,8 +162,7 @@ def answer_texts(model: CountingModel, batch: Batch) -> list[str]:
 def mean_map(look: Look, layers: list[int] | None = None) -> Look:
     """The heatmaps [N, 14, 14] of what was looked at, each summing to 1: of `attention`, the mean of layers and heads.
 
-    Args:
-        layers: places of some layers among those looked at; None for all.
+    `layers` are places of some layers among those looked at; None for all.
     """
     if look.maps.ndim == 3:
         return look

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ..files import new_draft, replace_folder
+from ..files import new_folder
 
 
 class ModelError(ValueError):
@@ -59,9 +59,8 @@ class CountingModel:
 
         The folder loads again with `load_model`, and in plain transformers.
         """
-        draft = new_draft(Path(folder))
-        self.write_into(draft)
-        replace_folder(draft, Path(folder))
+        with new_folder(Path(folder), replace=True) as draft:
+            self.write_into(draft)
 
     def write_into(self, folder: Path) -> None:
         """Write the parts into a folder that nobody reads yet (`checkpoint` puts more beside them)."""
@@ -79,13 +78,10 @@ def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> Non
 def save_memory(
     network: Qwen3VLForConditionalGeneration, lora: int | None, checkpointing: bool, precision: str
 ) -> None:
-    """Prepare a network to train in less memory.
+    """Prepare a network to train in less memory: with `checkpointing` activations are computed a second time.
 
-    Args:
-        lora: rank of adapters (Hu et al., "LoRA", 2021), which start as no change, beside the language model's
-            layers; all else is frozen.  None for no adapters.
-        checkpointing: compute activations a second time, instead of keeping them.
-        precision: of training; beside adapters, weights are kept in "bf16" or "fp16" if that is it.
+    With a rank `lora` low-rank adapters (Hu et al., "LoRA", 2021), which start as no change, train beside the language
+    model's layers; all else is frozen, and kept in training's `precision` if that is "bf16" or "fp16".
     """
     if checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})

@@ -8,14 +8,12 @@ Left out: hiding itself (`data.hiding`).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image
 
-from ..data import GRID, Fill, Picture, Sample, hide
+from ..data import GRID, Fill, Sample
 from ..data.hiding import covers, hide_cells
 from ..options import ConfigError
 from .answers import count_log_probabilities, digits_score, number_tokens
@@ -26,7 +24,6 @@ from .heatmaps import Heatmap, register
 from .looking import answer_texts, answered_batches
 from .network import CountingModel
 from .pixels import from_patches, to_patches
-from .prediction import Prediction, predict_samples
 
 WINDOW = 2
 """Rows and columns of cells that are hidden at once."""
@@ -35,40 +32,10 @@ AT_ONCE = 16
 """Hidden pictures in a batch."""
 
 
-def count_without(
-    model: CountingModel,
-    image_or_sample: str | Path | Image.Image | Sample,
-    cells: np.ndarray,
-    fill: Fill = "grey",
-    category: str | None = None,
-) -> Prediction:
-    """Hide cells of a picture and count again.
-
-    Args:
-        model: as in `predict`.
-        image_or_sample: a file, an image in memory, or a sample.
-        cells: [14, 14] bool, True where hidden; any other grid over the picture will do.
-        fill: what stands there instead: middle "grey", the picture's "mean" colour, or its "blur".
-        category: what to count; of a sample None for its own.
-
-    Returns:
-        Its `sample` is the picture that the model saw, with the dots that are left.
-
-    Raises:
-        DataError: the picture, the category, the cells or the fill cannot be used.
-    """
-    sample = image_or_sample
-    if not isinstance(sample, Sample):
-        sample = Picture(sample, category or "")
-    return predict_samples(model, [hide(sample, cells, fill, category)])[0]
-
-
 def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
-    """Square windows of cells over the 14x14 grid, row by row: [W, 14, 14] bool.
+    """Square windows of `size` cells a side over the 14x14 grid, row by row: [W, 14, 14] bool.
 
-    Args:
-        size: rows and columns of a window.
-        step: cells from one window to the next; None for windows side by side.  The last ones end with the grid.
+    From one to the next are `step` cells, None for windows side by side; the last ones end with the grid.
     """
     starts = sorted({*range(0, GRID - size, step or size), GRID - size})
     covered = torch.zeros(len(starts), GRID, dtype=torch.bool)
@@ -80,10 +47,7 @@ def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
 def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fill) -> Iterator[Batch]:
     """One image of a batch and its answer, once for each choice of hidden cells [N, rows, columns], AT_ONCE in a batch.
 
-    The cells are those of the picture as the network gets it.
-
-    Raises:
-        ConfigError: the batch has image features in place of pixels.
+    The cells are those of the picture as the network gets it.  A ConfigError where the batch has no pixels.
     """
     if "pixel_values" not in batch:
         raise ConfigError("occlusion hides pixels, and this batch brings kept image features: use it without a cache")
@@ -99,21 +63,13 @@ def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fi
 def hidden_log_probabilities(
     network, batch: Batch, cells: list[torch.Tensor], fill: Fill = "grey", compiled: bool = False
 ) -> list[torch.Tensor]:
-    """Log-probability of each image's answer (`digits_score`) when cells of the image are hidden.
+    """Log-probability of each image's answer (`digits_score`) when cells [N, rows, columns] of it are hidden: [N]."""
 
-    Args:
-        cells: of each image [N, rows, columns] bool.
-
-    Returns:
-        Of each image [N].
-    """
-    found = []
-    for row, choices in enumerate(cells):
+    def scores(row: int, choices: torch.Tensor) -> torch.Tensor:
         hidden = hide_in_batch(network, batch, row, choices, fill)
-        found.append(
-            torch.cat([digits_score(answer_logits(network, one, compiled=compiled)[0], one) for one in hidden])
-        )
-    return found
+        return torch.cat([digits_score(answer_logits(network, one, compiled=compiled)[0], one) for one in hidden])
+
+    return [scores(row, choices) for row, choices in enumerate(cells)]
 
 
 def occlusion_mass(
@@ -138,38 +94,22 @@ register("occlusion", occlusion_mass, trainable=False)
 
 @dataclass
 class Occlusion:
-    """What happened when each of W windows of each of N pictures was hidden.
+    """What happened when each of W windows of each of N pictures was hidden."""
 
-    Attributes:
-        windows: [W, 14, 14] bool.
-        log_probability: [N, W] by how much that of the answer's digits fell, in nats.
-        count: [N, W] by how much the expected count fell, in objects; NaN where an answer is not "COUNT: ...".
-        objects: [N, W] dots under the window.
-        answers: what was said of the whole pictures.
-    """
-
-    windows: np.ndarray
-    log_probability: np.ndarray
-    count: np.ndarray
-    objects: np.ndarray
-    answers: list[str]
+    windows: np.ndarray  # [W, 14, 14] bool
+    log_probability: np.ndarray  # [N, W] by how much that of the answer's digits fell, in nats
+    count: np.ndarray  # [N, W] by how much the expected count fell, in objects; NaN where an answer is not "COUNT: ..."
+    objects: np.ndarray  # [N, W] dots under the window
+    answers: list[str]  # to the whole pictures
 
 
 @torch.no_grad()
 def occlude(
-    model: CountingModel,
-    samples: list[Sample],
-    window: int = WINDOW,
-    step: int | None = None,
-    fill: Fill = "grey",
+    model: CountingModel, samples: list[Sample], window: int = WINDOW, step: int | None = None, fill: Fill = "grey"
 ) -> Occlusion:
     """Hide window after window of each picture: what becomes of the model's own answer, and of the expected count?
 
-    Args:
-        model: as in `look`.
-        samples: with images and dots.
-        window, step: of `windows`.
-        fill: of `hide`.
+    `window` and `step` are those of `windows`, `fill` that of `hide`.
     """
     accelerator = make_accelerator("auto")
     hidden = windows(window, step)

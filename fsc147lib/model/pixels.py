@@ -23,8 +23,7 @@ SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps memory that processes shar
 def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
     """(height, width) in pixels that the processor's rule gives an image: multiples of 32, within its limits.
 
-    Raises:
-        DataError: the processor refuses the image, for example one 200 times as wide as high.
+    A DataError where it refuses the image, for example one 200 times as wide as high.
     """
     factor = image_processor.patch_size * image_processor.merge_size
     limits = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]

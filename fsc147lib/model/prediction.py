@@ -1,4 +1,4 @@
-"""`predict`: one picture from anywhere, and what to count in it; no root and no dots.
+"""`predict`: what is counted in one picture from anywhere, no root and no dots, and `count_without` a part of it.
 
 What comes back is what the model says, how probable it finds each number, and where it looked while it said so.
 Left out: drawing (`report`), and whether its probabilities are right (`evaluation.metrics`).
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tyro.conf import Positional
 
-from ..data import Picture, Sample
+from ..data import Fill, Picture, Sample, hide
 from ..files import write_json
 from ..options import Precision, need, need_report
 from .answers import count_log_probabilities
@@ -147,3 +147,25 @@ def predict_samples(
             sample, covered = samples[len(predictions)], float(each.exp().sum())
             predictions.append(Prediction(sample, text, parse_count(text), distribution, covered, map_))
     return predictions
+
+
+def count_without(
+    model: CountingModel,
+    image_or_sample: str | Path | Image.Image | Sample,
+    cells: np.ndarray,
+    fill: Fill = "grey",
+    category: str | None = None,
+) -> Prediction:
+    """Hide cells of a picture, as `data.hide` does, and count again; a DataError says what cannot be used.
+
+    Args:
+        image_or_sample: a file, an image in memory, or a sample.
+        cells: [14, 14] bool, True where hidden; any other grid over the picture will do.
+        fill: what stands there instead: middle "grey", the picture's "mean" colour, or its "blur".
+        category: what to count; of a sample None for its own.
+
+    Returns:
+        Its `sample` is the picture that the model saw, with the dots that are left.
+    """
+    sample = image_or_sample if isinstance(image_or_sample, Sample) else Picture(image_or_sample, category or "")
+    return predict_samples(model, [hide(sample, cells, fill, category)])[0]

@@ -66,12 +66,9 @@ class Tokens:
 
 
 def tokenize(tokenizer, category: str, count: int) -> Tokens:
-    """Put question and right answer into the model's own chat template.
+    """Put question and right answer into the model's own chat template; raises ValueError where that cannot be.
 
     Prompt and answer are tokenised apart, as they are when the model answers by itself.
-
-    Raises:
-        ValueError: as `chat_text`, or the chat template does not put exactly one image token into the prompt.
     """
     ids = tokenizer.encode(answer(count), add_special_tokens=False)
     head, tail = _around_image(tokenizer, chat_text(tokenizer, category))
@@ -81,8 +78,7 @@ def tokenize(tokenizer, category: str, count: int) -> Tokens:
 def chat_text(tokenizer, category: str) -> str:
     """The question about an image in the model's own chat template, up to where the answer begins.
 
-    Raises:
-        ValueError: the category holds the text of a control token, such as "<think>".
+    A ValueError where the category holds the text of a control token, such as "<think>".
     """
     for token in tokenizer.get_added_vocab():
         if token in category:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..data import Sample
 from ..data import samples as images
-from ..files import DamagedFolder, file_lock, new_draft, read_manifest, replace_folder, write_manifest
+from ..files import DamagedFolder, file_lock, new_folder, read_manifest, write_manifest
 from ..options import ConfigError
 from . import forward, layers, pixels
 from .collate import Batch, Collate, image_key, to_device
@@ -39,17 +39,8 @@ FILE = "features.npy"
 class VisionCache:
     """Image features of a set of images, encoded when this is made, or read from a file of an earlier run.
 
-    Args:
-        model: its vision encoder must not change while the cache is in use.
-        samples: all whose features will be asked for; mirror images are samples of their own.
-        accelerator: gives device and precision.
-        place: "gpu", "host" (memory, pinned if there is a GPU), "disk" (a memory-mapped file), or "auto": the first
-            of these with room.
-        folder: where files are kept, each in a folder named by its `cache_key`, so that another encoder or another
-            image never finds it, beside a checksum that is compared before it is used.  Of several runs at once
-            one encodes and the others wait for its file.
-        workers: processes that read images.
-        compiled: compile the encoder's blocks.
+    On disk they lie in a folder named by `cache_key`, so that another encoder or another image never finds it, beside a
+    checksum that is compared before they are used.  Of several runs at once one encodes and the others wait.
 
     Raises:
         ConfigError: the disk has no room for the file.
@@ -57,21 +48,21 @@ class VisionCache:
 
     def __init__(
         self,
-        model: CountingModel,
-        samples: Iterable[Sample],
-        accelerator: Accelerator,
-        place: str = "auto",
+        model: CountingModel,  # whose vision encoder must not change while the cache is in use
+        samples: Iterable[Sample],  # all whose features will be asked for; mirror images are samples of their own
+        accelerator: Accelerator,  # gives device and precision
+        place: str = "auto",  # "gpu", "host" (memory, pinned if there is a GPU), "disk", or the first with room
         folder: Path = Path("runs/vision-cache"),
-        workers: int = 0,
+        workers: int = 0,  # processes that read images
         batch_size: int = 32,
         compiled: bool = False,
     ):
         self.device, network = accelerator.device, model.network.to(accelerator.device)
         samples, collate = list(samples), Collate(model.tokenizer, model.image_processor)
-        sizes = [collate.lengths(sample)[:2] for sample in samples]
+        sizes = {image_key(sample): collate.lengths(sample)[:2] for sample in samples}
         self.places, total = {}, 0  # image key -> its tokens
-        for sample, (rows, columns) in zip(samples, sizes, strict=True):
-            self.places[image_key(sample)] = slice(total, total + rows * columns // 4)
+        for key, (rows, columns) in sizes.items():
+            self.places[key] = slice(total, total + rows * columns // 4)
             total += rows * columns // 4
         vision = network.config.vision_config
         narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}  # as autocast computes them
@@ -79,9 +70,8 @@ class VisionCache:
         self.shape = (total, 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size)
         states = sum(3 * weight.nbytes for weight in network.parameters() if weight.requires_grad)
         self.place = choose_place(math.prod(self.shape) * self.dtype.itemsize, states) if place == "auto" else place
-        order = sorted(range(len(samples)), key=lambda i: sizes[i])
-        chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
-        loader = DataLoader(chunks, batch_size=None, collate_fn=collate, num_workers=workers)
+        by_size = sorted(samples, key=lambda sample: sizes[image_key(sample)])
+        loader = DataLoader(by_size, batch_size, collate_fn=collate, num_workers=workers)
         if self.place != "disk":
             on_gpu = self.device.type == "cuda"
             where = {"device": self.device} if self.place == "gpu" else {"pin_memory": on_gpu}
@@ -91,23 +81,19 @@ class VisionCache:
         kept = Path(folder) / cache_key(model, samples, self.dtype)
         with file_lock(kept.with_suffix(".lock"), wait=True):
             if not _is_whole(kept):
-                draft = new_draft(kept)
-                mapped = _new_file(draft / FILE, self.shape, self.dtype)
-                self.features = torch.from_numpy(mapped).view(self.dtype)
-                self._fill(network, accelerator, loader, compiled)
-                mapped.flush()
-                write_manifest(draft, encoder=json.loads(vision.to_json_string()), code=code_version())
-                replace_folder(draft, kept)
+                with new_folder(kept, replace=True) as draft:
+                    mapped = _new_file(draft / FILE, self.shape, self.dtype)
+                    self.features = torch.from_numpy(mapped).view(self.dtype)
+                    self._fill(network, accelerator, loader, compiled)
+                    mapped.flush()
+                    write_manifest(draft, encoder=json.loads(vision.to_json_string()), code=code_version())
             self.features = torch.from_numpy(np.load(kept / FILE, mmap_mode="c")).view(self.dtype)
 
     @torch.no_grad()
     def _fill(self, network, accelerator: Accelerator, loader: DataLoader, compiled: bool) -> None:
         for batch in tqdm(loader, desc="encode images", leave=False):
-            pixels = Batch(
-                pixel_values=batch["pixel_values"], pixel_scale=batch["pixel_scale"], image_sizes=batch["image_sizes"]
-            )
             with accelerator.autocast():
-                encoded = encode_images(network, to_device(pixels, self.device), compiled=compiled)
+                encoded = encode_images(network, to_device(batch, self.device), compiled=compiled)
             places = [self.places[key] for key in batch["image_keys"]]
             each = torch.stack(encoded, dim=1).split([place.stop - place.start for place in places])
             for place, features in zip(places, each, strict=True):  # [tokens, 1 + D, C]
@@ -138,9 +124,7 @@ class VisionCache:
 def choose_place(size: int, states: int = 0) -> str:
     """Where a cache of so many bytes is kept: "gpu", "host" or "disk", the first with room.
 
-    Args:
-        states: bytes that gradients and the optimizer's moments will take, beside which the GPU keeps GPU_SHARE free
-            for a step's activations.
+    Beside the bytes of `states`, gradients and moments, a GPU keeps GPU_SHARE free for a step's activations.
     """
     if torch.cuda.is_available():
         whole, ours = gpu_memory()

@@ -14,6 +14,7 @@ from pathlib import Path
 import anywidget
 import numpy as np
 import traitlets
+from matplotlib.cm import ScalarMappable
 from PIL import Image
 
 from ..data import Sample
@@ -51,18 +52,18 @@ def photo_url(sample: Sample, largest: tuple[int, int] | None = None) -> str:
     return data_url(image, "jpeg", quality=85)
 
 
-def colour_url(values: np.ndarray, largest: float, signed: bool = False) -> str:
+def colour_url(colours: ScalarMappable, values: np.ndarray) -> str:
     """Numbers [h, w] in the colours of `colour_scale`, a pixel each; NaN is transparent."""
-    return data_url(Image.fromarray(colour_scale(largest, signed).to_rgba(values, bytes=True)))
+    return data_url(Image.fromarray(colours.to_rgba(values, bytes=True)))
 
 
-def overlay(title: str, values: np.ndarray, largest: float, signed: bool) -> dict:
+def overlay(title: str, values: np.ndarray, largest: float | None = None, signed: bool = False) -> dict:
     """A map [14, 14] and its colour bar, for the page; arguments as of `show_map`."""
-    norm = colour_scale(largest, signed).norm
-    ramp = norm.inverse(np.linspace(0, 1, 256))[None]
+    colours = colour_scale(values, largest, signed)
+    ticks, ramp = colours.norm.inverse(np.array([0, 0.5, 1])), colours.norm.inverse(np.linspace(0, 1, 256))
     return {
-        "title": title, "values": values.ravel().tolist(), "src": colour_url(values, largest, signed),
-        "bar": colour_url(ramp, largest, signed), "ticks": norm.inverse(np.array([0, 0.5, 1])).tolist(),
+        "title": title, "values": values.ravel().tolist(), "src": colour_url(colours, values),
+        "ticks": ticks.tolist(), "bar": colour_url(colours, ramp[None]),
     }  # fmt: skip
 
 

@@ -22,11 +22,9 @@ OUTSIDE = {"frameon": False, "fontsize": LABEL, "loc": "upper left", "bbox_to_an
 
 
 def occlusion_figure(samples: Sequence[Sample], found: dict[str, Occlusion], shown: int = 0) -> Figure:
-    """The fall of the expected count: over one picture, and of all windows beside the objects under them.
+    """The fall of the expected count: over the picture at place `shown`, and of all windows beside the objects there.
 
-    Args:
-        found: model's name -> of `occlude`, windows side by side.
-        shown: place of the picture among the samples.
+    `found` is each model's, by its name, of `occlude` with windows side by side.
     """
     figure, axes = plt.subplots(2, 1 + len(found), figsize=(4.2 * (1 + len(found)), 6.4), layout="constrained")
     show_dots(axes[0, 0], samples[shown], boxes=False)

@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.scale import SymmetricalLogScale
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
 from PIL import Image
 
 from ..data import Sample
@@ -48,9 +48,10 @@ def show_dots(axes, sample: Sample, title: str | None = None, boxes: bool = True
     axes.axis("off")
 
 
-def colour_scale(largest: float, signed: bool = False) -> ScalarMappable:
+def colour_scale(values: np.ndarray, largest: float | None = None, signed: bool = False) -> ScalarMappable:
     """From a map's values to colours, see `show_map`."""
-    norm = Normalize(-largest, largest) if signed else PowerNorm(0.5, 0, max(largest, NOTHING))
+    largest = max(float(np.abs(values).max() if largest is None else largest), NOTHING)
+    norm = Normalize(-largest, largest) if signed else PowerNorm(0.5, 0, largest)
     return ScalarMappable(norm, DIFFERENCE_COLOURS if signed else MAP_COLOURS)
 
 
@@ -68,7 +69,7 @@ def show_map(
     Returns:
         What `show_scale` explains: colours go with the square root, so that one peak does not darken all else.
     """
-    colours = colour_scale(float(values.max()) if largest is None else largest, signed)
+    colours = colour_scale(values, largest, signed)
     axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
     shown = axes.imshow(
         values, cmap=colours.cmap, norm=colours.norm, alpha=0.6, extent=(0, image.width, image.height, 0),
@@ -133,8 +134,8 @@ def _plain_numbers(axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         log, transform = axis.get_scale() == "log", axis.get_transform()
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else SymmetricalLogLocator(transform, (1, 2, 5)))
-        axis.set_major_formatter(FormatStrFormatter("%g"))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
 
 
 def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
@@ -190,12 +191,9 @@ def map_comparison(
 
 
 def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int], title: str = "") -> Figure:
-    """All layers and heads of one image on one colour scale, each titled with its mass on the image.
+    """Attention [L, H, 14, 14] to one image, by layers of these numbers and heads, titled with its mass on the image.
 
-    Args:
-        maps: [L, H, 14, 14] attention mass.
-        layers: the L layers' numbers.
-        title: of the whole, for example the answer that the maps belong to (`Look.titles`).
+    `title` is that of the whole, for example the answer that the maps belong to (`Look.titles`).
     """
     figure, axes = grid(*maps.shape[:2], 2.2, 1.75)
     for (i, j), place in np.ndenumerate(axes):
@@ -228,17 +226,16 @@ def overhead_bars(rows: Sequence[dict]) -> Figure:
 
 
 def overhead_against_every(rows: Sequence[dict]) -> Figure:
-    """What is left of each trained heatmap's overhead when it is applied on each K-th step only.
+    """What is left of each trained heatmap's overhead when it is applied on each K-th step only: rows of `time_losses`.
 
-    Args:
-        rows: of `time_losses`.  A dot is the method's default K; what no logarithmic axis can show is named instead.
+    A dot is the method's default K; what no logarithmic axis can show is named instead.
     """
     figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
     every = 2 ** np.arange(8)
     for row in rows:
-        percent = 100 * row["overhead_median"]
         if not row["trained"] or row["out_of_memory"]:
             continue
+        percent = 100 * row["overhead_median"]
         if percent <= 0:
             axes.plot([], [], label=f"{row['name']}: {percent:.1f} %, lost in the noise")
             continue
@@ -270,24 +267,21 @@ def lazy_curves(runs: dict[str, list[dict]], overhead: float) -> Figure:
         overhead: of a step that trains the heatmap, 0.76 for 76 %; time is counted in steps without it.
     """
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    kl, mae, time = "KL(P || A), nats", "MAE, objects", "time (steps of the count loss)"
+    axes[0].set(xlabel="steps", ylabel=kl, title="alignment after equal steps")
+    axes[1].set(xlabel=time, ylabel=kl, title="alignment after equal time")
+    axes[2].set(xlabel=time, ylabel=mae, title="error after equal time")
     for every, lines in runs.items():
         steps = np.array([line["step"] for line in lines])
         times = steps * (1 + overhead / int(every))
-        for place, x, key in ((axes[0], steps, "kl"), (axes[1], times, "kl"), (axes[2], times, "mae")):
+        for place, x, key in zip(axes, (steps, times, times), ("kl", "kl", "mae"), strict=True):
             place.plot(x, [line[key] for line in lines], ".-", label=f"K = {every}")
-    axes[0].set(xlabel="steps", ylabel="KL(P || A), nats", title="alignment after equal steps")
-    axes[1].set(xlabel="time (steps of the count loss)", ylabel="KL(P || A), nats", title="alignment after equal time")
-    axes[2].set(xlabel="time (steps of the count loss)", ylabel="MAE, objects", title="error after equal time")
     axes[0].legend(frameon=False, fontsize=LABEL)
     return figure
 
 
 def throughput_bars(rows: Sequence[dict]) -> Figure:
-    """Images a second of each variant of training, from a plain loop to all that `train` does.
-
-    Args:
-        rows: of the `throughput` command; whiskers span the timed repeats.
-    """
+    """Images a second of each variant of training: rows of the `throughput` command; whiskers span the repeats."""
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.5 * len(rows)), layout="constrained")
     names = [f"{row['name']} (batch {row['batch_size']})" for row in rows]
     middle = np.array([row["images_per_second"] for row in rows])

@@ -10,21 +10,35 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..data import Sample
 from ..model import Prediction
-from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, LABEL, show_dots, show_map, show_scale
+from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, LABEL, grid, show_dots, show_map, show_scale
+
+
+def view_figure(
+    sample: Sample, maps: Sequence[dict], prediction: Prediction | None = None, true: int | None = None, title: str = ""
+) -> Figure:
+    """Photograph with its dots, maps (each the arguments of `show_map`), and a distribution over counts; three a row.
+
+    `true` is the true count, where it is known; `title` stands in place of count and category.
+    """
+    pictures = 1 + len(maps) + (prediction is not None)
+    figure, axes = grid(-(-pictures // 3), min(3, pictures), 3.6, 2.8)
+    photograph, *places = axes.flat
+    show_dots(photograph, sample, title, boxes=False)
+    for place, one in zip(places, maps, strict=False):
+        show_scale(show_map(place, sample.image, **one), place, "")
+    if prediction is not None:
+        places[len(maps)].axis("on")
+        show_distribution(places[len(maps)], prediction, true)
+    return figure
 
 
 def prediction_figure(prediction: Prediction) -> Figure:
     """The picture, the map of the model's own answer, and the distribution over counts with its 90 % interval."""
-    sample = prediction.sample
-    image, title = sample.image, f"{sample.category}: {prediction.answer!r:.60}"
-    aspect = min(max(image.width / image.height, 0.6), 2.5)
-    size, widths = (3.2 * (2 * aspect + 1.3), 3.4), (aspect, aspect, 1.3)
-    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained", width_ratios=widths)
-    show_dots(axes[0], sample, title, boxes=False)
-    show_scale(show_map(axes[1], image, prediction.heatmap, prediction.map_title), axes[1])
-    show_distribution(axes[2], prediction)
-    return figure
+    heatmap = {"values": prediction.heatmap, "title": prediction.map_title}
+    title = f"{prediction.sample.category}: {prediction.answer!r:.60}"
+    return view_figure(prediction.sample, [heatmap], prediction, title=title)
 
 
 def save_prediction(prediction: Prediction, path: Path) -> None:
@@ -56,10 +70,9 @@ def show_distribution(axes, prediction: Prediction, true: int | None = None) -> 
 
 
 def calibration_figure(rows: Sequence[dict]) -> Figure:
-    """How often the truth lies in an interval, against the probability that the interval claims.
+    """How often the truth lies in an interval, against the probability that it claims: rows of `calibration`.
 
-    Args:
-        rows: of `calibration`; whiskers are 95 % intervals.
+    Whiskers are 95 % intervals.
     """
     figure, axes = plt.subplots(figsize=(4, 3.6), layout="constrained")
     claimed, inside = (100 * np.array([row[key] for row in rows]) for key in ("claimed", "inside"))
@@ -73,11 +86,7 @@ def calibration_figure(rows: Sequence[dict]) -> Figure:
 
 
 def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
-    """How often each number is right, upwards, and how often it is said, downwards: answers that cluster stand out.
-
-    Args:
-        histogram: of `metrics.answer_histogram`.
-    """
+    """How often each number is right, upwards, and how often it is said, downwards: of `metrics.answer_histogram`."""
     numbers, (true, said) = list(histogram), np.array(list(histogram.values())).T
     figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
     axes.bar(numbers, true, color=GREY, label=f"true: {sum(true > 0)} numbers")

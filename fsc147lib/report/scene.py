@@ -16,8 +16,8 @@ from ..evaluation import alignment
 from ..model import CountingModel, Look, Prediction, count_without, default_layers, look, mean_map
 from ..model.prompt import parse_count
 from .canvas import bars, colour_url, overlay
-from .figures import LABEL, grid, show_dots, show_map, show_scale
-from .predictions import show_distribution
+from .figures import LABEL, colour_scale
+from .predictions import view_figure
 
 Cells = tuple[int, ...]
 """Some of the 196 cells of a map, numbered row by row."""
@@ -40,31 +40,20 @@ class Kept:
         self.predictions: dict[tuple[Sample, Cells], Prediction] = {}
         self._looks: dict[tuple, Look] = {}
 
-    def _look(self, samples: Sequence[Sample], *options) -> list[Look]:
-        """What `look` sees of each sample; options are method, layers, heads, answer and word."""
-        method, layers, heads, answer, word = options
+    def look(self, samples, method="attention", answer="own", word="all", layers=None, heads=None) -> list[Look]:
+        """What `look` sees of each sample: of attention the mass [1, L, H, 14, 14] of all layers and heads."""
+        layers = self.layers if method == "attention" else layers
+        options = method, answer, word, layers, heads
         new = [sample for sample in samples if (sample, *options) not in self._looks]
         if new:
             seen = look(self.model, new, layers, answer=answer, method=method, heads=heads, word=word)
             self._looks |= {(sample, *options): seen[[i]] for i, sample in enumerate(new)}
         return [self._looks[sample, *options] for sample in samples]
 
-    def attention(self, samples: Sequence[Sample], answer: str = "own", word: str = "all") -> list[Look]:
-        """Attention mass [1, L, H, 14, 14] of all layers and heads on each sample."""
-        return self._look(samples, "attention", self.layers, None, answer, word)
-
-    def map(self, sample: Sample, method: str, layers: tuple, heads: tuple, answer: str, word: str) -> Look:
-        """A heatmap [1, 14, 14] that sums to 1; choices as of `look`, no heads: all."""
-        if method == "attention":
-            seen = self.attention([sample], answer, word)[0]
-            return mean_map(replace(seen, maps=seen.maps[:, :, list(heads or self.heads)]), list(layers))
-        chosen = (layers, heads or None) if has_heads(method) else (None, None)
-        return self._look([sample], method, *chosen, answer, word)[0]
-
     @cached_property
     def rows(self) -> list[dict]:
         """Of each sample "count", "predicted" (None: no number), and "kl" of its attention (NaN: nothing to count)."""
-        seen = self.attention(self.samples)
+        seen = self.look(self.samples)
         maps = torch.cat([mean_map(one, list(self.default_layers)).maps for one in seen])
         kl = alignment(maps, torch.tensor(np.stack([sample.target for sample in self.samples])))["kl"]
         return [
@@ -78,11 +67,6 @@ class Kept:
             hidden = np.isin(np.arange(GRID * GRID), cells).reshape(GRID, GRID)
             self.predictions[sample, cells] = count_without(self.model, sample, hidden)
         return self.predictions[sample, cells]
-
-
-def has_heads(method: str) -> bool:
-    """Whether layers and heads can be chosen: the gradient methods and occlusion have none."""
-    return "attention" in method
 
 
 @dataclass(frozen=True)
@@ -107,18 +91,32 @@ class Choice:
         """None for a picture of one's own."""
         return None if isinstance(self.sample, Picture) else self.sample.count
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether layers and heads can be chosen: the gradient methods and occlusion have none."""
+        return "attention" in self.method
+
+    def look(self) -> Look:
+        """The heatmap [1, 14, 14] that sums to 1."""
+        options = (self.method, self.answer, self.word)
+        if self.method == "attention":
+            (seen,) = self.kept.look([self.sample], *options)
+            maps = seen.maps[:, :, list(self.heads or self.kept.heads)]
+            return mean_map(replace(seen, maps=maps), list(self.layers))
+        chosen = (self.layers, self.heads or None) if self.has_heads else ()
+        return self.kept.look([self.sample], *options, *chosen)[0]
+
     def maps(self) -> dict[str, dict]:
         """Target, map and difference, as far as they exist: "title", "values", "largest", "signed" of `show_map`."""
         found = {} if self.true_count is None else {"target": {"title": "target", "values": self.sample.target}}
         if self.kept is not None:
-            seen = self.kept.map(self.sample, self.method, self.layers, self.heads, self.answer, self.word)
+            seen = self.look()
             found["map"] = {"title": f"{self.method}, {seen.titles[0]}", "values": seen.maps[0].numpy()}
-        largest = max(float(one["values"].max()) for one in found.values())
-        found = {name: {**one, "largest": largest, "signed": False} for name, one in found.items()}
+        largest = max(one["values"].max() for one in found.values())
+        found = {name: {**one, "largest": largest} for name, one in found.items()}
         if self.true_count and "map" in found:
-            values = found["map"]["values"] - self.sample.target
-            largest = float(np.abs(values).max())
-            found["difference"] = {"title": "map - target", "values": values, "largest": largest, "signed": True}
+            difference = found["map"]["values"] - self.sample.target
+            found["difference"] = {"title": "map - target", "values": difference, "signed": True}
         return found
 
     def predictions(self) -> dict[str, Prediction]:
@@ -166,29 +164,23 @@ class Choice:
 
     def atlas(self) -> dict:
         """All layers (down) and heads (across) of an attention map in one picture, a pixel between two of them."""
-        maps = self.kept.attention([self.sample], self.answer, self.word)[0].maps[0].numpy()  # [L, H, 14, 14]
-        spaced = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)
-        tiled = spaced.swapaxes(1, 2).reshape(len(maps) * (GRID + 1), -1)
+        (seen,) = self.kept.look([self.sample], self.method, self.answer, self.word)
+        maps = seen.maps[0].numpy()  # [L, H, 14, 14]
+        spaced = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)  # [L, H, 15, 15]
+        tiled = spaced.swapaxes(1, 2).reshape(-1, spaced.shape[1] * spaced.shape[3])  # [L * 15, H * 15]
         return {
-            "src": colour_url(tiled, float(maps.max())),
+            "src": colour_url(colour_scale(maps), tiled),
             "masses": maps.sum(axis=(2, 3)).round(3).tolist(),
             "chosen": [[layer, head] for layer in self.layers for head in self.heads or self.kept.heads],
         }
 
     def figure(self) -> Figure:
-        """The same view without a page: photograph, maps on one scale, difference, distribution."""
+        """The same view without a page; hidden cells are seen in the photograph."""
         if self.kept is not None:
             self.kept.prediction(self.sample)
-        maps, predictions = self.maps(), self.predictions()
-        across = min(3, 1 + len(maps))
-        figure, axes = grid(-(-(1 + len(maps) + bool(predictions)) // across), across, 3.6, 2.8)
-        photograph, *others = axes.flat
-        show_dots(photograph, predictions["the rest"].sample if self.cells else self.sample, boxes=False)
-        for place, one in zip(others, maps.values(), strict=False):
-            show_scale(show_map(place, self.sample.image, **one), place, "")
-        if predictions:
-            place, shown = others[len(maps)], list(predictions.values())[-1]
-            place.axis("on")
-            show_distribution(place, shown, None if self.true_count is None else shown.sample.count)
+        *_, last = None, *self.predictions().values()
+        sample = self.sample if last is None else last.sample
+        true, title = (None, sample.category) if self.true_count is None else (sample.count, "")
+        figure = view_figure(sample, [*self.maps().values()], last, true, title)
         figure.suptitle("\n".join(self.facts()), fontsize=LABEL, parse_math=False)
         return figure

@@ -9,7 +9,6 @@ import asyncio
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import wraps
 from pathlib import Path
 from typing import get_args
 
@@ -18,10 +17,10 @@ from matplotlib.figure import Figure
 
 from ..data import GRID, DataError, Picture, Sample
 from ..model import CountingModel, ModelError, method_names
-from ..model.looking import Word
+from ..model.looking import Whose, Word
 from ..options import ConfigError
 from .canvas import Canvas, photo_url
-from .scene import Choice, Kept, has_heads
+from .scene import Choice, Kept
 
 STRIP = 9
 """Thumbnails at a time."""
@@ -37,19 +36,6 @@ SORTS: dict[str, Callable[[dict], float]] = {
     "largest error": lambda row: -math.inf if row["predicted"] is None else -abs(row["predicted"] - row["count"]),
     "worst alignment": lambda row: math.inf if math.isnan(row["kl"]) else -row["kl"],
 }
-
-
-def told_in_page(act: Callable) -> Callable:
-    """A method of `Viewer` whose errors become a sentence in the page."""
-
-    @wraps(act)
-    def attempt(self, *arguments):
-        try:
-            act(self, *arguments)
-        except (DataError, ConfigError, ModelError, ValueError) as error:
-            self.redraw(str(error))
-
-    return attempt
 
 
 class Viewer(widgets.VBox):
@@ -72,7 +58,7 @@ class Viewer(widgets.VBox):
         self.controls, self.canvas = make_controls(self.split, self.kept), Canvas()
         self.show_sample(self.order()[0])
         for name, control in self.controls.items():
-            control.observe(lambda _, name=name: self.choose(name), "value")
+            control.observe(lambda _, name=name: self.receive({"kind": "control", "name": name}), "value")
         self.canvas.on_msg(lambda _, *message: self.receive(*message))
         super().__init__([widgets.Box([*self.controls.values()], layout={"flex_flow": "row wrap"}), self.canvas])
 
@@ -108,8 +94,8 @@ class Viewer(widgets.VBox):
         self.first = min(max(0, self.first), (len(order) - 1) // STRIP * STRIP)
         thumbs = []
         for i in order[self.first : self.first + STRIP]:
-            predicted, text = rows[i].get("predicted", ""), f"{self.split[i].count} {self.split[i].category}"
-            if "predicted" in rows[i]:
+            text, predicted = f"{self.split[i].count} {self.split[i].category}", rows[i].get("predicted", "")
+            if predicted != "":
                 text = f"{'?' if predicted is None else predicted} of {text}"
             thumbs.append({"place": i, "src": photo_url(self.split[i], THUMBNAIL), "text": text})
         text = f"{self.first + 1} to {self.first + len(thumbs)} of {len(order)}"
@@ -132,18 +118,22 @@ class Viewer(widgets.VBox):
         if self.kept:
             offer(self.controls, self.choice)
         choice, rows, version = self.choice, self.rows(), self.canvas.scene.get("version", 0) + 1
-        points = [
-            [i, row["count"], row["predicted"], self.split[i].name] for i, row in enumerate(rows) if "predicted" in row
-        ]  # of samples that were answered
+        names = [sample.name for sample in self.split]
+        points = [[i, row["count"], row["predicted"], names[i]] for i, row in enumerate(rows)] if self.kept else []
         more = {"version": version, "place": self.place, "message": message, "points": points}
         with self.canvas.hold_sync():
             self.canvas.strip, self.canvas.photo = self.thumbnails(), photo_url(choice.sample)
             self.canvas.scene = {**choice.scene(), **more}
         self._predict_later()
 
-    @told_in_page
     def receive(self, content: dict, buffers: Sequence = ()) -> None:
-        """Do what a message of the page asks for, see `Canvas`."""
+        """Do what a message of the page asks for, see `Canvas`, or say there why not."""
+        try:
+            self._do(content, buffers)
+        except (DataError, ConfigError, ModelError, ValueError) as error:
+            self.redraw(str(error))
+
+    def _do(self, content: dict, buffers: Sequence) -> None:
         match content:
             case {"kind": "open", "place": place}:
                 self.show_sample(place)
@@ -157,39 +147,33 @@ class Viewer(widgets.VBox):
             case {"kind": "picture", "name": name}:
                 self.samples.append(own_picture(name, bytes(buffers[0]), self.controls["count"].value))
                 self.show_sample(len(self.samples) - 1)
-
-    @told_in_page
-    def choose(self, name: str) -> None:
-        """Show what follows from a changed control."""
-        if name in ("sort", "category"):
-            self.first = 0
-            self.show_sample(self.order()[0])
-        elif name != "count":
-            self.redraw()
+            case {"kind": "control", "name": "sort" | "category"}:
+                self.first = 0
+                self.show_sample(self.order()[0])
+            case {"kind": "control", "name": name} if name != "count":
+                self.redraw()
+            case {"kind": "predict"}:
+                self.choice.kept.prediction(self.samples[self.place])
+                self.redraw()
 
     def _predict_later(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
         if self.kept and not self.choice.predictions():
             try:
-                self._waiting = asyncio.get_running_loop().call_later(PAUSE, self._predict)
+                self._waiting = asyncio.get_running_loop().call_later(PAUSE, self.receive, {"kind": "predict"})
             except RuntimeError:  # no kernel, so nobody waits
-                self._predict()
-
-    @told_in_page
-    def _predict(self) -> None:
-        self.choice.kept.prediction(self.samples[self.place])
-        self.redraw()
+                self.receive({"kind": "predict"})
 
 
 def make_controls(samples: list[Sample], kept: dict[str, Kept]) -> dict[str, widgets.Widget]:
-    """Menus by name, each with what there is to choose; those of a model only where there is one."""
+    """Menus by name, each with what there is to choose; those of a model only where there is one, see `offer`."""
     categories = [("all", ""), *sorted({(sample.category, sample.category) for sample in samples})]
     menus = {"sort": list(SORTS)[: None if kept else 2], "category": categories}
     if kept:
-        menus |= {"model": list(kept), "method": list(method_names()), "layers": [((), ())], "heads": [("all", ())]}
-        menus |= {"word": list(get_args(Word)), "answer": ["own", "true"]}
-    made = {name: widgets.Dropdown(options=menu, description=name) for name, menu in menus.items()}
+        menus |= {"model": kept, "method": method_names(), "layers": [()], "heads": [()], "word": get_args(Word)}
+        menus |= {"answer": get_args(Whose)}
+    made = {name: widgets.Dropdown(options=list(menu), description=name) for name, menu in menus.items()}
     if kept:
         made["count"] = widgets.Text("objects", description="count", tooltip="what to count in a picture of your own")
     for control in made.values():
@@ -204,13 +188,13 @@ def offer(controls: dict[str, widgets.Widget], choice: Choice) -> None:
     menus = {
         "layers": ((default, kept.default_layers), ("all", kept.layers), *((str(i), (i,)) for i in kept.layers)),
         "heads": (("all", ()), *((str(i), (i,)) for i in kept.heads)),
-        "answer": ("own",) if choice.true_count is None else ("own", "true"),
+        "answer": ("own",) if choice.true_count is None else get_args(Whose),
     }
     for name, menu in menus.items():
         if controls[name].options != menu:
             controls[name].options = menu
     for name in ("layers", "heads"):
-        controls[name].layout.display = None if has_heads(choice.method) else "none"
+        controls[name].layout.display = None if choice.has_heads else "none"
 
 
 def own_picture(name: str, content: bytes, category: str) -> Picture:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files import MANIFEST, DamagedFolder, new_draft, read_manifest, replace_folder, write_manifest
+from ..files import MANIFEST, DamagedFolder, new_folder, read_manifest, write_manifest
 from ..model.network import CountingModel, ModelError
 
 TENSORS, STATE, VALIDATION = "training_state.safetensors", "training_state.json", "validation.csv"
@@ -44,19 +44,17 @@ def save_checkpoint(
     Raises:
         OSError: there is no room for it.
     """
-    draft = new_draft(folder)
     try:
-        model.write_into(draft)
-        moments = optimizer.state_dict()["state"]
-        tensors = {f"{i}.{key}": value.contiguous() for i, row in moments.items() for key, value in row.items()}
-        save_file(tensors, draft / TENSORS)
-        (draft / STATE).write_text(json.dumps(state, indent=1, allow_nan=False))
-        if validation is not None:
-            (draft / VALIDATION).write_text(validation)
-        write_manifest(draft, run=run)
-        replace_folder(draft, folder, keep=True)
+        with new_folder(folder, replace=True, keep=True) as draft:
+            model.write_into(draft)
+            moments = optimizer.state_dict()["state"]
+            tensors = {f"{i}.{key}": value.contiguous() for i, row in moments.items() for key, value in row.items()}
+            save_file(tensors, draft / TENSORS)
+            (draft / STATE).write_text(json.dumps(state, indent=1, allow_nan=False))
+            if validation is not None:
+                (draft / VALIDATION).write_text(validation)
+            write_manifest(draft, run=run)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise OSError(
             f"the checkpoint {folder} cannot be written ({error}): what was saved before is whole; make room, then go "
             "on with --resume"
@@ -99,12 +97,11 @@ def _fault_of(folder: Path, run: str) -> str:
 
 def link_checkpoint(source: Path, folder: Path) -> None:
     """Make `folder` the same checkpoint as `source`, sharing the files on disk where the disk can."""
-    draft = new_draft(folder)
-    try:
-        shutil.copytree(source, draft, copy_function=os.link)
-    except OSError:
-        shutil.copytree(source, draft, dirs_exist_ok=True)
-    replace_folder(draft, folder)
+    with new_folder(folder, replace=True) as draft:
+        try:
+            shutil.copytree(source, draft, copy_function=os.link)
+        except OSError:
+            shutil.copytree(source, draft, dirs_exist_ok=True)
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
