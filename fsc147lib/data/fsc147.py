@@ -1,9 +1,7 @@
-"""Read and check an official FSC147 root: annotations, splits and images as `Sample`s.
+"""Read an official FSC147 root as `Sample`s.
 
-One scan finds the faults of a root, both when `FSC147` opens a split and when `check` reports on all of them
-(`checking`).  It reads the annotations and the images' headers.
-
-Left out: downloading, and what a fault is (`faults`).
+One scan of the annotations and the images' headers finds the faults of a root, both when `FSC147` opens a split and
+when `check` reports on all of them (`checking`).  Left out: downloading, and what a fault is (`faults`).
 """
 
 import json
@@ -121,10 +119,10 @@ def scan(
         faults.add("missing-file", root, "ROOT", "the folder holds nothing of the layout")
     if faults:
         return {}, faults
-    splits = _read_part(root, SPLITS, lambda path: _parse_json(_text_of(path)), faults)
-    annotations = _read_part(root, ANNOTATIONS, lambda path: _parse_json(_text_of(path)), faults)
+    splits = _read_part(root, SPLITS, _parse_json, faults)
+    annotations = _read_part(root, ANNOTATIONS, _parse_json, faults)
     if category is None:
-        classes = _read_part(root, CLASSES, lambda path: _parse_classes(_text_of(path), faults), faults)
+        classes = _read_part(root, CLASSES, lambda text: _parse_classes(text, faults), faults)
     else:
         classes = _Object([(name, category) for name in annotations or ()])
     pictures = _read_part(root, f"{IMAGES}/", _names_in, faults, needed=images)
@@ -254,10 +252,11 @@ def _split_names(splits: "_Object", split: str, faults: Faults) -> list[str]:
 
 
 def _read_part(root: Path, part: str, read: Callable, faults: Faults, needed: bool = True):
-    """`read` a file or a folder ("folder/", or "" for the root); None, and mostly with a fault added, if it cannot."""
+    """`read` of a file's text or a folder ("folder/", "" for the root); None, with a fault added, where it cannot."""
     file, entry = part or root, part.rstrip("/") or "ROOT"
     try:
-        return read(need_inside(root / part, root))
+        path = need_inside(root / part, root)
+        return read(path if part in ("", f"{entry}/") else need_file(path).read_text("utf-8-sig"))
     except FileNotFoundError:
         if needed:
             faults.add("missing-file", file, entry, f"there is no such {'folder' if part.endswith('/') else 'file'}")
@@ -270,10 +269,6 @@ def _read_part(root: Path, part: str, read: Callable, faults: Faults, needed: bo
 
 def _names_in(folder: Path) -> set[str]:
     return set(os.listdir(folder))
-
-
-def _text_of(file: Path) -> str:
-    return need_file(file).read_text("utf-8-sig")
 
 
 class _Object(dict):

@@ -73,7 +73,7 @@ def import_pictures(config: ImportConfig) -> dict[str, int]:
         if not labels:
             raise DataError(f"{file} names no picture to count {config.category or 'anything'} in")
         (draft / IMAGES).mkdir(parents=True)
-        entries: dict[str, dict] = {}
+        entries, categories = {}, {}
         sources: dict[str, Path] = {}
         for name, label in tqdm(labels.items(), desc="import", leave=False):
             source = find_picture(config.images, name)
@@ -89,9 +89,9 @@ def import_pictures(config: ImportConfig) -> dict[str, int]:
             small.save(draft / IMAGES / stored, quality=95)
             scale = np.array(small.size) / image.size
             entries[stored] = {"points": (np.array(label.points).reshape(-1, 2) * scale).round(3).tolist()}
+            categories[stored] = label.category
         splits = choose_splits(list(entries), config.val, config.test, config.seed)
-        categories = [label.category for label in labels.values()]
-        write_layout(draft, entries, splits, dict(zip(entries, categories, strict=True)))
+        write_layout(draft, entries, splits, categories)
     return {split: len(names) for split, names in splits.items()}
 
 
@@ -100,10 +100,10 @@ def find_picture(folder: Path, name: str) -> Path:
     if is_plain(name) and (folder / name).is_file():
         return folder / name
     found = [path for path in sorted(folder.glob("*")) if path.stem == name and path.suffix.lower() != ".csv"]
-    if len(found) != 1:
-        which = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{folder} must hold one picture called {name!r}, but has {which}")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    which = ", ".join(path.name for path in found) or "none"
+    raise DataError(f"{folder} must hold one picture called {name!r}, but has {which}")
 
 
 def choose_splits(names: list[str], val: float, test: float, seed: int) -> dict[str, list[str]]:

@@ -66,11 +66,10 @@ def density_map(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int]
 
 
 def target_heatmap(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Where the objects are: the density of `density_map` on a coarse grid stretched over the image, over its sum.
+    """Where the objects are: the density on a coarse grid stretched over the image, over its sum.
 
-    Returns:
-        [14, 14] float32, non-negative, summing to 1; zeros without a dot, for then there is no distribution to aim
-        at: losses and metrics leave such an image out.
+    Returns [14, 14] float32, non-negative, summing to 1; zeros without a dot, for then there is no distribution to
+    aim at: losses and metrics leave such an image out.
     """
     return (density_map(points, size, (GRID, GRID)) / max(1, len(points))).astype(np.float32)
 
@@ -78,8 +77,7 @@ def target_heatmap(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
     """How much of each input cell lies in each output cell, both grids stretched over the same length.
 
-    Returns:
-        [n_out, n_in] float64 in 0..1; every column sums to 1, so applying it keeps the mass.
+    Returns [n_out, n_in] float64 in 0..1; every column sums to 1, so applying it keeps the mass.
     """
     edges_in = np.arange(n_in + 1) / n_in
     edges_out = np.arange(n_out + 1) / n_out
@@ -89,10 +87,9 @@ def area_weights(n_in: int, n_out: int) -> np.ndarray:
 
 
 def resample_map(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Move a map of masses (not densities) [..., h, w] to another grid over the same image, by exact areas.
+    """Move a map of masses (not densities) [..., h, w] to another grid of rows and columns over the image.
 
-    Returns:
-        [..., rows, columns] with the same sum.
+    By exact areas, so [..., rows, columns] has the same sum.
     """
     rows, columns = area_weights(values.shape[-2], grid[0]), area_weights(values.shape[-1], grid[1])
     return rows @ values @ columns.T

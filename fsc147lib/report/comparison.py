@@ -12,6 +12,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from ..evaluation import metrics_table, paired_difference
+from ..evaluation.tables import aligned
 from ..options import need
 from ..training.run import MAY_CHANGE, read_run
 from .sweeps import epoch_curves
@@ -71,15 +72,12 @@ def compare_runs(config: CompareConfig) -> str:
 
 def options_table(runs: list[SavedRun]) -> str:
     """The options in which runs differ, a line each."""
-    rows = {"options that differ": [run.name for run in runs]}
+    rows = [["options that differ", *(run.name for run in runs)]]
     for option in dict.fromkeys(name for run in runs for name in run.options if name not in MAY_CHANGE - {"data"}):
         values = [json.dumps(run.options.get(option)) for run in runs]
         if len(set(values)) > 1:
-            rows[option] = values
-    if len(rows) == 1:
-        rows["none"] = [""] * len(runs)
-    widths = [max(map(len, column)) + 2 for column in zip(*rows.values(), strict=True)]
-    return "\n".join(f"{name:24}" + "".join(map(str.rjust, values, widths)) for name, values in rows.items())
+            rows.append([option, *values])
+    return aligned(rows if len(rows) > 1 else [*rows, ["none"] + [""] * len(runs)])
 
 
 def differences(runs: list[SavedRun]) -> str:

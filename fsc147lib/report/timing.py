@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from ..evaluation.answering import to_csv
+from ..evaluation.tables import aligned
 from ..files import write_json, write_text
 
 COLUMNS = {
@@ -49,11 +50,7 @@ def table(rows: Iterable[dict], columns: dict[str, tuple[str, str]] = COLUMNS, h
         ended = ": out of memory" if row.get("out_of_memory") else ": failed" if row.get("failed") else ""
         name, row = row["name"] + ended, row | {"peak_memory": row.get("peak_memory") and row["peak_memory"] / 1024}
         cells.append([name, *("" if row.get(key) is None else form.format(**row) for key, (_, form) in shown.items())])
-    first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
-    return "\n".join(
-        line[0].ljust(first) + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], others, strict=True))
-        for line in cells
-    )
+    return aligned(cells)
 
 
 def write_report(path: str | Path, report: dict, config=None) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_runs_side_by_side(tmp_path):
     b = write_run(tmp_path / "b", [1.0, 3.0, 5.0, 7.0], 0.4, attention_weight=3.0, seed=1)
     c = write_run(tmp_path / "c", [3.0, 3.0, 7.0, 7.0], 0.9)
     text = compare_runs(CompareConfig((a, b, c), tmp_path / "new" / "curves.png"))
-    lines = {line[:24].strip(): line[24:].split() for line in text.splitlines()}
+    lines = {name: values for name, *values in (re.split("  +", line) for line in text.splitlines())}
     assert lines["options that differ"] == ["a", "b", "c"] and lines["attention_weight"] == ["0.1", "3.0", "0.1"]
     assert "out" not in lines and "data" not in lines  # folders are no difference, and the data are the same
     assert text[text.index("MAE, mean error (objects)") + 25 :].split()[:5] == ["low", "5.00", "4.00", "5.00", "12.50"]
