@@ -17,6 +17,8 @@ from fsc147lib.training import loop as training
 from fsc147lib.training.interrupt import Interrupted
 from fsc147lib.training.loop import TrainConfig, train
 
+pytestmark = pytest.mark.medium
+
 KILLS = int(os.environ.get("FSC147_KILLS", 3))
 """How many runs are killed; 20 are asked for before a release."""
 
