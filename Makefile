@@ -10,9 +10,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 
 run: setup
 	$(BIN)/python -m fsc147lib.report.workbook
 
-# The inner loop: lint, types and the tests that are not marked slow.
+# The inner loop: lint, types and the quick tests of every room.
 check: lint
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -m "not slow and not medium" tests
 
 # The notebooks' results go to an empty folder, not among those of `make run`.
 test: lint

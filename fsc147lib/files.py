@@ -15,8 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-MAX_BYTES = 2**30
-"""A larger file is not read: FSC147's largest has 30 MB."""
+MAX_BYTES = 2**30  # a larger file is not read: FSC147's largest has 30 MB
 
 
 def need_inside(path: Path, root: Path) -> Path:

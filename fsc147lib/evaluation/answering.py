@@ -20,21 +20,9 @@ from tqdm import tqdm
 from ..data import Sample
 from ..data.fsc147 import MAX_PIXELS, open_split, split_counts
 from ..files import write_json, write_text
-from ..model import (
-    Batch,
-    Collate,
-    CountingModel,
-    Heatmap,
-    PixelStore,
-    VisionCache,
-    count_loss,
-    default_workers,
-    load_model,
-    make_accelerator,
-    method_names,
-    to_device,
-)
-from ..model.answers import DeferredCopy, agreement, greedy_tokens, longest_answer
+from ..model import Batch, Collate, CountingModel, Heatmap, PixelStore, VisionCache, load_model, method_names, to_device
+from ..model.answers import DeferredCopy, agreement, count_loss, greedy_tokens, longest_answer
+from ..model.device import default_workers, make_accelerator
 from ..model.layers import KeysValues
 from ..model.prompt import parse_count, parse_count_leniently
 from ..options import Precision, need, need_report

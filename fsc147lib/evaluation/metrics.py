@@ -11,8 +11,7 @@ import torch
 from ..data import kl_divergence
 from ..model import Prediction
 
-BINS = ((0, 0), (1, 20), (21, 50), (51, 100), (101, 200), (201, None))
-"""Bounds of the true count, both included, by which errors are reported."""
+BINS = ((0, 0), (1, 20), (21, 50), (51, 100), (101, 200), (201, None))  # true counts, both ends included
 
 
 def absolute_errors(predicted, target, empty_cost: float | None = None) -> np.ndarray:

@@ -117,7 +117,6 @@ def answered_batches(
         yield with_word(answered if answer == "own" else truth, word)
 
 
-@torch.no_grad()
 def ask(
     model: CountingModel, samples: list[Sample], accelerator: Accelerator, batch_size: int, own: bool = True
 ) -> Iterator[tuple[Batch, Batch | None, torch.Tensor | None, Trace | None]]:

@@ -9,6 +9,7 @@ Left out: how a plan is measured (`training.plan`).
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +21,6 @@ from .timing import write_report
 
 CARDS = {"16 GB": 14.0, "24 GB": 21.5, "40 GB": 38.5, "80 GB": 78.0}
 """GiB that are left beside the driver's own (a T4 has 14.6, an L4 22.0, an A100 39.4 or 79.1)."""
-
-ROWS = [  # card, rank of adapters, gradient checkpointing, precision
-    ("16 GB", 16, True, "fp16"),
-    ("40 GB", None, True, "bf16"),
-    ("80 GB", None, False, "bf16"),
-    ("24 GB", 16, True, "bf16"),
-    ("24 GB", 16, False, "bf16"),
-    ("16 GB", 16, False, "fp16"),
-    ("40 GB", None, False, "bf16"),
-    ("80 GB", None, True, "bf16"),
-    ("40 GB", 16, False, "bf16"),
-    ("24 GB", None, True, "bf16"),
-]
-
 
 WIDEST = np.interp(range(64), [0, 4, 10, 16, 24, 32, 48, 63], [1584, 1326, 1104, 1008, 910, 829, 768, 739])
 """Widths in pixels, at 384 of height, of FSC147's widest 64 pictures."""
@@ -49,13 +36,14 @@ def measure_cards(path: Path, model: str = "qwen3-vl-2b", compiled: bool = False
             loop.TrainConfig, root, Path(folder) / "run", model, epochs=2, batch_size=64, vision_cache="host",
             compile=compiled, workers=0,
         )  # fmt: skip
-        for card, lora, checkpointing, precision in ROWS:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, CARDS[card] * 2**30 / total))
+        for (card, room), lora, checkpointing in product(CARDS.items(), (None, 16), (False, True)):
+            torch.cuda.set_per_process_memory_fraction(min(1.0, room * 2**30 / total))
+            precision = "fp16" if card == "16 GB" else "bf16"  # a T4 has no bfloat16
             options = {"lora": lora, "gradient_checkpointing": checkpointing, "precision": precision}
             found = plan.largest_that_fits(wanted(**options))
             size = found.config.batch_size
             rows.append({
-                "name": card, "room": CARDS[card], **options, "compiled": compiled, "fits": found.fits,
+                "name": card, "room": room, **options, "compiled": compiled, "fits": found.fits,
                 "batch_size": size, "gib": found.total / 2**30,
                 "images_per_second": size * found.config.accumulation / found.step if found.fits else None,
             })  # fmt: skip

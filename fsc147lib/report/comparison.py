@@ -13,8 +13,8 @@ from tyro.conf import Positional
 
 from ..evaluation import metrics_table, paired_difference
 from ..evaluation.tables import aligned
-from ..options import ConfigError, need
-from ..training.run import MAY_CHANGE
+from ..options import need
+from ..training.run import MAY_CHANGE, read_run
 from .sweeps import epoch_curves
 
 
@@ -42,25 +42,21 @@ class SavedRun:
     images: dict[str, dict[str, str]]  # of the best epoch: name -> error, kl ("" of an empty scene); {} if not kept
 
 
-def read_run(folder: Path) -> SavedRun:
+def saved_run(folder: Path) -> SavedRun:
     """A run as its folder holds it; ConfigError where that has no finished epoch."""
-    try:
-        options, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} holds no run with a finished epoch ({error}): give a run's folder") from error
+    options, summary, epochs = read_run(folder)
     path, images = folder / "best" / "validation.csv", {}
     if path.is_file():
         with path.open(newline="") as file:
             images = {row["name"]: row for row in csv.DictReader(file)}
         if not np.isclose(np.mean([float(row["error"]) for row in images.values()]), summary["best"]["mae"]):
             images = {}  # a crash came between best/ and summary.json
-    return SavedRun(folder.name, options, summary, [line for line in lines if "val" in line], images)
+    return SavedRun(folder.name, options, summary, epochs, images)
 
 
 def compare_runs(config: CompareConfig) -> str:
     """Read the runs, draw their curves if asked to, and describe them; `fsc147lib compare` calls this."""
-    runs = [read_run(folder) for folder in config.runs]
+    runs = [saved_run(folder) for folder in config.runs]
     if len({run.name for run in runs}) < len(runs):  # runs/a/both and runs/b/both
         for run, folder in zip(runs, config.runs, strict=True):
             run.name = str(folder)

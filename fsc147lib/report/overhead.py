@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -87,17 +88,12 @@ class HeatmapBesideCount(DualLoss):
         return LossParts(count, count, torch.zeros_like(count))
 
 
-def take_turns(steps: dict[str, Callable[[int], object]], rounds: int, device: str, warmup: int = 2) -> dict:
-    """Time steps in turn, A B C A B C ...: name -> seconds [rounds].
-
-    Args:
-        steps: functions of the round's number, which is below 0 in the warm-up.
-    """
+def take_turns(steps: dict[str, Callable], batches: list[Batch], rounds: int, device: str) -> dict[str, np.ndarray]:
+    """Time steps in turn, A B C A B C ..., after two rounds to warm up: name -> seconds [rounds]."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(-warmup, rounds):
-        for name, step in steps.items():
-            seconds[name].append(seconds_of(partial(step, turn), device))
-    return {name: np.array(found[warmup:]) for name, found in seconds.items()}
+    for turn, (name, step) in product(range(2 + rounds), steps.items()):
+        seconds[name].append(seconds_of(partial(step, [batches[turn % len(batches)]]), device))
+    return {name: np.array(found[2:]) for name, found in seconds.items()}
 
 
 def time_losses(model: CountingModel, samples: list[Sample], config: OverheadConfig) -> list[dict]:
@@ -134,22 +130,17 @@ def time_losses(model: CountingModel, samples: list[Sample], config: OverheadCon
         heatmap = Heatmap(network, method, state_layer=config.heatmap_layer, compiled=config.compile,
                           gradient_method=config.gradient_method)  # fmt: skip
         loss = DualLoss if row["trained"] or row["method"] == "none" else HeatmapBesideCount
-        training_step = TrainingStep(
-            loss(network, heatmap=heatmap, heatmap_images=row["images"]), optimizer, accelerator
-        )
-
-        def step(turn: int, training_step=training_step, weight=WEIGHT if row["trained"] else 0) -> None:
-            training_step([batches[turn % len(batches)]], weight)
-
+        loss = loss(network, heatmap=heatmap, heatmap_images=row["images"])
+        step = partial(TrainingStep(loss, optimizer, accelerator), weight=WEIGHT if row["trained"] else 0)
         try:
-            step(0)  # before it is measured: the first step allocates what stays
-            row["peak_memory"] = peak_memory(partial(step, 0), device)
+            step([batches[0]])  # before it is measured: the first step allocates what stays
+            row["peak_memory"] = peak_memory(partial(step, [batches[0]]), device)
             steps[row["name"]] = step
         except torch.cuda.OutOfMemoryError:
             optimizer.zero_grad()
             torch.cuda.empty_cache()
         row["out_of_memory"] = row["name"] not in steps
-    seconds = take_turns(steps, config.rounds, device)
+    seconds = take_turns(steps, batches, config.rounds, device)
     return [row if row["out_of_memory"] else row | _timing(row, seconds) for row in rows]
 
 

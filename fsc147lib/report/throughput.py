@@ -34,7 +34,7 @@ class ThroughputConfig(TrainConfig):
     """
 
     PRESETS: ClassVar[dict[str, dict]] = {}
-
+    """None: those of `train` say how long it trains."""
     rounds: int = 5
     """Turns of each variant."""
     steps: int = 8

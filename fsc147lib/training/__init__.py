@@ -4,12 +4,9 @@ Left out: what a person looks at (`report`).
 """
 
 from .loop import TrainConfig, train
-from .losses import ATTENTION_LOSSES, DualLoss
+from .losses import DualLoss
 from .run import TrainResult
 from .step import TrainingStep
 from .sweep import SweepConfig, run_sweep
 
-__all__ = [
-    "ATTENTION_LOSSES", "DualLoss", "SweepConfig", "TrainConfig", "TrainResult", "TrainingStep",
-    "run_sweep", "train",
-]  # fmt: skip
+__all__ = ["DualLoss", "SweepConfig", "TrainConfig", "TrainResult", "TrainingStep", "run_sweep", "train"]

@@ -34,12 +34,9 @@ def save_checkpoint(
     run: str,
     validation: str | None = None,
 ) -> None:
-    """Write a checkpoint; the one that was there is kept beside it with ".old" to its name.
+    """Write a checkpoint of the model and the optimizer's moments; the one before stays, with ".old" to its name.
 
     Args:
-        folder: for example runs/train/last.
-        model: with its trained weights.
-        optimizer: plain torch optimizer, its moments are saved.
         state: everything else that `load_training_state` shall give back, as JSON values.
         run: whose checkpoint this is.
         validation: CSV of the validation image by image, to lie beside the weights.
@@ -70,8 +67,8 @@ def sound_checkpoint(out: Path) -> Path:
     Raises:
         ModelError: neither is sound.
     """
-    last, before = out / "last", out / "last.old"
-    run = (out / RUN_ID).read_text()
+    last, before, run_id = out / "last", out / "last.old", out / RUN_ID
+    run = run_id.read_text() if run_id.is_file() else ""
     fault = _fault_of(last, run)
     if not fault:
         return last

@@ -88,6 +88,16 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def read_run(out: Path) -> tuple[dict, dict, list[dict]]:
+    """Options, summary, and the validations (lines of metrics.jsonl) of a run; ConfigError if it finished no epoch."""
+    try:
+        options, summary = (json.loads((out / name).read_text()) for name in ("config.json", "summary.json"))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out} holds no run with a finished epoch ({error}): give a run's folder") from error
+    return options, summary, [line for line in lines if "val" in line]
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keep other runs out of a run's folder; the lock, a file beside it, ends with the process that holds it.
@@ -145,18 +155,15 @@ class RunFolder:
         if self.writes:
             if not self.config.resume:
                 set_aside(self.out)
-                write_text(self.out / RUN_ID, uuid4().hex)
             write_text(self.out / "config.json", self.config.to_json())
             (self.out / "metrics.jsonl").touch()
+            if not self.config.resume:
+                write_text(self.out / RUN_ID, uuid4().hex)
             if self.config.tracking != "disabled":
                 self.tracker = start_tracker(self.out, self.config.tracking, json.loads(resolved.to_json()))
 
     def restore(self, run) -> None:
-        """Put the checkpoint's steps, epochs, history, optimizer moments and, in fp16, loss scale back.
-
-        Args:
-            run: a `loop.Run`.
-        """
+        """Put the checkpoint's steps, epochs, history, moments and, in fp16, loss scale back into a `loop.Run`."""
         result, step = run.result, run.training_step
         state = load_training_state(self.checkpoint, step.optimizer)
         if state["data"] != fingerprint(run.samples):
@@ -182,10 +189,9 @@ class RunFolder:
             self.tracker.log(line)
 
     def save(self, run) -> None:
-        """Write last/; after an epoch's validation also summary.json, and best/ if its MAE is the lowest.
+        """Write last/ of a `loop.Run`; after an epoch's validation also summary.json, and best/ if its MAE is lowest.
 
-        Args:
-            run: a `loop.Run`; within an epoch, the one before counts as the last whole one.
+        Within an epoch, the one before counts as the last whole one.
         """
         run.saved, result, step = run.step, run.result, run.training_step
         if not self.writes:

@@ -15,17 +15,13 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import tyro
 
-from ..data import open_split
-from ..evaluation import evaluate_samples
+from ..evaluation.answering import EvaluateConfig, evaluate
 from ..files import write_json
-from ..model import load_model
-from ..model.device import make_accelerator
 from ..options import ConfigError, need, parse_options
 from .loop import TrainConfig
-from .run import need_same_run
+from .run import need_same_run, read_run
 
 
 @dataclass(frozen=True)
@@ -63,13 +59,12 @@ class GridRun:
         row = {"name": self.name, "options": self.options, "finished": False, "error": None, "seconds": 0.0}
         try:
             need_same_run(self.config)
-            summary = json.loads((self.config.out / "summary.json").read_text())
-            lines = map(json.loads, (self.config.out / "metrics.jsonl").read_text().splitlines())
-        except (ConfigError, OSError):
+            _, summary, epochs = read_run(self.config.out)
+        except ConfigError:
             return row
         if summary["last"]["epoch"] < self.config.epochs:
             return row
-        curve = [{"epoch": line["epoch"], **line["val"]} for line in lines if "val" in line]
+        curve = [{"epoch": line["epoch"], **line["val"]} for line in epochs]
         return {**row, "finished": True, "best": summary["best"], "last": summary["last"], "curve": curve}
 
     def start(self, log: Path, threads: int) -> subprocess.Popen:
@@ -81,17 +76,15 @@ class GridRun:
             command = [sys.executable, "-m", "fsc147lib", "train", *words]
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
-    def answers(self, splits: tuple[str, ...]) -> dict[str, dict]:
-        """What the last weights answer: per split the `metrics`, and of each image its `error` and `kl`."""
-        config, answered = self.config, {}
-        model, accelerator = load_model(config.out / "last"), make_accelerator(config.precision)
-        training_mean = float(np.mean([sample.count for sample in config.open_split("train")]))
-        for split in splits:
-            samples = open_split(config.data, split, None, config.category, None, config.max_pixels)
-            found = evaluate_samples(model, samples, 64, accelerator=accelerator, empty_cost=training_mean)
-            images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
-            answered[split] = {"metrics": found.metrics, **images}
-        return answered
+    def answers(self, split: str) -> dict:
+        """What the last weights answer of a split: the `metrics`, and of each image its `error` and `kl`."""
+        config = self.config
+        found = evaluate(EvaluateConfig(
+            config.data, str(config.out / "last"), split, batch_size=64, category=config.category,
+            max_pixels=config.max_pixels, precision=config.precision, compile=config.compile,
+        ))  # fmt: skip
+        images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
+        return {"metrics": found.metrics, **images}
 
 
 def grid_runs(config: SweepConfig) -> list[GridRun]:
@@ -120,7 +113,7 @@ def run_sweep(config: SweepConfig) -> list[dict]:
         The rows of `sweep.json`, in the grid's order: `name`, `options` (the grid's), `finished`, `error` (None, or
         the last line that a failed run has printed), `seconds` (of all its processes); of a finished run `best`
         and `last` (validation metrics with their epoch), `curve` (those of each epoch) and, where asked for, `splits`
-        (`GridRun.answers`).
+        (of each `GridRun.answers`).
     """
     runs, path = grid_runs(config), config.out / "sweep.json"
     before = {row["name"]: row["seconds"] for row in json.loads(path.read_text())["runs"]} if path.is_file() else {}
@@ -138,7 +131,7 @@ def run_sweep(config: SweepConfig) -> list[dict]:
         print(f"{run.name}: {error or 'MAE {mae:.2f}'.format(**rows[run.name]['best'])}, {seconds:.0f} s", flush=True)
     for run in runs:
         if config.splits and rows[run.name]["finished"]:
-            rows[run.name]["splits"] = run.answers(config.splits)
+            rows[run.name]["splits"] = {split: run.answers(split) for split in config.splits}
             write()
     return list(rows.values())
 

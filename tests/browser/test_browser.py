@@ -8,6 +8,8 @@ import time
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.medium
+
 CHANGE = """([name, index]) => new Promise((resolve, reject) => {
   const root = document.querySelector('.fsc-viewer'), started = performance.now();
   const select = [...document.querySelectorAll('.widget-dropdown')].find(

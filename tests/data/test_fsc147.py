@@ -461,6 +461,7 @@ def test_real_annotations():
     assert not set(train.categories) & set(val.categories)
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real annotations at {REAL}")
 def test_real_annotations_report():
     report = check(REAL)

@@ -27,6 +27,7 @@ def scenes():
     return {split: [draw_scene(np.random.default_rng([i]), split) for i in range(60)] for split in ("train", "val")}
 
 
+@pytest.mark.medium
 def test_same_seed_same_bytes(tmp_path):
     first = make_dataset(tmp_path / "a", 3, 2, 2, seed=5)
     second = make_dataset(tmp_path / "b", 3, 2, 2, seed=5)
@@ -35,6 +36,7 @@ def test_same_seed_same_bytes(tmp_path):
     assert digests(first) != digests(other)
 
 
+@pytest.mark.medium
 def test_a_split_does_not_depend_on_the_size_of_the_others(tmp_path):
     small, large = make_dataset(tmp_path / "a", 1, 2, 1), make_dataset(tmp_path / "b", 4, 3, 2)
     for split in ("val", "val_seen"):
@@ -89,6 +91,7 @@ def test_counts_range_from_none_to_sixty_and_distractors_tell_nothing(monkeypatc
     assert others[~some].min() >= 4
 
 
+@pytest.mark.medium
 def test_distractors_share_the_look_or_the_shape_and_are_never_counted(scenes):
     shares = []
     for _, scene in scenes["train"] + scenes["val"]:

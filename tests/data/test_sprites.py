@@ -82,6 +82,7 @@ def test_the_cut_out_is_trimmed_and_as_large_as_asked(folder):
         ).all()
 
 
+@pytest.mark.medium
 def test_a_data_set_of_cut_outs_repeats_and_shares_no_category(folder, tmp_path):
     roots = [make_dataset(tmp_path / name, 4, 3, 3, 1, folder) for name in ("a", "b")]
     files = [sorted(path for path in root.rglob("*") if path.is_file()) for root in roots]

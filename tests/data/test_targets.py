@@ -117,6 +117,7 @@ def test_area_weights_by_hand():
     np.testing.assert_allclose(area_weights(14, 14), np.eye(14), atol=1e-12)
 
 
+@pytest.mark.medium
 def test_nearest_neighbours_of_200_000_dots():
     """A lattice whose steps are 3 and 5: each dot's nearest is 3 away.  All distances at once would be 160 GB."""
     x, y = np.meshgrid(np.arange(1000) * 3.0, np.arange(200) * 5.0)

@@ -151,6 +151,7 @@ def test_an_empty_scene_without_an_answer_costs_the_training_mean(half_empty_roo
     assert result.metrics["mae"] == np.mean(counts) > 1
 
 
+@pytest.mark.medium
 def test_numbers_do_not_depend_on_the_batch_size(tiny, root):
     samples = list(FSC147(root, "val"))
     one, many = (evaluate_samples(tiny, samples, batch_size=size) for size in (1, 5))
@@ -177,6 +178,7 @@ def test_training_mode_is_given_back(tiny, root):
     assert tiny.network.training
 
 
+@pytest.mark.medium
 def test_workers_read_the_same(tiny, root):
     samples = list(FSC147(root, "val"))
     assert evaluate_samples(tiny, samples, workers=2).metrics == evaluate_samples(tiny, samples).metrics

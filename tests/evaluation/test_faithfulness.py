@@ -82,6 +82,7 @@ def test_rank_correlation_is_scipy_s():
     assert got[2] == 0, "a constant map has no order"
 
 
+@pytest.mark.medium
 def test_measures_of_methods_and_of_chance(dual, mixed_samples):
     samples = mixed_samples[:2]
     found = measure_maps(dual, samples, ["attention", "token_gradient"], ["attention"], steps=2, answer="true")

@@ -15,6 +15,7 @@ def poisson(rates, factor=1.0):
     return found
 
 
+@pytest.mark.medium
 def test_honest_probabilities_hold_the_truth_as_often_as_they_claim():
     rng = np.random.default_rng(0)
     rates = rng.uniform(20, 400, 2000)

@@ -74,6 +74,7 @@ def test_bins_hold_every_image_once():
     json.dumps(bins, allow_nan=False)
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real annotations are not beside the project")
 @pytest.mark.parametrize(("constant", "mae", "rmse"), [(49.96, 53.38, 124.53), (25, 48.68, 129.70)])
 def test_constants_give_the_papers_rows(constant, mae, rmse):

@@ -12,6 +12,8 @@ from fsc147lib.__main__ import main
 from fsc147lib.model import load
 from fsc147lib.model.load import load_model
 
+pytestmark = pytest.mark.medium
+
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 

@@ -30,6 +30,8 @@ from fsc147lib.model.load import load_model
 from fsc147lib.training.losses import DualLoss
 from fsc147lib.training.step import TrainingStep, make_optimizer
 
+pytestmark = pytest.mark.medium
+
 CASES = int(os.environ.get("MUTATIONS", 0))
 cases = settings(
     max_examples=CASES or 100, derandomize=not CASES, deadline=None, database=None, print_blob=True,

@@ -22,7 +22,7 @@ LONG = "a" * 300 + ".jpg"
 PIPE, LINK = "a pipe, a device or a folder", "links out of the root"
 
 
-pytestmark = pytest.mark.usefixtures("restart_clock")
+pytestmark = [pytest.mark.medium, pytest.mark.usefixtures("restart_clock")]
 
 
 @pytest.fixture

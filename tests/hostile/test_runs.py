@@ -22,6 +22,8 @@ from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
 from fsc147lib.training.loop import TrainConfig, train
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="module")
 def small_root(tmp_path_factory):

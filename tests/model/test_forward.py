@@ -40,6 +40,7 @@ def library():
     return load_model("tiny-random").network
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("form", ["bytes", "numbers"])
 def test_image_features_are_the_library_s(tiny, library, mixed_samples, form):
     """Of images of four sizes, with the gradients of the encoder's weights."""

@@ -175,6 +175,7 @@ def test_attention_x_gradient_is_that_of_eager_attention(tiny, batch):
         torch.testing.assert_close(got[i].double(), on_grid(visual, one)[0].double(), atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "occlusion"])  # hides bytes: test_occlusion
 def test_every_method_is_a_distribution_and_leaves_no_trace(tiny, batch, method):
     """Also with gradients off, with a plain dict, and without hooks or gradients left behind."""
@@ -321,6 +322,7 @@ def test_accumulation_is_one_large_batch(root, tmp_path, method):
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-3)
 
 
+@pytest.mark.medium
 def test_training_by_difference_errs_by_the_square_of_its_step(exact, monkeypatch):
     """Every weight's gradient, of text and vision, against autograd's own second derivative."""
     network, batch = exact

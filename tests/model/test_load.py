@@ -27,11 +27,13 @@ def test_tiny_leaves_nothing_out(tiny):
     assert config.text_config.num_key_value_heads < config.text_config.num_attention_heads
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["tiny", "tiny-random"])
 def test_parameters_are_counted_without_loading_them(name):
     assert count_parameters(name) == sum(weight.numel() for weight in load_model(name).network.parameters())
 
 
+@pytest.mark.medium
 def test_tiny_weights_depend_on_the_seed_alone():
     torch.manual_seed(3)
     a = load_model("tiny-random", seed=1).network.state_dict()
@@ -125,6 +127,7 @@ def test_saved_folder_loads_as_it_was(tiny, mixed_samples, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(tiny.network.parameters(), again.network.parameters(), strict=True))
 
 
+@pytest.mark.medium
 def test_a_chat_template_kept_with_the_processor_is_found(tiny, tmp_path):
     tiny.save(tmp_path / "model")
     template = (tmp_path / "model" / "chat_template.jinja").read_text()
@@ -167,6 +170,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
         load_model("Nobody/No-Model")
 
 
+@pytest.mark.medium
 def test_the_folder_of_a_run_names_its_checkpoints(tiny, tmp_path):
     tiny.save(tmp_path / "run" / "best")
     (tmp_path / "run" / "config.json").write_text("{}")

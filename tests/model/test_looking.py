@@ -9,6 +9,7 @@ from fsc147lib.model.looking import with_word
 from fsc147lib.options import ConfigError
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ["token_gradient", "input_gradient", "attention_x_gradient"])
 def test_a_gradient_method_is_shown_as_it_is_trained(tiny, mixed_samples, method):
     seen = look(tiny, mixed_samples, answer="true", batch_size=3, method=method, layers=(1, 2), heads=(0, 3))
@@ -38,6 +39,7 @@ def test_chosen_heads_are_those_of_all(tiny, mixed_samples):
     torch.testing.assert_close(look(tiny, mixed_samples[:2], (1, 3), heads=(2, 0)).maps, all_heads.maps[:, :, [2, 0]])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ["attention", "token_gradient"])
 def test_the_map_of_a_word_is_that_of_its_position_alone(tiny, mixed_samples, method):
     """Counts have one, two and three digits; "COUNT: 12" is COUNT, :, space, 1, 2, end."""

@@ -22,6 +22,7 @@ def dual():
     return load_model("tiny-dual")
 
 
+@pytest.mark.medium
 def test_counting_without_cells_is_counting_in_a_picture_edited_by_hand(dual, mixed_samples, tmp_path):
     sample = mixed_samples[0]
     image = np.array(sample.image)
@@ -97,6 +98,7 @@ def log_probability_by_hand(model, image, text):
     return sum(log_p[place - 1, batch["input_ids"][0, place]].item() for place in digits)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("fill", ["grey", "blur"])
 def test_occlusion_is_the_fall_in_pictures_edited_by_hand(dual, whole, fill):
     """A user's own window and filling, registered; image by image and window by window."""
@@ -118,6 +120,7 @@ def test_occlusion_is_the_fall_in_pictures_edited_by_hand(dual, whole, fill):
         np.testing.assert_allclose(got, falls / falls.sum(), atol=1e-5)
 
 
+@pytest.mark.medium
 def test_the_count_s_fall_is_that_of_predictions(dual, whole):
     found = occlude(dual, whole, window=6, step=4)
     assert found.windows.shape == (9, 14, 14) and found.count.shape == found.objects.shape == (2, 9)

@@ -86,12 +86,14 @@ def test_the_map_of_an_own_answer_is_that_of_its_digits(tiny, mixed_samples):
         assert (collate([mixed_samples[i]], [ids])["digit_weights"] > 0).all()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("category", ["", "  ", "<|im_end|>", "app\nles"])
 def test_what_is_counted_must_be_words(tiny, mixed_samples, category):
     with pytest.raises(DataError, match="name what to count"):
         predict(tiny, mixed_samples[0].image_path, category)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", [(1, 1), (3000, 20), (17, 400), (4000, 3000)])
 def test_pictures_of_any_size(tiny, size):
     found = predict(tiny, Image.new("RGB", size, (200, 30, 40)), "apples")

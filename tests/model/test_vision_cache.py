@@ -45,6 +45,7 @@ def losses(model, batch):
     return parts.count.item(), parts.attention.item()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_losses_are_those_without_it(frozen, mixed_samples, tmp_path, place):
     samples = [*mixed_samples, *(sample.flipped() for sample in mixed_samples)]
@@ -145,6 +146,7 @@ def test_a_stale_or_torn_file_is_never_used(frozen, mixed_samples, tmp_path, cha
     assert losses(frozen, kept) == pytest.approx(losses(frozen, live), rel=1e-5)
 
 
+@pytest.mark.medium
 def test_half_a_file_is_no_file(frozen, mixed_samples, tmp_path, no_encoder, monkeypatch):
     no_encoder()
     with pytest.raises(RuntimeError, match="the encoder ran"):
@@ -269,6 +271,7 @@ def test_adapters_alone_train_and_are_merged(config, tmp_path):
         config("lora", lora=0)
 
 
+@pytest.mark.medium
 def test_merged_weights_answer_as_the_adapters_did(config, tiny, batch, tmp_path):
     run = training.Run(config("lora", lora=4))
     for name, parameter in run.model.network.named_parameters():

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from fsc147lib.options import ConfigError
-from fsc147lib.report.comparison import CompareConfig, compare_runs, read_run
+from fsc147lib.report.comparison import CompareConfig, compare_runs, saved_run
 
 
 def write_run(folder, errors, kl, **options):
@@ -64,6 +64,6 @@ def test_a_trained_run_compares_with_itself(tmp_path, root):
     from fsc147lib import TrainConfig, train
 
     train(TrainConfig(root, tmp_path / "run", "tiny-random", epochs=2, limit=4, batch_size=2, tracking="disabled"))
-    run = read_run(tmp_path / "run")
+    run = saved_run(tmp_path / "run")
     assert len(run.images) == 4 and [line["epoch"] for line in run.epochs] == [0, 1, 2]
     assert "MAE +0.000 (+0.000 to +0.000)" in compare_runs(CompareConfig((tmp_path / "run", tmp_path / "run")))

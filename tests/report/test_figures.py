@@ -88,6 +88,7 @@ def test_all_answers_lost_is_a_picture_too():
     assert figures.predictions_against_truth(lost).axes[0].get_legend() is not None
 
 
+@pytest.mark.medium
 def test_empty_scenes_are_drawn(samples):
     empty = replace(samples[0], points=np.zeros((0, 2), np.float32), boxes=np.zeros((0, 4), np.float32))
     assert figures.sample_views(empty).axes[2].get_title() == figures.NO_TARGET
@@ -182,6 +183,7 @@ def test_throughput_bars_name_the_batch():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["plain (batch 8)", "fast (batch 8)"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("words", [r"$\frac{$ bolts", "$5 and $10 bills", r"\alpha", "100 % {_}^"])
 def test_categories_and_answers_are_no_formulas(samples, words):
     """Drawn letter by letter: an odd formula would raise when the figure is saved."""

@@ -16,9 +16,9 @@ from fsc147lib.report.timing import table, write_report
 
 def test_variants_take_turns():
     calls = []
-    steps = {name: (lambda turn, name=name: calls.append((turn, name))) for name in "abc"}
-    seconds = take_turns(steps, rounds=2, device="cpu", warmup=1)
-    assert calls == [(turn, name) for turn in (-1, 0, 1) for name in "abc"]
+    steps = {name: (lambda batches, name=name: calls.append((*batches, name))) for name in "abc"}
+    seconds = take_turns(steps, [0, 1], rounds=2, device="cpu")
+    assert calls == [(batch, name) for batch in (0, 1, 0, 1) for name in "abc"]
     assert all(len(seconds[name]) == 2 for name in "abc")
 
 
@@ -70,6 +70,7 @@ def test_out_of_memory_is_a_row(tiny, root, monkeypatch):
     assert "out of memory" in table(rows)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "billions"), [("qwen3-vl-2b", 2.1), ("qwen3-vl-4b", 4.4), ("qwen3-vl-8b", 8.8)])
 def test_shapes_have_the_published_sizes(name, billions):
     network = load_or_shape(name, device="meta").network

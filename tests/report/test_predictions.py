@@ -28,6 +28,7 @@ def prediction():
     return Prediction(picture, "COUNT: 12", 12, distribution, 1.0, np.full((14, 14), 1 / 196, np.float32))
 
 
+@pytest.mark.medium
 def test_a_prediction_shows_picture_map_and_distribution(prediction, tmp_path):
     photograph, heatmap, _, _ = predictions.prediction_figure(prediction).axes
     assert photograph.get_title() == "apples for 3$ or 4$: 'COUNT: 12'" and heatmap.get_title() == "own answer 12"
@@ -43,6 +44,7 @@ def test_a_prediction_shows_picture_map_and_distribution(prediction, tmp_path):
     assert Image.open(tmp_path / "new" / "map.png").width > 800
 
 
+@pytest.mark.medium
 def test_a_model_that_says_no_number_is_seen_to(prediction):
     assert predictions.prediction_figure(prediction).axes[2].get_title() == "mode 11, mean 12.7"
     prediction.covered = 0.123

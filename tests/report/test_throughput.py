@@ -19,6 +19,8 @@ from fsc147lib.report.timing import table
 from fsc147lib.report.trials import Trial, Variant, sizes_of, step_flops
 from fsc147lib.training.losses import DualLoss
 
+pytestmark = pytest.mark.medium
+
 
 def test_operations_are_those_that_torch_counts(tiny, mixed_samples):
     """Of linear layers and attention; torch counts whole rows of causal attention, and the mergers, which are few."""

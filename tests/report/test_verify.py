@@ -12,6 +12,8 @@ from fsc147lib.model import forward
 from fsc147lib.report import checks
 from fsc147lib.report.verify import VerifyConfig, verify_model
 
+pytestmark = pytest.mark.medium
+
 
 def failed(model, monkeypatch, root, **options):
     """The names of the lines that fail for a model; all others pass."""

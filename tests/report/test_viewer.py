@@ -19,6 +19,8 @@ from fsc147lib.model import Prediction, count_without, load_model, look, mean_ma
 from fsc147lib.report import canvas
 from fsc147lib.report.viewer import Viewer
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="module")
 def samples(root):

@@ -133,6 +133,7 @@ def test_two_hundred_small_steps_move_the_weights_as_fp32_does(root):
     assert float(wide.abs().mean()) > 5e-5
 
 
+@pytest.mark.medium
 def test_frozen_matrices_are_narrow_and_the_stream_through_the_layers_is_not(tiny, batch):
     save_memory(tiny.network, 4, False, "fp16")
     kinds = {name: weight.dtype for name, weight in tiny.network.named_parameters()}

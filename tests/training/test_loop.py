@@ -397,6 +397,7 @@ def test_values_that_cannot_be_are_named(config, field, value):
         config(**{field: value})
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layers", [(4,), (-1,), (0, 9)])
 def test_layers_that_the_model_has_not(config, layers):
     with pytest.raises(ConfigError, match="attention_layers.*0 to 3"):
@@ -458,6 +459,7 @@ def test_batches_by_size_hold_little_padding():
     assert 0 <= padded[0] < padded[1] / 3
 
 
+@pytest.mark.medium
 def test_a_step_asks_for_no_number(config, monkeypatch):
     """On a GPU each would be a wait; they are fetched together, every few steps."""
     run = training.Run(config(epochs=1))

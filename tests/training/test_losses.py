@@ -81,6 +81,7 @@ def test_weight_zero_is_the_count_loss_alone(tiny, batch):
     assert float(parts.attention) == 0 and float(parts.total) == float(parts.count)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("part", ["count", "attention"])
 def test_a_part_that_is_not_finite_is_named(tiny, batch, part):
     optimizer = torch.optim.SGD(tiny.network.parameters(), lr=0.0)
@@ -96,6 +97,7 @@ def test_a_part_that_is_not_finite_is_named(tiny, batch, part):
         step.check()
 
 
+@pytest.mark.medium
 @torch.no_grad()
 def test_a_part_of_a_batch_is_a_batch(tiny, mixed_samples):
     """Rows 3 and 1 of bytes, of numbers and of kept features give the losses that they give in the whole."""
@@ -143,6 +145,7 @@ def test_all_images_have_their_turn():
     assert {len(loss.chosen([str(i)], [3, 5, 6])) for i in range(9)} == {2} and loss.chosen(names, [3]) == [3]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 @pytest.mark.parametrize(("method", "images"), [("attention", None), ("token_gradient", None), ("token_gradient", 5)])
 def test_empty_scenes_have_no_attention_loss(tiny, mixed_samples, empty_samples, kind, method, images):
@@ -162,6 +165,7 @@ def test_empty_scenes_have_no_attention_loss(tiny, mixed_samples, empty_samples,
     assert parts.count.item() == pytest.approx(count.item(), rel=1e-5)  # but they are answered like all others
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("images", [None, 1])
 def test_a_batch_of_empty_scenes_is_not_looked_at(tiny, empty_samples, images):
     batch = Collate(tiny.tokenizer, tiny.image_processor)(empty_samples)
@@ -171,6 +175,7 @@ def test_a_batch_of_empty_scenes_is_not_looked_at(tiny, empty_samples, images):
     assert all(p.grad.isfinite().all() for p in tiny.network.parameters())
 
 
+@pytest.mark.medium
 def test_a_window_is_divided_by_its_images_with_objects(tiny, mixed_samples, empty_samples):
     """In whatever batches they come; a window without any says that there was no attention loss."""
     accelerator, collate = make_accelerator("fp32"), Collate(tiny.tokenizer, tiny.image_processor)
@@ -198,6 +203,7 @@ WEIGHTS = (
 )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 def test_attention_gradient_is_the_finite_difference(float64, mixed_samples, kind):
     """Central differences along a random direction of each weight, in float64."""
@@ -237,6 +243,7 @@ def test_thirty_steps_halve_the_attention_loss(tiny, batch):
     assert float(loss(batch).attention) < first / 2
 
 
+@pytest.mark.medium
 def test_checkpointed_gradients_are_the_same(tiny, batch):
     gradients = []
     for checkpointing in (False, True):
@@ -250,6 +257,7 @@ def test_checkpointed_gradients_are_the_same(tiny, batch):
         torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.medium
 def test_parts_of_a_window_add_up_to_the_whole(tiny, mixed_samples, batch):
     """Answers of different lengths: a mean of means would weigh their tokens unequally."""
     loss, collate = DualLoss(tiny.network), Collate(tiny.tokenizer, tiny.image_processor)
@@ -263,6 +271,7 @@ def test_parts_of_a_window_add_up_to_the_whole(tiny, mixed_samples, batch):
         torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.medium
 def test_bf16_autocast_keeps_the_rows_in_float32(tiny, batch):
     exact = DualLoss(tiny.network)(batch).attention
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -281,6 +290,7 @@ def test_control_targets_are_another_images_and_the_centre():
     assert centre[0].argmax() in (6 * 14 + 6, 6 * 14 + 7, 7 * 14 + 6, 7 * 14 + 7)
 
 
+@pytest.mark.medium
 def test_the_loss_is_drawn_to_the_control(tiny, batch):
     """The same heatmap, held against each target by an independent sum."""
     heatmap = Heatmap(tiny.network)(batch).double()

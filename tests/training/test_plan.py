@@ -13,6 +13,7 @@ def config(root, tmp_path):
     return TrainConfig(root, tmp_path / "run", "tiny-random", batch_size=4, limit=8)
 
 
+@pytest.mark.medium
 def test_states_are_those_of_the_weights_that_train(config, capsys):
     assert main(["train", "--data", str(config.data), "--out", str(config.out), "--model", "tiny-random",
                  "--batch-size", "4", "--limit", "8", "--dry-run"]) == 0  # fmt: skip
@@ -24,6 +25,7 @@ def test_states_are_those_of_the_weights_that_train(config, capsys):
     assert not config.out.exists()  # nothing was begun
 
 
+@pytest.mark.medium
 def test_the_cache_is_as_large_as_the_run_s(config, monkeypatch):
     config = TrainConfig(config.data, config.out, "tiny", batch_size=4, limit=8, epochs=2, unfreeze_vision_at=9)
     found = largest_that_fits(config)
@@ -57,6 +59,7 @@ def test_what_does_not_fit_is_told_what_does(config, monkeypatch):
     assert main([*words, "--limit", "8", "--batch-size", "4"]) == 1
 
 
+@pytest.mark.medium
 def test_weights_without_room_are_no_traceback(config, monkeypatch):
     def full(config):
         raise plan.torch.OutOfMemoryError
