@@ -8,6 +8,7 @@ Left out: what a variant does in its process (`trials`), the cost of each heatma
 
 import multiprocessing
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -125,6 +126,7 @@ def measure_throughput(config: ThroughputConfig) -> dict:
     jobs = ["losses"] if config.curves else ["turn"] * config.rounds
     jobs += ["validate"] * (config.validation and not config.curves and min(2, config.rounds))
     rows: dict[str, dict] = {}
+    began = time.perf_counter()
     with ExitStack() as stack:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         run = replace(config, out=out, epochs=2, tracking="disabled", resume=False)
@@ -142,6 +144,7 @@ def measure_throughput(config: ThroughputConfig) -> dict:
             report = {"rows": compare(list(rows.values()))}
             if config.json is not None:
                 write_report(config.json, report, config)
-            print(variant.name, row.get("rates", row), row.get("validation_rates", ""), flush=True)
+            spent = f"[{time.perf_counter() - began:.0f} s]"  # with starts and compilation, which the rates leave out
+            print(spent, variant.name, row.get("rates", row), row.get("validation_rates", ""), flush=True)
     print("\n" + table(report["rows"]))
     return report
