@@ -284,6 +284,7 @@ def lazy_curves(runs: dict[str, list[dict]], overhead: float) -> Figure:
 
 def throughput_bars(rows: Sequence[dict]) -> Figure:
     """Images a second of each variant of training: rows of the `throughput` command; whiskers span the repeats."""
+    rows = [row for row in rows if "rates" in row]  # others have failed, and say so in the table
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.5 * len(rows)), layout="constrained")
     names = [f"{row['name']} (batch {row['batch_size']})" for row in rows]
     middle = np.array([row["images_per_second"] for row in rows])
