@@ -64,7 +64,7 @@ def test_a_map_names_the_answer_that_it_belongs_to(root):
     own = Look(np.ones((2, 14, 14)) / 196, ["COUNT: 7", "no idea at all, I am afraid"], "own")
     true = Look(own.maps, ["COUNT: 5", "COUNT: 6"], "true")
     figure = figures.map_comparison(samples, {"after": own, "forced": true, "plain": own.maps})
-    titles = [axes.get_title() for axes in figure.axes]
+    titles = [axes.get_title().replace("\n", " ") for axes in figure.axes]
     assert titles[2:5] == ["after: own answer 7", "forced: true answer 5", "plain"]
     assert titles[7:10] == ["own answer 'no idea at all, I a…'", "true answer 6", ""]
 

@@ -106,7 +106,7 @@ def test_a_card_that_another_kernel_holds_is_told(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(workbook, "count_parameters", lambda name: 2.1e9)
     workbook.Settings(tmp_path, "model", tmp_path).fit()
     printed = capsys.readouterr().out
-    assert "3.0 GiB of the GPU are free, 9.0 are needed" in printed and "kernel of another notebook" in printed
+    assert "3.0 GiB of the GPU are free, 10.5 are needed" in printed and "kernel of another notebook" in printed
 
 
 def test_notebook_4_before_3_says_what_to_run(tmp_path):
