@@ -86,6 +86,6 @@ def test_a_head_that_is_not_tied(tiny, monkeypatch, root, capsys):
 
 @pytest.mark.slow
 def test_a_pass_that_is_not_transformers_own(tiny, monkeypatch, root):
-    embed = forward._embed_tokens
-    monkeypatch.setattr(forward, "_embed_tokens", lambda network, tokens: embed(network, tokens) * 1.01)
+    embed = forward._embed_patches
+    monkeypatch.setattr(forward, "_embed_patches", lambda tower, batch: embed(tower, batch) * 1.01)
     assert failed(tiny, monkeypatch, root)[0] == "logits in float32"
