@@ -122,7 +122,7 @@ def change_kind(draw, root):
     """A file or folder is a pipe, a folder, a link, empty, or gone."""
     paths = [*FILES, IMAGES, DENSITIES, f"{IMAGES}/1.jpg", f"{IMAGES}/4.jpg", f"{IMAGES}/3.png", f"{DENSITIES}/2.npy"]
     path, away = root / draw(st.sampled_from(paths)), root.parent / "away"
-    if os.path.lexists(path) and not os.path.lexists(away):
+    if os.path.lexists(path) and not os.path.lexists(away) and not os.path.lexists(root / "kept"):
         path.rename(away)
         kind = draw(st.sampled_from(["pipe", "folder", "empty", "gone", "out", "circle", "in", "nowhere"]))
         if kind == "in":
