@@ -26,7 +26,7 @@ def occlusion_figure(samples: Sequence[Sample], found: dict[str, Occlusion], sho
 
     `found` is each model's, by its name, of `occlude` with windows side by side.
     """
-    figure, axes = plt.subplots(2, 1 + len(found), figsize=(4.2 * (1 + len(found)), 6.4), layout="constrained")
+    figure, axes = plt.subplots(2, 1 + len(found), figsize=(3.8 * (1 + len(found)), 6.4), layout="constrained")
     show_dots(axes[0, 0], samples[shown], boxes=False)
     axes[1, 0].axis("off")
     limit = max(float(np.nanmax(np.abs(one.count[shown]))) for one in found.values())

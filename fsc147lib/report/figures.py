@@ -251,13 +251,16 @@ def overhead_against_every(rows: Sequence[dict]) -> Figure:
 
 
 def loss_curves(rows: Sequence[dict], width: int = 20) -> Figure:
-    """Count losses of `throughput --curves`: at each step the mean of the last `width`."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    for row in rows:
-        means = np.convolve(row["losses"], np.ones(width) / width, "valid")
-        axes.plot(np.arange(width, width + len(means)), means, label=row["name"], linewidth=1.2)
-    axes.set(xlabel="step", ylabel="count loss (nats per token)")
-    axes.legend(frameon=False, fontsize=LABEL)
+    """Count losses of `throughput --curves`, at each step the mean of the last `width`, and how far they lie apart."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    means = {row["name"]: np.convolve(row["losses"], np.ones(width) / width, "valid") for row in rows}
+    *_, (reference, last) = means.items()
+    for name, mean in means.items():
+        for place, values in zip(axes, (mean, mean - last), strict=True):
+            place.plot(np.arange(width, width + len(mean)), values, label=name, linewidth=1.2)
+    axes[0].set(xlabel="step", ylabel="count loss (nats per token)")
+    axes[1].set(xlabel="step", ylabel=f"minus that of {reference}")
+    axes[0].legend(frameon=False, fontsize=LABEL)
     return figure
 
 

@@ -16,7 +16,7 @@ from ..evaluation import alignment
 from ..model import CountingModel, Look, Prediction, count_without, default_layers, look, mean_map
 from ..model.prompt import parse_count
 from .canvas import bars, colour_url, overlay
-from .figures import LABEL, colour_scale
+from .figures import LABEL, NO_TARGET, colour_scale
 from .predictions import view_figure
 
 Cells = tuple[int, ...]
@@ -108,7 +108,11 @@ class Choice:
 
     def maps(self) -> dict[str, dict]:
         """Target, map and difference, as far as they exist: "title", "values", "largest", "signed" of `show_map`."""
-        found = {} if self.true_count is None else {"target": {"title": "target", "values": self.sample.target}}
+        found = (
+            {}
+            if self.true_count is None
+            else {"target": {"title": "target" if self.true_count else NO_TARGET, "values": self.sample.target}}
+        )
         if self.kept is not None:
             seen = self.look()
             found["map"] = {"title": f"{self.method}, {seen.titles[0]}", "values": seen.maps[0].numpy()}

@@ -96,9 +96,11 @@ def epoch_curves(runs: dict[str, Sequence[dict]], baseline: float) -> Figure:
     for place, key, label in ((axes[0], "mae", "validation MAE, objects"), (axes[1], "kl", "KL(P || A), nats")):
         for name, epochs in runs.items():
             place.plot([line["epoch"] for line in epochs], [line["val"][key] for line in epochs], "o-", label=name)
-        place.set(xlabel="epoch", title=label, ylim=(0, None))
         place.xaxis.get_major_locator().set_params(integer=True)
+        place.set(xlabel="epoch", title=label)
     axes[0].axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
+    for place in axes:  # at last: limits that are set no longer make room for what is drawn
+        place.set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize=9)
     return figure
 
@@ -106,7 +108,7 @@ def epoch_curves(runs: dict[str, Sequence[dict]], baseline: float) -> Figure:
 def sweep_figure(rows: Sequence[dict]) -> Figure:
     """Validation MAE by epoch, best MAE and last KL of each group of finished runs: means, with their ranges."""
     groups = [group for group in sweep_groups(rows) if group["runs"]]
-    figure, axes = plt.subplots(1, 3, figsize=(14, 1.5 + max(2.5, 0.35 * len(groups))), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11.5, 1.5 + max(2.5, 0.35 * len(groups))), layout="constrained")
     for i, group in enumerate(groups):
         curves = np.array(group["curves"])  # [runs, epochs + 1]
         epochs = np.arange(curves.shape[1])

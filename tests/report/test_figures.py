@@ -66,6 +66,7 @@ def test_histogram_counts_every_image_on_log_axes():
 def test_epoch_curves_are_the_logs():
     epochs = [{"epoch": epoch, "val": {"mae": mae, "kl": kl}} for epoch, mae, kl in ((0, 6.0, 0.4), (1, 5.0, 0.3))]
     mae, kl = sweeps.epoch_curves({"both": epochs}, baseline=12.0).axes
+    assert mae.get_ylim()[0] == 0 and mae.get_ylim()[1] > 12.0  # the yardstick is named, so it must be seen
     np.testing.assert_array_equal(mae.lines[0].get_xydata(), [[0, 6], [1, 5]])
     np.testing.assert_array_equal(kl.lines[0].get_xydata(), [[0, 0.4], [1, 0.3]])
     assert list(mae.lines[1].get_ydata()) == [12, 12] and len(kl.lines) == 1
