@@ -108,11 +108,10 @@ class Choice:
 
     def maps(self) -> dict[str, dict]:
         """Target, map and difference, as far as they exist: "title", "values", "largest", "signed" of `show_map`."""
-        found = (
-            {}
-            if self.true_count is None
-            else {"target": {"title": "target" if self.true_count else NO_TARGET, "values": self.sample.target}}
-        )
+        found: dict[str, dict] = {}
+        if self.true_count is not None:
+            title = "target" if self.true_count else NO_TARGET
+            found["target"] = {"title": title, "values": self.sample.target}
         if self.kept is not None:
             seen = self.look()
             found["map"] = {"title": f"{self.method}, {seen.titles[0]}", "values": seen.maps[0].numpy()}
