@@ -6,6 +6,7 @@ size share one attention call, the last layer and the wide output head see the a
 waits for the GPU.  Left out: the layers themselves (`layers`), what attention rows mean (`heatmaps`).
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
@@ -74,7 +75,7 @@ def answer_logits(
     if first != VISION:
         deepstack[first:] = [_differentiable(features) for features in deepstack[first:]]
     hidden = _in_autocast_dtype(model.embed_tokens(batch["input_ids"]))  # [B, T, C]
-    hidden = hidden.flatten(0, 1).index_copy(0, visual, embeddings.to(hidden)).view_as(hidden)
+    hidden = _in_places(torch.index_copy, hidden, visual, embeddings)
     cos, sin = model.rotary_emb(hidden, batch["position_ids"])
     for i, layer in enumerate(model.layers):
         if i == first:
@@ -93,7 +94,7 @@ def answer_logits(
         if keep_keys:
             trace.keys_values.append(keys_values)
         if i < len(deepstack):
-            hidden = hidden.flatten(0, 1).index_add(0, visual, deepstack[i].to(hidden)).view_as(hidden)
+            hidden = _in_places(torch.index_add, hidden, visual, deepstack[i])
     hidden = hidden if last else select_positions(hidden, answer)
     return network.lm_head(model.norm(hidden)), trace
 
@@ -126,6 +127,14 @@ def continue_pass(
 def _differentiable(x: torch.Tensor) -> torch.Tensor:
     """x itself where a gradient can reach it; else, below frozen weights, a new leaf of the same values."""
     return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _in_places(put, hidden: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Hidden states [B, T, C] with values [V, C] put to, or added at, places of all B * T.
+
+    A tensor of its own: a layer is compiled once for views and once more for what is none.
+    """
+    return put(hidden.flatten(0, 1), 0, index, values.to(hidden)).view_as(hidden).clone()
 
 
 def _in_autocast_dtype(hidden: torch.Tensor) -> torch.Tensor:
@@ -166,11 +175,14 @@ def encode_images(network, batch: Batch, *, create_graph: bool = False, compiled
     bounds = torch.tensor([0, *accumulate(h * w for h, w in batch["image_sizes"])])
     compiled = compiled and not hidden.requires_grad
     deepstack: list[torch.Tensor] = []
-    for i, block in enumerate(tower.blocks):
-        hidden = run_layer(vision_block, block, hidden, cos, sin, bounds, compiled=compiled, create_graph=create_graph)
-        if i in tower.deepstack_visual_indexes:
-            deepstack.append(tower.deepstack_merger_list[len(deepstack)](hidden))
-    return [tower.merger(hidden), *deepstack]
+    with torch.no_grad() if compiled else nullcontext():  # training and answering then share one kind of graph
+        for i, block in enumerate(tower.blocks):
+            hidden = run_layer(
+                vision_block, block, hidden, cos, sin, bounds, compiled=compiled, create_graph=create_graph
+            )
+            if i in tower.deepstack_visual_indexes:
+                deepstack.append(tower.deepstack_merger_list[len(deepstack)](hidden))
+        return [tower.merger(hidden), *deepstack]
 
 
 def _embed_patches(tower, batch: Batch) -> torch.Tensor:

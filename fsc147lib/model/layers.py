@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import groupby
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +31,7 @@ def run_layer(function, layer, *inputs, compiled: bool = False, **kwargs):
 def _compile(function):
     """Compiled once for all layers and sizes: a layer's weights are inputs, and no layer reads its own index."""
     torch._dynamo.config.recompile_limit = 32  # a dozen kinds of pass: with gradients or without, with rows or not ...
+    torch.fx.experimental._config.use_duck_shape = False  # as many images as a head is wide: that is chance
     return torch.compile(function, dynamic=True)
 
 
@@ -80,7 +82,8 @@ def text_layer(
         output = weigh_values(rows, value).to(normed)
     hidden = hidden + attention.o_proj(output.flatten(2))
     hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return hidden, rows, kept if keep_keys else None
+    # in one layout, or decoding would be compiled once for a pass's own keys and again for those with more behind
+    return hidden, rows, tuple(x.contiguous() for x in kept) if keep_keys else None
 
 
 def select_positions(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

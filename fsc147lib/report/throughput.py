@@ -23,7 +23,7 @@ from ..options import need, need_report
 from ..training.loop import TrainConfig
 from .shapes import load_or_shape
 from .timing import table, write_report
-from .trials import Variant, trial_of
+from .trials import Variant, load_by, trial_of
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def measure_throughput(config: ThroughputConfig) -> dict:
         chosen = [variant for variant in variants if (config.only or "") in variant.name]
         need(config, "only", bool(chosen), f"part of one of these: {', '.join(variant.name for variant in variants)}")
         spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
-        processes = {variant: stack.enter_context(ProcessPoolExecutor(1, spawn)) for variant in chosen}
+        pools = [ProcessPoolExecutor(1, spawn, load_by, (multiprocessing.get_start_method(),)) for _ in chosen]
+        processes = {variant: stack.enter_context(pool) for variant, pool in zip(chosen, pools, strict=True)}
         wait([process.submit(do, "rest", variant) for variant, process in processes.items()])
         for job, (variant, process) in product(jobs, processes.items()):
             over = {"failed", "out_of_memory"} & rows.get(variant.name, {}).keys()

@@ -6,6 +6,7 @@ speed.  Between two turns a process keeps its compiled layers and its images, an
 Left out: which turns there are, and what is made of their numbers (`throughput`).
 """
 
+import multiprocessing
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -45,6 +46,7 @@ class Trial:
         self.run = run = Run(config, model=load_or_shape(config.model, self.device))
         self.network, self.step, self.batch_size = run.model.network, run.training_step, config.batch_size
         self.in_bf16 = run.accelerator.mixed_precision == "bf16"
+        torch.backends.cuda.enable_cudnn_sdp(variant.peer is not None)  # a peer runs as it comes
         if variant.peer:
             self.step.loss = run.accelerator.prepare(PlainLoss(self.network))
         freeze_vision(self.network.train(), not run.config.vision_trains(0))
@@ -111,7 +113,8 @@ class Trial:
             free_models()  # and what a Trainer's circle of references holds
 
     def begin(self) -> None:
-        """Open the loader, and step on the longest images, which tells the memory; the first step compiles."""
+        """Open the loader, and step on the longest images, which tells the memory, and the shortest: all that is
+        compiled is compiled before the first turn."""
         run, began = self.run, time.perf_counter()
         run.config = replace(run.config, batch_size=self.batch_size)
         run.open_loader(pixels=not run.config.caches_vision)
@@ -123,17 +126,24 @@ class Trial:
         elif run.store and not run.workers:  # as from the second epoch on
             for sample in run.samples["train"]:
                 run.store.patches(sample)
-        lengths = [tokens for *_, tokens in run.batches.lengths]
-        longest = [run.samples["train"][i] for i in np.argsort(lengths)[-self.batch_size :]]
+        order = np.argsort([tokens for *_, tokens in run.batches.lengths]).tolist()
+        longest, shortest = order[-self.batch_size :], self.window(order[: self.batch_size])
         if self.variant.peer == "trainer":
-            step = partial(self.trainer, longest, 1)
+            step = partial(self.trainer, [run.samples["train"][i] for i in longest], 1)
         else:
-            step = partial(self.train_on, [to_device(run.loader.collate_fn(longest), self.device)])
+            step = self.reserve = partial(self.train_on, self.window(longest))
+            self.train_on(shortest)
         step()
         self.startup = time.perf_counter() - began
         self.peak = peak_memory(step, self.device)
         self.speed = measured_speed(self.device, torch.bfloat16 if self.in_bf16 else torch.float32)
         self.windows = self.epochs()
+
+    def window(self, images: list[int]) -> list[Batch]:
+        """One step's batches of some training images."""
+        samples, collate = self.run.samples["train"], self.run.loader.collate_fn
+        parts = self.run.batches.parts([(i, False) for i in images])
+        return [to_device(collate([samples[i] for i, _ in part]), self.device) for part in parts]
 
     def epochs(self) -> Iterator[list[Batch]]:
         """The batches of each step, of one epoch after the other."""
@@ -149,11 +159,12 @@ class Trial:
         return self.step(window, self.run.config.attention_weight)[0]
 
     def train(self) -> dict[str, float]:
-        """Some steps, after one that allocates what stays: what they saw, their seconds, and those of waiting."""
+        """Some steps: what they saw, their seconds, and those of waiting.  Not in time: one on the longest images, for
+        the memory that all others then find, as in the middle of a run."""
         if self.variant.peer == "trainer":
             batches, seconds = self.trainer(self.run.samples["train"], self.variant.config.steps)
             return sizes_of(batches) | {"seconds": seconds}
-        self.train_on(next(self.windows))
+        self.reserve()
         found, waits = [], []
 
         def steps() -> None:
@@ -168,6 +179,12 @@ class Trial:
 
 trial_of = cache(Trial)
 """The one trial of this process."""
+
+
+def load_by(method: str) -> None:
+    """Start the processes that read images as this one's parent would: spawned, as this one was itself, each of
+    them imports torch before the next begins, which takes a minute and more for eight."""
+    multiprocessing.set_start_method(method, force=True)
 
 
 def row_of(trial: Trial) -> dict:

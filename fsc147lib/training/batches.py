@@ -90,12 +90,12 @@ class SizeBatches(Sampler):
             # images of one size side by side, for the vision encoder
             batches[turn] = [(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)]
         first = done * self.per_step * self.processes
-        parts = [self._parts(batches[turn]) for turn in range(first, self.number)]
+        parts = [self.parts(batches[turn]) for turn in range(first, self.number)]
         self.batches = [part for split in parts for part in split]
         alone = [len(split) for split in parts[:: self.processes]]
         self.sizes = [sum(alone[i : i + self.per_step]) for i in range(0, len(alone), self.per_step)]
 
-    def _parts(self, batch: list[tuple[int, bool]]) -> list[list[tuple[int, bool]]]:
+    def parts(self, batch: list[tuple[int, bool]]) -> list[list[tuple[int, bool]]]:
         """The batch in order, cut before the image that would fill a part beyond `batch_tokens`."""
         parts: list[list[tuple[int, bool]]] = []
         for place in batch:

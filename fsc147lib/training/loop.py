@@ -240,6 +240,7 @@ class Run:
         if config.resume:
             self.folder.restore(self)
         self.folder.start(config)
+        freeze_vision(self.model.network, not config.vision_trains(self.epoch))  # what is answered first, too
         if config.caches_vision and not config.vision_trains(self.epoch):
             train = self.samples["train"]
             mirrored = [sample.flipped() for sample in train] if config.flip else []

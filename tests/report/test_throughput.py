@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,7 @@ from fsc147lib.model.network import Recipe, freeze_vision
 from fsc147lib.report import trials
 from fsc147lib.report.throughput import ThroughputConfig, ask, compare, measure_throughput, variants_of
 from fsc147lib.report.timing import table
-from fsc147lib.report.trials import Trial, Variant, sizes_of, step_flops
+from fsc147lib.report.trials import Trial, Variant, load_by, sizes_of, step_flops
 from fsc147lib.training.losses import DualLoss
 
 pytestmark = pytest.mark.medium
@@ -93,6 +94,34 @@ def test_a_batch_without_room_becomes_the_half_and_begins_anew(trial, monkeypatc
     room = 0
     row = trial.turn()
     assert row == {"name": "here", "out_of_memory": True} and "here: out of memory" in table([row])
+
+
+def test_a_batch_in_parts_is_one_step_and_each_turn_begins_with_the_longest_images(config, monkeypatch):
+    """So that memory is taken before time is: the longest four images, in parts of at most 300 tokens."""
+    trial = Trial(Variant("here", replace(config, batch_tokens=300)))
+    seen, real = [], Trial.train_on
+    monkeypatch.setattr(Trial, "train_on", lambda self, window: seen.append(window) or real(self, window))
+    row = trial.turn()
+    lengths = sorted(tokens for *_, tokens in trial.run.batches.lengths)
+    shapes = [[tuple(batch["attention_mask"].shape) for batch in window] for window in seen]
+    assert sum(rows for rows, _ in shapes[1]) == 4 and max(tokens for _, tokens in shapes[1]) == lengths[-1]
+    assert all(rows * tokens <= 300 for window in shapes for rows, tokens in window) and len(shapes[1]) > 1
+    assert shapes[3] == shapes[1] and len(row["rates"]) == 1  # the first of the turn, before the one that is timed
+
+
+def test_images_are_read_by_processes_that_start_as_here():
+    """Spawned ones, as a variant's process is itself, import torch one after the other."""
+    here = multiprocessing.get_start_method()
+    with ProcessPoolExecutor(1, get_context("spawn"), load_by, (here,)) as process:
+        assert process.submit(multiprocessing.get_start_method).result() == here
+
+
+def test_a_peer_keeps_the_attention_that_torch_chooses(config):
+    """This library switches off cuDNN's, which plans anew for each length: a quarter of a second on an H100."""
+    Trial(Variant("theirs", config, peer="loop"))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    Trial(Variant("here", config))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_so_does_the_batch_of_the_trainer(config, monkeypatch):

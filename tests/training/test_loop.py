@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from safetensors.torch import load_file
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.data.scenes import make_dataset
 from fsc147lib.evaluation import Evaluation, ImageResult
-from fsc147lib.model import pixels
+from fsc147lib.model import layers, pixels
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.load import load_model
-from fsc147lib.model.network import ModelError
+from fsc147lib.model.network import ModelError, Recipe
 from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
 from fsc147lib.training.batches import SizeBatches, TrainingImages, windows
@@ -523,3 +524,17 @@ def test_offline_tracking_writes_here_and_asks_nobody(config, monkeypatch):
     settings = config(epochs=1, tracking="offline")
     train(settings)
     assert list((settings.out / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_whole_run_compiles_few_kinds_of_graph(config, tiny, tmp_path, monkeypatch):
+    """Each costs seconds before a first step: six of the language model (three with gradients, and three without), one
+    of decoding, one of the vision encoder, which is frozen; two epochs with answers before, between and after."""
+    tiny.recipe = Recipe(train_vision=False)
+    tiny.save(tmp_path / "frozen")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    layers._compile.cache_clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(config(model=str(tmp_path / "frozen"), compile=True, epochs=2, vision_cache="off"))
+    layers._compile.cache_clear()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
