@@ -113,8 +113,7 @@ class Trial:
             free_models()  # and what a Trainer's circle of references holds
 
     def begin(self) -> None:
-        """Open the loader, and step on the longest images, which tells the memory, and the shortest: all that is
-        compiled is compiled before the first turn."""
+        """Open the loader; step on the shortest images and on the longest, which tells the memory, and compiles all."""
         run, began = self.run, time.perf_counter()
         run.config = replace(run.config, batch_size=self.batch_size)
         run.open_loader(pixels=not run.config.caches_vision)
@@ -127,23 +126,17 @@ class Trial:
             for sample in run.samples["train"]:
                 run.store.patches(sample)
         order = np.argsort([tokens for *_, tokens in run.batches.lengths]).tolist()
-        longest, shortest = order[-self.batch_size :], self.window(order[: self.batch_size])
+        longest, shortest = order[-self.batch_size :], window_of(run, order[: self.batch_size])
         if self.variant.peer == "trainer":
             step = partial(self.trainer, [run.samples["train"][i] for i in longest], 1)
         else:
-            step = self.reserve = partial(self.train_on, self.window(longest))
+            step = self.reserve = partial(self.train_on, window_of(run, longest))
             self.train_on(shortest)
         step()
         self.startup = time.perf_counter() - began
         self.peak = peak_memory(step, self.device)
         self.speed = measured_speed(self.device, torch.bfloat16 if self.in_bf16 else torch.float32)
         self.windows = self.epochs()
-
-    def window(self, images: list[int]) -> list[Batch]:
-        """One step's batches of some training images."""
-        samples, collate = self.run.samples["train"], self.run.loader.collate_fn
-        parts = self.run.batches.parts([(i, False) for i in images])
-        return [to_device(collate([samples[i] for i, _ in part]), self.device) for part in parts]
 
     def epochs(self) -> Iterator[list[Batch]]:
         """The batches of each step, of one epoch after the other."""
@@ -159,12 +152,11 @@ class Trial:
         return self.step(window, self.run.config.attention_weight)[0]
 
     def train(self) -> dict[str, float]:
-        """Some steps: what they saw, their seconds, and those of waiting.  Not in time: one on the longest images, for
-        the memory that all others then find, as in the middle of a run."""
+        """Some steps: what they saw, their seconds, and those of waiting; before, untimed, on the longest images."""
         if self.variant.peer == "trainer":
             batches, seconds = self.trainer(self.run.samples["train"], self.variant.config.steps)
             return sizes_of(batches) | {"seconds": seconds}
-        self.reserve()
+        self.reserve()  # the memory that all others then find, as in the middle of a run
         found, waits = [], []
 
         def steps() -> None:
@@ -175,6 +167,13 @@ class Trial:
 
         seconds = seconds_of(steps, self.device)
         return sizes_of(sum(found, [])) | {"seconds": seconds, "waited": sum(waits)}
+
+
+def window_of(run: Run, images: list[int]) -> list[Batch]:
+    """One step's batches of some training images."""
+    samples, parts = run.samples["train"], run.batches.parts([(i, False) for i in images])
+    batches = [run.loader.collate_fn([samples[i] for i, _ in part]) for part in parts]
+    return [to_device(batch, run.accelerator.device) for batch in batches]
 
 
 trial_of = cache(Trial)

@@ -83,7 +83,8 @@ class TrainConfig:
     heatmap_layer: int = 0
     """Of token_gradient: the layer that its tokens enter; higher is cheaper."""
     gradient_method: Literal["exact", "difference"] = "exact"
-    """How token_gradient is trained: its exact derivative, or a faster difference of two gradients, on one GPU."""
+    """How token_gradient is trained: its exact derivative, or a faster difference of two gradients, on one GPU; in
+    bfloat16 that is far off, see docs/speed.md."""
     heatmap_every: int | None = None
     """Apply the attention loss on each K-th step, K times as strong; None for the method's own K."""
     heatmap_images: int | None = None
