@@ -132,7 +132,7 @@ def _differentiable(x: torch.Tensor) -> torch.Tensor:
 def _in_places(put, hidden: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Hidden states [B, T, C] with values [V, C] put to, or added at, places of all B * T.
 
-    A tensor of its own: a layer is compiled once for views and once more for what is none.
+    A tensor of its own: torch 2.11 compiled a layer once for views and once more for what is none.
     """
     return put(hidden.flatten(0, 1), 0, index, values.to(hidden)).view_as(hidden).clone()
 

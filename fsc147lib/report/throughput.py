@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
@@ -134,8 +135,8 @@ def measure_throughput(config: ThroughputConfig) -> dict:
         chosen = [variant for variant in variants if (config.only or "") in variant.name]
         need(config, "only", bool(chosen), f"part of one of these: {', '.join(variant.name for variant in variants)}")
         spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
-        pools = [ProcessPoolExecutor(1, spawn, load_by, (multiprocessing.get_start_method(),)) for _ in chosen]
-        processes = {variant: stack.enter_context(pool) for variant, pool in zip(chosen, pools, strict=True)}
+        start = partial(ProcessPoolExecutor, 1, spawn, load_by, (multiprocessing.get_start_method(),))
+        processes = {variant: stack.enter_context(start()) for variant in chosen}
         wait([process.submit(do, "rest", variant) for variant, process in processes.items()])
         for job, (variant, process) in product(jobs, processes.items()):
             over = {"failed", "out_of_memory"} & rows.get(variant.name, {}).keys()

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from ..model.collate import Batch, to_device
 from ..model.device import free_models, peak_memory, seconds_of
-from ..model.network import freeze_vision
 from ..training.batches import windows
 from ..training.loop import Run, TrainConfig
 from ..training.losses import LossParts
@@ -46,10 +45,10 @@ class Trial:
         self.run = run = Run(config, model=load_or_shape(config.model, self.device))
         self.network, self.step, self.batch_size = run.model.network, run.training_step, config.batch_size
         self.in_bf16 = run.accelerator.mixed_precision == "bf16"
-        torch.backends.cuda.enable_cudnn_sdp(variant.peer is not None)  # a peer runs as it comes
         if variant.peer:
+            torch.backends.cuda.enable_cudnn_sdp(True)  # a peer runs as it comes
             self.step.loss = run.accelerator.prepare(PlainLoss(self.network))
-        freeze_vision(self.network.train(), not run.config.vision_trains(0))
+        self.network.train()
         if variant.peer == "trainer" and self.in_bf16 and not config.lora:  # as Qwen's own fine-tuning has them
             self.network.to(torch.bfloat16)
         self.types = [weight.dtype for weight in self.network.parameters()]
