@@ -10,6 +10,8 @@ import os
 
 # Before torch is loaded: threads that spin while they wait bring two processes on few cores to a standstill.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before the GPU is used: batches differ in length, and pieces of fixed size would leave gaps that fit none of them.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 _ROOM_OF = {
     "FSC147": "data", "check": "data", "make_dataset": "data",

@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import groupby
 
 import torch
+import torch._inductor.config
 import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +32,10 @@ def run_layer(function, layer, *inputs, compiled: bool = False, **kwargs):
 def _compile(function):
     """Compiled once for all layers and sizes: a layer's weights are inputs, and no layer reads its own index."""
     torch._dynamo.config.recompile_limit = 32  # a dozen kinds of pass: with gradients or without, with rows or not ...
+    torch._dynamo.config.specialize_float = True  # scales and epsilons never change; else the first trace is made twice
     torch.fx.experimental._config.use_duck_shape = False  # as many images as a head is wide: that is chance
+    marks = {f"torch.amp.autocast_mode._{end}_autocast": torch.__version__ for end in ("enter", "exit")}
+    torch._inductor.config.unsafe_marked_cacheable_functions.update(marks)  # or a later run compiles rows anew
     return torch.compile(function, dynamic=True)
 
 

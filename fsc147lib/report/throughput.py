@@ -38,7 +38,7 @@ class ThroughputConfig(TrainConfig):
     PRESETS: ClassVar[dict[str, dict]] = {}
     """None: those of `train` say how long it trains."""
     rounds: int = 5
-    """Turns of each variant."""
+    """Turns of each variant that count; the one before them meets most sizes of images for the first time."""
     steps: int = 8
     """Steps of a turn."""
     validation: bool = True

@@ -62,6 +62,8 @@ class Trial:
         while self.batch_size:
             try:
                 self.wake()
+                if not self.turns:
+                    self.train()  # not counted: most sizes of images are new to it
                 before = alloc_retries()
                 found = self.train()
                 self.turns.append(found | {"retries": alloc_retries() - before})
@@ -112,7 +114,7 @@ class Trial:
             free_models()  # and what a Trainer's circle of references holds
 
     def begin(self) -> None:
-        """Open the loader; step on the shortest images and on the longest, which tells the memory, and compiles all."""
+        """Open the loader; step on the longest images, which tells the memory, and on all kinds of length."""
         run, began = self.run, time.perf_counter()
         run.config = replace(run.config, batch_size=self.batch_size)
         run.open_loader(pixels=not run.config.caches_vision)
@@ -124,13 +126,15 @@ class Trial:
         elif run.store and not run.workers:  # as from the second epoch on
             for sample in run.samples["train"]:
                 run.store.patches(sample)
-        order = np.argsort([tokens for *_, tokens in run.batches.lengths]).tolist()
-        longest, shortest = order[-self.batch_size :], window_of(run, order[: self.batch_size])
+        lengths = [tokens for *_, tokens in run.batches.lengths]
+        order = np.argsort(lengths).tolist()
+        longest = order[-self.batch_size :]
         if self.variant.peer == "trainer":
             step = partial(self.trainer, [run.samples["train"][i] for i in longest], 1)
         else:
             step = self.reserve = partial(self.train_on, window_of(run, longest))
-            self.train_on(shortest)
+            for end in {lengths[i] % 8 == 0: n for n, i in enumerate(order, 1)}.values():  # torch compiles two kinds
+                self.train_on(window_of(run, order[max(0, end - self.batch_size) : end]))
         step()
         self.startup = time.perf_counter() - began
         self.peak = peak_memory(step, self.device)

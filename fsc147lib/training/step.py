@@ -60,7 +60,7 @@ class TrainingStep:
 
     Args:
         loss: a `DualLoss`, or a module that is called as one; is moved to the accelerator's device.
-        optimizer: of the loss's network; its learning rate is the caller's to set.
+        optimizer: of the loss's network, fused (it clips); its learning rate is the caller's to set.
         accelerator: gives device, precision and processes.
         clip: largest norm of the gradient.
 
@@ -102,7 +102,8 @@ class TrainingStep:
                 self.accelerator.backward(parts.total * self.accelerator.num_processes)  # whose gradients are averaged
             losses = LossParts(*(summed + part.detach() for summed, part in zip(losses, parts, strict=True)))
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.optimizer.grad_scale = (norm / self.clip).clamp(min=1)  # divides in the same pass over the weights
         self.scaler.step(self.optimizer)  # leaves weights and moments alone where the scaled gradient is not finite
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from torch._inductor.utils import fresh_cache
 
 from fsc147lib.model.answers import agreement, greedy_tokens
 from fsc147lib.model.collate import Collate
@@ -135,5 +136,20 @@ def test_compiled_layers_do_the_same_with_few_graphs(tiny, mixed_samples):
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for plain, compiled in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(plain, compiled, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@torch.no_grad()
+def test_a_second_start_finds_every_graph(tiny, batch):
+    """Those that leave autocast for their rows as well, and none is traced twice."""
+    found, heatmap = torch._dynamo.utils.counters, Heatmap(tiny.network, compiled=True)
+    with fresh_cache(), torch.autocast("cpu", torch.bfloat16):
+        for start in ("first", "second"):
+            torch._dynamo.reset()
+            found.clear()
+            heatmap(batch)
+            hits = found["aot_autograd"]["autograd_cache_hit"]
+            assert hits == (found["stats"]["unique_graphs"] if start == "second" else 0)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]

@@ -283,7 +283,8 @@ def test_gradient_checkpointing_trains_the_same(config, finished):
 
 def test_clipping_bounds_the_gradient(config, monkeypatch):
     """With plain gradient descent, for AdamW would hide the gradient's size."""
-    monkeypatch.setattr(training, "make_optimizer", lambda network, *_: torch.optim.SGD(network.parameters(), lr=1.0))
+    descent = partial(torch.optim.SGD, lr=1.0, fused=True)
+    monkeypatch.setattr(training, "make_optimizer", lambda network, *_: descent(network.parameters()))
     result = train(config(epochs=1, limit=8, clip=1e-3, learning_rate=1.0, warmup=0))
     assert len(result.steps) == 1 and result.steps[0]["gradient_norm"] > 1e-3  # logged as it was before
     before = dict(load_model("tiny-random").network.named_parameters())

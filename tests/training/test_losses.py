@@ -84,7 +84,7 @@ def test_weight_zero_is_the_count_loss_alone(tiny, batch):
 @pytest.mark.medium
 @pytest.mark.parametrize("part", ["count", "attention"])
 def test_a_part_that_is_not_finite_is_named(tiny, batch, part):
-    optimizer = torch.optim.SGD(tiny.network.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(tiny.network.parameters(), lr=0.0, fused=True)
     step = TrainingStep(DualLoss(tiny.network), optimizer, make_accelerator("fp32"))
     step([batch], 1.0)
     step.check()
@@ -179,7 +179,7 @@ def test_a_batch_of_empty_scenes_is_not_looked_at(tiny, empty_samples, images):
 def test_a_window_is_divided_by_its_images_with_objects(tiny, mixed_samples, empty_samples):
     """In whatever batches they come; a window without any says that there was no attention loss."""
     accelerator, collate = make_accelerator("fp32"), Collate(tiny.tokenizer, tiny.image_processor)
-    optimizer = torch.optim.SGD(tiny.network.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(tiny.network.parameters(), lr=0.0, fused=True)
     step = TrainingStep(DualLoss(tiny.network), optimizer, accelerator)
     whole, norm = step([collate([*mixed_samples, *empty_samples])], 1.0)
     for cut in (1, 4):  # one with and one without an empty scene; all with objects, and none
