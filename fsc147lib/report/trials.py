@@ -126,27 +126,18 @@ class Trial:
         elif run.store and not run.workers:  # as from the second epoch on
             for sample in run.samples["train"]:
                 run.store.patches(sample)
-        lengths = [tokens for *_, tokens in run.batches.lengths]
-        order = np.argsort(lengths).tolist()
-        longest = order[-self.batch_size :]
+        kinds = [images[-self.batch_size :] for images in longest_of_each_kind(run)]
         if self.variant.peer == "trainer":
-            step = partial(self.trainer, [run.samples["train"][i] for i in longest], 1)
+            step = partial(self.trainer, [run.samples["train"][i] for i in kinds[-1]], 1)
         else:
-            step = self.reserve = partial(self.train_on, window_of(run, longest))
-            for end in {lengths[i] % 8 == 0: n for n, i in enumerate(order, 1)}.values():  # torch compiles two kinds
-                self.train_on(window_of(run, order[max(0, end - self.batch_size) : end]))
+            step = self.reserve = partial(self.train_on, window_of(run, kinds[-1]))
+            for images in kinds[:-1]:
+                self.train_on(window_of(run, images))
         step()
         self.startup = time.perf_counter() - began
         self.peak = peak_memory(step, self.device)
         self.speed = measured_speed(self.device, torch.bfloat16 if self.in_bf16 else torch.float32)
-        self.windows = self.epochs()
-
-    def epochs(self) -> Iterator[list[Batch]]:
-        """The batches of each step, of one epoch after the other."""
-        for epoch in count():
-            self.run.batches.shuffle(epoch)
-            batches = self.step.cache.ahead(self.run.loader) if self.step.cache else self.run.loader
-            yield from windows(batches, self.run.batches.sizes)
+        self.windows = epochs(run)
 
     def trainer(self, samples, steps: int) -> tuple[list[Batch], float]:
         return trainer_steps(self.run.model, samples, self.batch_size, steps, self.in_bf16, self.run.workers)
@@ -170,6 +161,23 @@ class Trial:
 
         seconds = seconds_of(steps, self.device)
         return sizes_of(sum(found, [])) | {"seconds": seconds, "waited": sum(waits)}
+
+
+def epochs(run: Run) -> Iterator[list[Batch]]:
+    """The batches of each step, of one epoch after the other."""
+    cache = run.training_step.cache
+    for epoch in count():
+        run.batches.shuffle(epoch)
+        yield from windows(cache.ahead(run.loader) if cache else run.loader, run.batches.sizes)
+
+
+def longest_of_each_kind(run: Run) -> list[list[int]]:
+    """Training images in order of length up to the longest of a kind: torch compiles a layer for lengths that are
+    multiples of 8, and one for others.  The last list holds all."""
+    lengths = np.array([tokens for *_, tokens in run.batches.lengths])
+    order = np.argsort(lengths)
+    ends = {bool(length % 8): end for end, length in enumerate(lengths[order], 1)}
+    return [order[:end].tolist() for end in sorted(ends.values())]
 
 
 def window_of(run: Run, images: list[int]) -> list[Batch]:
