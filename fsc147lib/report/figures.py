@@ -292,10 +292,10 @@ def throughput_bars(rows: Sequence[dict]) -> Figure:
     names = [f"{row['name']} (batch {row['batch_size']})" for row in rows]
     middle = np.array([row["images_per_second"] for row in rows])
     spread = np.abs(np.array([[min(row["rates"]), max(row["rates"])] for row in rows]).T - middle)
-    colours = [GREY] + [ATTENTION_COLOUR] * (len(rows) - 1)
+    colours = [GREY if "transformers" in row["name"] else ATTENTION_COLOUR for row in rows]  # peers, and the library
     places = axes.barh(names, middle, xerr=spread, color=colours, capsize=3)
     axes.bar_label(places, [f" {row['images_per_second']:.0f}   {row['speedup']:.1f}x" for row in rows], fontsize=LABEL)
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.set(xlabel="images a second, training")
     return figure
