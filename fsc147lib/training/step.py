@@ -64,12 +64,17 @@ class TrainingStep:
         accelerator: gives device, precision and processes.
         clip: largest norm of the gradient.
 
+    Raises:
+        ValueError: an optimizer that is not fused, most of which would leave out the clip.
+
     Attributes:
         cache: gives each batch its image features; None where the batches bring them, or pixels.
         skipped: steps so far without an update, as of the last `check`.
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, clip: float = 1.0):
+        if not optimizer.defaults.get("fused"):
+            raise ValueError("TrainingStep clips within a fused optimizer: give it fused=True")
         self.loss, self.optimizer, self.accelerator = accelerator.prepare(loss), optimizer, accelerator
         self.clip = clip
         self.cache: VisionCache | None = None

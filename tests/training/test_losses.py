@@ -97,6 +97,12 @@ def test_a_part_that_is_not_finite_is_named(tiny, batch, part):
         step.check()
 
 
+def test_an_optimizer_that_would_not_clip_is_refused(tiny):
+    optimizer = torch.optim.RMSprop(tiny.network.parameters())  # has no fused form, and would leave the clip out
+    with pytest.raises(ValueError, match="fused=True"):
+        TrainingStep(DualLoss(tiny.network), optimizer, make_accelerator("fp32"))
+
+
 @pytest.mark.medium
 @torch.no_grad()
 def test_a_part_of_a_batch_is_a_batch(tiny, mixed_samples):
