@@ -90,8 +90,9 @@ def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | No
 def _place(rng: np.random.Generator, number: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Centres [N, 2] and radii [N] of objects thrown into a few loose clusters; neighbours may overlap a little."""
     height, width = size
-    largest = min(0.8 * RADII[1], 0.4 * math.sqrt(height * width / max(number, 1)))
-    radius = math.exp(rng.uniform(math.log(1.15 * RADII[0]), math.log(largest)))
+    smallest = 1.15 * RADII[0]
+    largest = max(smallest, min(0.8 * RADII[1], 0.4 * math.sqrt(height * width / max(number, 1))))
+    radius = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
     sizes = rng.uniform(0.85, 1.15, number)
     depth = rng.uniform(0, 0.3)  # what is lower in the picture is nearer
     hearts = rng.uniform((0, 0), (width, height), (int(rng.integers(1, 5)), 2))
