@@ -85,9 +85,9 @@ class PixelStore:
         processor = self.image_processor
         patch, merge = processor.patch_size, processor.merge_size
         if sample.mirror_of is not None:
-            columns = resized_size(sample, processor)[1] // patch
-            image = from_patches(self.patches(sample.mirror_of), columns, patch, merge)
-            return to_patches(image.flip(1), patch, merge)
+            tokens = resized_size(sample, processor)[1] // (patch * merge)  # in a row
+            kept = self.patches(sample.mirror_of)
+            return kept.view(-1, tokens, merge, merge, 3, patch, patch).flip(1, 3, 6).view_as(kept)
         if sample.in_memory is not None or sample.image_path not in self.places:
             return resized_patches(sample, processor)
         number, start, end = self.places[sample.image_path]
