@@ -1,6 +1,7 @@
 """Which training images make a batch, and which batches make a step."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -63,7 +64,7 @@ class SizeBatches(Sampler):
     ):
         if batch_tokens and processes > 1:
             raise ConfigError("batch_tokens (--batch-tokens) works in one process: give a smaller --batch-size")
-        self.batch_tokens = batch_tokens or math.inf
+        self.batch_tokens = batch_tokens
         self.lengths, self.seed, self.flip, self.by_size = lengths, seed, flip, by_size
         self.processes, images = processes, batch_size * processes
         steps = math.ceil(len(lengths) / (images * accumulation))
@@ -96,14 +97,24 @@ class SizeBatches(Sampler):
         self.sizes = [sum(alone[i : i + self.per_step]) for i in range(0, len(alone), self.per_step)]
 
     def parts(self, batch: list[tuple[int, bool]]) -> list[list[tuple[int, bool]]]:
-        """The batch in order, cut before the image that would fill a part beyond `batch_tokens`."""
+        """The batch in order, in as few parts of `batch_tokens` as it takes, and these alike: torch compiles a layer
+        anew for a part of few tokens."""
+        if not self.batch_tokens:
+            return [batch]
+        fewest, limits = len(self.cut(batch, self.batch_tokens)), range(self.batch_tokens + 1)
+        return self.cut(batch, bisect_left(limits, -fewest, key=lambda limit: -len(self.cut(batch, limit))))
+
+    def cut(self, batch: list[tuple[int, bool]], most: int) -> list[list[tuple[int, bool]]]:
+        """The batch in order, cut before the image that would fill a part beyond so many tokens."""
         parts: list[list[tuple[int, bool]]] = []
+        longest = 0
         for place in batch:
-            longer = [*parts[-1], place] if parts else [place]
-            if parts and len(longer) * max(self.lengths[i][2] for i, _ in longer) <= self.batch_tokens:
-                parts[-1] = longer
+            longest = max(longest, length := self.lengths[place[0]][2])
+            if parts and (len(parts[-1]) + 1) * longest <= most:
+                parts[-1].append(place)
             else:
                 parts.append([place])
+                longest = length
         return parts
 
     def __len__(self) -> int:
