@@ -38,7 +38,9 @@ TEMPLATE_SECONDS = 10
 NO_NETWORK = "With no network, copy the model's folder to this machine and give its path, or use 'tiny': it is at hand."
 
 
-def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> CountingModel:
+def load_model(
+    name: str | Path, dtype: torch.dtype = torch.float32, seed: int = 0, device: str | torch.device = "cpu"
+) -> CountingModel:
     """Load a model, its tokenizer and its image processor.
 
     Args:
@@ -46,6 +48,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
             which needs a download; a folder; or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
         dtype: of the weights; float32 to train (bfloat16 weights lose small updates).
         seed: of the random weights of "tiny-random".
+        device: that the weights are read to, and checked on.
 
     Raises:
         ModelError: missing folder, not a Qwen3-VL, a hub that cannot be reached, or files that are damaged or not of
@@ -68,14 +71,17 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, seed: int =
         if str(name) == RANDOM:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                network = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(found)).to(dtype)
+                network = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(found)).to(device, dtype)
         else:
             network, about = Qwen3VLForConditionalGeneration.from_pretrained(
-                found, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
-            )
+                found, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+                device_map={"": device},
+            )  # fmt: skip
             _check_weights(network, about)
         _check_tokenizer(tokenizer, network.config)
         _check_pixels(image_processor, network.config.vision_config)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # each library below has types of its own
         cure = "Copy all files of one model's folder anew."
         if not Path(found).is_dir():

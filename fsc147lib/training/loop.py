@@ -197,7 +197,8 @@ class Run:
         self.accelerator = make_accelerator(config.precision)
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         start = self.folder.checkpoint if config.resume else config.model
-        self.model = model or load_model(start, seed=config.seed)
+        device = "cpu" if config.lora else self.accelerator.device  # adapters' frozen weights become narrow first
+        self.model = model or load_model(start, seed=config.seed, device=device)
         self.config = config = config.resolved(self.model.recipe, self.accelerator.mixed_precision)
         network = self.model.network
         save_memory(network, config.lora, config.gradient_checkpointing, self.accelerator.mixed_precision)

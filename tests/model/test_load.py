@@ -178,6 +178,23 @@ def test_the_folder_of_a_run_names_its_checkpoints(tiny, tmp_path):
         load_model(tmp_path / "run")
 
 
+def test_a_gpu_without_room_is_no_damaged_folder(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Qwen3VLForConditionalGeneration, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model("tiny")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_are_read_to_the_gpu(tiny):
+    there = load_model("tiny", device="cuda").network.state_dict()
+    assert all(
+        there[name].is_cuda and torch.equal(there[name].cpu(), w) for name, w in tiny.network.state_dict().items()
+    )
+
+
 def test_damaged_weights_are_one_error(tiny, tmp_path):
     tiny.save(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
