@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 
 .PHONY: run check test slow lint lab setup outputs lock clean
 
 run: setup
-	$(BIN)/python -m fsc147lib.report.workbook
+	$(BIN)/python -m fsc147lib.report.runner
 
 # The inner loop: lint, types and the quick tests of every room.
 check: lint

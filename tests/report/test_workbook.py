@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from tqdm import tqdm
 
-from fsc147lib.report import workbook
+from fsc147lib.report import runner, workbook
 
 HERE = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
@@ -137,7 +137,7 @@ def test_a_notebook_is_executed_and_written(tmp_path):
     bar = "import sys\nfrom tqdm import tqdm\nfor i in tqdm([1, 2], file=sys.stdout, leave=False):\n    pass\n"
     path = notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)", bar, bar + "print('read')")
     with tqdm(disable=True) as progress:
-        assert workbook.run_notebook(path, tmp_path / "out", progress) > 0
+        assert runner.run_notebook(path, tmp_path / "out", progress) > 0
     assert "42" in (tmp_path / "out" / "a.html").read_text()
     assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[1].outputs[0].text == "42\n"
     assert nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4).cells[2].outputs == []
@@ -150,7 +150,7 @@ def test_links_between_notebooks_lead_from_page_to_page(tmp_path):
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("[next](02_b.ipynb), `open x.ipynb`")])
     nbformat.write(book, tmp_path / "a.ipynb")
     with tqdm(disable=True) as progress:
-        workbook.run_notebook(tmp_path / "a.ipynb", tmp_path / "out", progress)
+        runner.run_notebook(tmp_path / "a.ipynb", tmp_path / "out", progress)
     page = (tmp_path / "out" / "a.html").read_text()
     assert 'href="02_b.html"' in page and "open x.ipynb" in page
     assert "02_b.ipynb" in (tmp_path / "out" / "a.ipynb").read_text()
@@ -164,7 +164,7 @@ def test_links_between_notebooks_lead_from_page_to_page(tmp_path):
 def test_a_failing_notebook_is_named_and_what_ran_is_kept(tmp_path, cell, reason):
     path = notebook(tmp_path / "a.ipynb", "print('before')", cell)
     with tqdm(disable=True) as progress, pytest.raises(workbook.WorkbookError, match=f"(?s)a.ipynb failed.*{reason}"):
-        workbook.run_notebook(path, tmp_path / "out", progress)
+        runner.run_notebook(path, tmp_path / "out", progress)
     assert "before" in (tmp_path / "out" / "a.html").read_text()
 
 
@@ -176,7 +176,7 @@ def test_the_table_shows_the_files_numbers(tmp_path):
     where.comparison.write_text(json.dumps({"rows": tested}))
     rows = [{"name": "attention, trained", "overhead_low": 0.01, "overhead_median": 0.023, "overhead_high": 0.04}]
     where.overhead.write_text(json.dumps({"rows": rows}))
-    text = workbook.summary_text(workbook.summarise(where, {"01_inspect_data": 12.0}))
+    text = runner.summary_text(runner.summarise(where, {"01_inspect_data": 12.0}))
     for number in ("20.00", "5.25", "12.50", "2.3%", "01_inspect_data"):
         assert number in text
 
