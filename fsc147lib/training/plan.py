@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..data import Sample
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..model.collate import Collate, to_device
 from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, seconds_of
@@ -122,10 +123,10 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
         return plan
     if not on_gpu:  # where memory ends there, the process does: one image says how many have room
         one = _measured(run, plan, 1).activations
-        while size > smallest and plan.total + size * one > room:
+        while (needed := one * max(map(len, _longest(run, size)))) + plan.total > room and size > smallest:
             size //= 2
-        if plan.total + size * one > room:
-            return replace(plan, activations=size * one)
+        if plan.total + needed > room:
+            return replace(plan, activations=needed)
     while size >= smallest and not plan.fits:
         try:
             plan = _measured(run, plan, size)
@@ -137,13 +138,21 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
     return plan
 
 
+def _longest(run: Run, size: int) -> list[list[Sample]]:
+    """So many of the longest training images, in the parts that --batch-tokens cuts such a batch into."""
+    lengths = run.batches.lengths
+    longest = sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-size:]
+    parts = run.batches.parts([(i, False) for i in longest])
+    return [[run.samples["train"][i] for i, _ in part] for part in parts]
+
+
 def _measured(run: Run, plan: Plan, size: int) -> Plan:
     """The plan with a batch of so many images, from a step and a validation of the longest ones."""
     config, step, network = run.config, run.training_step, run.model.network
     device, lengths = run.accelerator.device, run.batches.lengths
     parts = run.batches.per_step * math.ceil(config.batch_size / size)
-    longest = sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-size:]
-    samples = [run.samples["train"][i] for i in longest]
+    cut = _longest(run, size)
+    samples = [sample for part in cut for sample in part]
     pixels, cache = not config.caches_vision or network.model.visual.pos_embed.weight.requires_grad, ("off", 0)
     collate = Collate(run.model.tokenizer, run.model.image_processor, pixels=pixels)
     if not pixels:
@@ -152,7 +161,8 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
         tokens = sum(rows * columns // 4 for rows, columns, _ in [*lengths * (1 + config.flip), *others])
         needed = step.cache.features.nbytes // step.cache.shape[0] * tokens
         cache = choose_place(needed) if config.vision_cache == "auto" else config.vision_cache, needed
-    window = [to_device(collate(samples), device)] * min(2, parts)
+    alike = min(2, parts)  # batches of the window
+    window = [to_device(collate(part), device) for part in cut] * alike
     seconds, every = [], config.heatmap_every
 
     def train(weight: float) -> None:
@@ -172,11 +182,12 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
     used = [int((peak or 0) * 2**20) - beside for peak, beside in zip(peaks, stays, strict=True)]
     if every > 1:
         train(0.0)
-    mean = (seconds[1] + (every - 1) * seconds[-1]) / every / len(window)  # of a batch
+    mean = (seconds[1] + (every - 1) * seconds[-1]) / every / alike  # of a batch
+    seen = sum(batch["input_ids"].numel() for batch in window) / alike
     padded = sum(max(lengths[i][2] for i, _ in part) * len(part) for part in run.batches.batches)
     return replace(
         plan, config=replace(config, batch_size=size, accumulation=parts), activations=max(0, *used), cache=cache,
-        step=mean * parts, first_step=seconds[0], epoch=mean * padded / (len(samples) * lengths[longest[-1]][2]),
+        step=mean * parts, first_step=seconds[0], epoch=mean * padded / seen,
     )  # fmt: skip
 
 

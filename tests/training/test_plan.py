@@ -1,11 +1,14 @@
 """What `train --dry-run` says of a run, against what the run then takes."""
 
+from dataclasses import replace
+
 import pytest
 
 from fsc147lib.__main__ import main
 from fsc147lib.model import VisionCache, load_model, make_accelerator
 from fsc147lib.training import TrainConfig, plan
 from fsc147lib.training.plan import describe, largest_that_fits, plan_training
+from fsc147lib.training.step import TrainingStep
 
 
 @pytest.fixture
@@ -35,6 +38,24 @@ def test_the_cache_is_as_large_as_the_run_s(config, monkeypatch):
     assert found.cache == ("host", cache.features.nbytes)
     vision = sum(weight.nbytes for weight in model.network.model.visual.parameters())
     assert found.memory["gradients"] == found.memory["weights"] - vision
+
+
+@pytest.mark.medium
+def test_a_batch_is_measured_in_the_parts_that_it_is_cut_into(config, monkeypatch):
+    """On a CPU the memory of so many images as the largest part has is asked for, not of the whole batch."""
+    seen, step = [], TrainingStep.__call__
+    monkeypatch.setattr(TrainingStep, "__call__", lambda self, window, weight: seen.append(window) or step(
+        self, window, weight))  # fmt: skip
+    whole, cut = (largest_that_fits(replace(config, batch_tokens=tokens)) for tokens in (None, 300))
+    assert whole.config.batch_size == cut.config.batch_size == 4
+    shapes = [tuple(batch["input_ids"].shape) for batch in seen[-1]]
+    assert [images for images, _ in shapes] == [2, 2] and max(images * tokens for images, tokens in shapes) <= 300
+    room = sum(cut.states.values()) + 250
+    monkeypatch.setattr(plan, "free_memory", lambda: room)
+    monkeypatch.setattr(plan, "_measured", lambda run, found, size: plan.replace(
+        found, config=plan.replace(run.config, batch_size=size), activations=100 * min(size, 2), step=1.0))  # fmt: skip
+    fitting = [largest_that_fits(replace(config, batch_tokens=tokens)) for tokens in (None, 300)]
+    assert [found.config.batch_size for found in fitting] == [2, 4]
 
 
 @pytest.mark.slow
