@@ -19,14 +19,7 @@ from tqdm import tqdm
 
 from ..files import write_json, write_text
 from .timing import table
-from .workbook import Settings, WorkbookError, settings
-
-COLUMNS = {  # of the summary that `make run` ends with
-    "mae": ("MAE (objects)", "{mae:.2f}"),
-    "rmse": ("RMSE (objects)", "{rmse:.2f}"),
-    "kl": ("KL (nats)", "{kl:.3f}"),
-    "mass_on_objects": ("attention on objects", "{mass_on_objects:.3f}"),
-}
+from .workbook import COLUMNS, Settings, WorkbookError, settings
 
 
 def run_notebook(path: Path, out: Path, progress: tqdm) -> float:

@@ -21,6 +21,12 @@ from ..model.load import count_parameters
 
 PICTURES = {"train": 400, "val": 60, "test": 50}  # the drawn data set that notebooks use when no root is given
 RESULTS = Path("runs/notebooks")  # data, runs and timings of the notebooks, in the project's folder
+COLUMNS = {  # of notebook 03's tables, and of the summary that `make run` ends with
+    "mae": ("MAE (objects)", "{mae:.2f}"),
+    "rmse": ("RMSE (objects)", "{rmse:.2f}"),
+    "kl": ("KL (nats)", "{kl:.3f}"),
+    "mass_on_objects": ("attention on objects", "{mass_on_objects:.3f}"),
+}
 
 
 class WorkbookError(RuntimeError):

@@ -56,6 +56,10 @@ def test_a_notebook_uses_public_names_and_starts_with_the_library(path):
         if node.module.startswith("fsc147lib"):
             room = __import__(node.module, fromlist=["__all__"])
             assert {alias.name for alias in node.names} <= set(room.__all__), ast.unparse(node)
+            exec(ast.unparse(node), modules := {})
+            for used in (node for cell in cells for node in ast.walk(ast.parse(cell.source))):
+                if isinstance(used, ast.Attribute) and ast.unparse(used.value) in modules:
+                    assert hasattr(modules[ast.unparse(used.value)], used.attr), ast.unparse(used)
 
 
 def test_settings_draw_the_default_data_once(tmp_path, monkeypatch):
