@@ -23,6 +23,7 @@ from ..model.device import free_models, peak_memory, seconds_of
 from ..training.batches import windows
 from ..training.loop import Run, TrainConfig
 from ..training.losses import LossParts
+from ..training.plan import in_parts
 from .peers import PlainCollate, PlainLoss, trainer_steps
 from .shapes import load_or_shape
 
@@ -182,9 +183,7 @@ def longest_of_each_kind(run: Run) -> list[list[int]]:
 
 def window_of(run: Run, images: list[int]) -> list[Batch]:
     """One step's batches of some training images."""
-    samples, parts = run.samples["train"], run.batches.parts([(i, False) for i in images])
-    batches = [run.loader.collate_fn([samples[i] for i, _ in part]) for part in parts]
-    return [to_device(batch, run.accelerator.device) for batch in batches]
+    return [to_device(run.loader.collate_fn(part), run.accelerator.device) for part in in_parts(run, images)]
 
 
 trial_of = cache(Trial)

@@ -138,12 +138,16 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
     return plan
 
 
-def _longest(run: Run, size: int) -> list[list[Sample]]:
-    """So many of the longest training images, in the parts that --batch-tokens cuts such a batch into."""
-    lengths = run.batches.lengths
-    longest = sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-size:]
-    parts = run.batches.parts([(i, False) for i in longest])
+def in_parts(run: Run, images: list[int]) -> list[list[Sample]]:
+    """Training images by number, in the parts that --batch-tokens cuts a batch of them into."""
+    parts = run.batches.parts([(i, False) for i in images])
     return [[run.samples["train"][i] for i, _ in part] for part in parts]
+
+
+def _longest(run: Run, size: int) -> list[list[Sample]]:
+    """So many of the longest training images, in parts."""
+    lengths = run.batches.lengths
+    return in_parts(run, sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-size:])
 
 
 def _measured(run: Run, plan: Plan, size: int) -> Plan:
