@@ -162,7 +162,8 @@ def evaluate_samples(
     lengths = [collate.lengths(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: (lengths[i][2], lengths[i]))  # little padding
     chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
-    workers = 0 if cache else workers  # the rest takes less time than handing it over
+    if cache or store and store.holds(samples):
+        workers = 0  # the rest takes less time than starting them and handing it over
     loader = DataLoader(
         chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available()
     )
@@ -190,12 +191,14 @@ def evaluate_samples(
     return _summarise([results[place] for place in range(len(samples))], loss, empty_cost)
 
 
-def answering_batch_size(batch_size: int, heatmap: Heatmap) -> int:
+def answering_batch_size(batch_size: int, heatmap: Heatmap, batch_tokens: int | None = None, longest: int = 1) -> int:
     """How many images to answer at once where `batch_size` of them are trained on, for decoding likes many.
 
-    Twice as many have room, unless the heatmap needs a backward pass itself.
+    Twice as many have room, or as the `batch_tokens` of a pass hold images of `longest` tokens, unless the heatmap
+    needs a backward pass itself.
     """
-    return 2 * batch_size if heatmap.method == "attention" else batch_size
+    passed = min(batch_size, max(1, batch_tokens // longest)) if batch_tokens else batch_size
+    return 2 * passed if heatmap.method == "attention" else passed
 
 
 def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Evaluation:

@@ -80,6 +80,12 @@ class PixelStore:
             self.bytes.share_memory_()
             self.filled.share_memory_()
 
+    def holds(self, samples: list[Sample]) -> bool:
+        """Whether the patches of all of them are kept already, so that there is nothing to decode."""
+        files = [sample.mirror_of or sample for sample in samples]
+        places = [None if sample.in_memory else self.places.get(sample.image_path) for sample in files]
+        return all(place and self.filled[place[0]] for place in places)
+
     def patches(self, sample: Sample) -> torch.Tensor:
         """[P, 3 * patch * patch] uint8; mirrored after the resizing if at all: within a grey level of before."""
         processor = self.image_processor

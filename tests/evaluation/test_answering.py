@@ -23,6 +23,7 @@ from fsc147lib.model.collate import Collate
 from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.forward import normalised_pixels
 from fsc147lib.model.heatmaps import Heatmap
+from fsc147lib.model.pixels import PixelStore
 from fsc147lib.model.prompt import answer
 
 
@@ -32,6 +33,20 @@ def test_a_model_that_knows_the_answers_is_seen_to(taught, mixed_samples):
     assert [image.answer for image in result.images] == [answer(sample.count) for sample in mixed_samples]
     assert result.metrics["mae"] == 0 and result.metrics["unparsed"] == 0
     assert [image.name for image in result.images] == [sample.name for sample in mixed_samples]
+
+
+@pytest.mark.medium
+def test_images_that_are_kept_need_no_processes(tiny, root, monkeypatch):
+    samples, started, loader = list(FSC147(root, "val"))[:4], [], evaluation.DataLoader
+
+    def counted(*args, num_workers, **kwargs):
+        started.append(num_workers)
+        return loader(*args, num_workers=num_workers, **kwargs)
+
+    monkeypatch.setattr(evaluation, "DataLoader", counted)
+    store = PixelStore(samples, tiny.image_processor, shared=True)
+    first, second = (evaluate_samples(tiny, samples, 2, workers=2, store=store).metrics for _ in range(2))
+    assert started == [2, 0] and first == second
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from fsc147lib.data.faults import DataError
 from fsc147lib.data.fsc147 import FSC147
+from fsc147lib.data.samples import Picture
 from fsc147lib.model import pixels
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import normalised_pixels
@@ -72,8 +73,9 @@ def test_workers_share_what_they_decode(tiny, root):
     samples = list(FSC147(root, "train"))[:6]
     store = PixelStore(samples, tiny.image_processor, shared=True)
     collate = Collate(tiny.tokenizer, tiny.image_processor, store)
-    batches = list(DataLoader(samples, 2, collate_fn=collate, num_workers=2))
-    assert store.filled.all()
+    batches = list(DataLoader(samples[:4], 2, collate_fn=collate, num_workers=2))
+    assert store.holds(samples[:4]) and store.holds([samples[0].flipped()])
+    assert not store.holds(samples[3:5]) and not store.holds([Picture(samples[0].image_path, "apples")])
     plain = Collate(tiny.tokenizer, tiny.image_processor)(samples[:2])
     assert torch.equal(batches[0]["pixel_values"], plain["pixel_values"])
 
