@@ -33,6 +33,9 @@ from .network import CountingModel
 GPU_SHARE, HOST_SHARE = 0.25, 0.5
 """The cache may take so much of the GPU's whole memory, or of the machine's free memory."""
 
+GPU_SPARE = 0.05
+"""So much of the GPU's memory stays empty beside it: what is measured once is a little more another time."""
+
 FILE = "features.npy"
 
 
@@ -56,6 +59,7 @@ class VisionCache:
         workers: int = 0,  # processes that read images
         batch_size: int = 32,
         compiled: bool = False,
+        beside: int = 0,  # bytes that all else will take of the GPU, beside what is in use now
     ):
         self.device, network = accelerator.device, model.network.to(accelerator.device)
         samples, collate = list(samples), Collate(model.tokenizer, model.image_processor)
@@ -68,8 +72,7 @@ class VisionCache:
         narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}  # as autocast computes them
         self.dtype = narrow.get(accelerator.mixed_precision, network.model.visual.dtype)
         self.shape = (total, 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size)
-        states = sum(3 * weight.nbytes for weight in network.parameters() if weight.requires_grad)
-        self.place = choose_place(math.prod(self.shape) * self.dtype.itemsize, states) if place == "auto" else place
+        self.place = choose_place(math.prod(self.shape) * self.dtype.itemsize, beside) if place == "auto" else place
         by_size = sorted(samples, key=lambda sample: sizes[image_key(sample)])
         loader = DataLoader(by_size, batch_size, collate_fn=collate, num_workers=workers)
         if self.place != "disk":
@@ -121,14 +124,14 @@ class VisionCache:
             ready = following
 
 
-def choose_place(size: int, states: int = 0) -> str:
+def choose_place(size: int, beside: int) -> str:
     """Where a cache of so many bytes is kept: "gpu", "host" or "disk", the first with room.
 
-    Beside the bytes of `states`, gradients and moments, a GPU keeps GPU_SHARE free for a step's activations.
+    `beside`: bytes of the GPU that a step takes beside it, and beside what is in use now.
     """
     if torch.cuda.is_available():
         whole, ours = gpu_memory()
-        if size <= min(GPU_SHARE * whole, ours - memory_in_use("cuda") - states - GPU_SHARE * whole):
+        if size <= min(GPU_SHARE * whole, ours - memory_in_use("cuda") - beside - GPU_SPARE * whole):
             return "gpu"
     return "host" if size <= HOST_SHARE * free_memory() else "disk"
 

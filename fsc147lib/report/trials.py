@@ -23,7 +23,7 @@ from ..model.device import free_models, peak_memory, seconds_of
 from ..training.batches import windows
 from ..training.loop import Run, TrainConfig
 from ..training.losses import LossParts
-from ..training.plan import in_parts
+from ..training.memory import in_parts
 from .peers import PlainCollate, PlainLoss, trainer_steps
 from .shapes import load_or_shape
 

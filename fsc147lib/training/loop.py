@@ -33,6 +33,7 @@ from ..options import ConfigError, Precision, need
 from .batches import SizeBatches, TrainingImages, windows
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
+from .memory import memory_of_step
 from .run import RunFolder, TrainResult, locked
 from .step import TrainingStep, lazy_weight, learning_rate_factor, make_optimizer
 
@@ -224,13 +225,13 @@ class Run:
         """Open the loader of training batches, with room for all pixels unless the vision cache takes their place."""
         config, (train, val) = self.config, self.samples.values()
         self.store = PixelStore([*train, *val], self.model.image_processor, shared=self.workers > 0) if pixels else None
-        collate = Collate(self.model.tokenizer, self.model.image_processor, self.store, pixels=pixels)
+        self.collate = Collate(self.model.tokenizer, self.model.image_processor, self.store, pixels=pixels)
         self.batches = SizeBatches(
-            [collate.lengths(sample) for sample in train], config.batch_size, config.seed, config.flip,
+            [self.collate.lengths(sample) for sample in train], config.batch_size, config.seed, config.flip,
             config.batch_by_size, config.accumulation, self.accelerator.num_processes, config.batch_tokens,
         )  # fmt: skip
         self.loader = self.accelerator.prepare(DataLoader(
-            TrainingImages(train), batch_sampler=self.batches, collate_fn=collate, num_workers=self.workers,
+            TrainingImages(train), batch_sampler=self.batches, collate_fn=self.collate, num_workers=self.workers,
             pin_memory=torch.cuda.is_available(), persistent_workers=self.workers > 0,
             prefetch_factor=4 if self.workers else None,
         ))  # fmt: skip
@@ -246,9 +247,12 @@ class Run:
         if config.caches_vision and not config.vision_trains(self.epoch):
             train = self.samples["train"]
             mirrored = [sample.flipped() for sample in train] if config.flip else []
+            on_gpu = self.accelerator.device.type == "cuda"
+            beside = memory_of_step(self) if on_gpu and config.vision_cache == "auto" else 0
             self.training_step.cache = VisionCache(
                 self.model, [*train, *mirrored, *self.samples["val"]], self.accelerator,
                 config.vision_cache, config.out.parent / "vision-cache", self.workers, compiled=self.heatmap.compiled,
+                beside=beside,
             )  # fmt: skip
 
     def log(self, line: dict) -> None:
@@ -261,7 +265,8 @@ class Run:
 
     def validate(self) -> None:
         """Evaluate the validation split and log it."""
-        batch_size = answering_batch_size(self.config.batch_size, self.heatmap)
+        config, longest = self.config, max(self.collate.lengths(sample)[2] for sample in self.samples["val"])
+        batch_size = answering_batch_size(config.batch_size, self.heatmap, config.batch_tokens, longest)
         self.validation = evaluate_samples(
             self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
             self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],

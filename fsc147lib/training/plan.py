@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..data import Sample
-from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..model.collate import Collate, to_device
 from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, seconds_of
 from ..model.load import count_parameters
 from ..model.network import freeze_vision
 from ..model.vision_cache import VisionCache, choose_place
 from .loop import Run, TrainConfig
+from .memory import longest_answers, longest_batch
 from .step import lazy_weight
 
 
@@ -123,7 +122,7 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
         return plan
     if not on_gpu:  # where memory ends there, the process does: one image says how many have room
         one = _measured(run, plan, 1).activations
-        while (needed := one * max(map(len, _longest(run, size)))) + plan.total > room and size > smallest:
+        while (needed := one * max(map(len, longest_batch(run, size)))) + plan.total > room and size > smallest:
             size //= 2
         if plan.total + needed > room:
             return replace(plan, activations=needed)
@@ -138,33 +137,21 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
     return plan
 
 
-def in_parts(run: Run, images: list[int]) -> list[list[Sample]]:
-    """Training images by number, in the parts that --batch-tokens cuts a batch of them into."""
-    parts = run.batches.parts([(i, False) for i in images])
-    return [[run.samples["train"][i] for i, _ in part] for part in parts]
-
-
-def _longest(run: Run, size: int) -> list[list[Sample]]:
-    """So many of the longest training images, in parts."""
-    lengths = run.batches.lengths
-    return in_parts(run, sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-size:])
-
-
 def _measured(run: Run, plan: Plan, size: int) -> Plan:
     """The plan with a batch of so many images, from a step and a validation of the longest ones."""
     config, step, network = run.config, run.training_step, run.model.network
     device, lengths = run.accelerator.device, run.batches.lengths
     parts = run.batches.per_step * math.ceil(config.batch_size / size)
-    cut = _longest(run, size)
-    samples = [sample for part in cut for sample in part]
+    cut, (answers, answer) = longest_batch(run, size), longest_answers(run, size)
     pixels, cache = not config.caches_vision or network.model.visual.pos_embed.weight.requires_grad, ("off", 0)
     collate = Collate(run.model.tokenizer, run.model.image_processor, pixels=pixels)
     if not pixels:
-        step.cache = VisionCache(run.model, samples, run.accelerator, "host", compiled=run.heatmap.compiled)
+        kept = [*(sample for part in cut for sample in part), *answers]
+        step.cache = VisionCache(run.model, kept, run.accelerator, "host", compiled=run.heatmap.compiled)
         others = [collate.lengths(sample) for sample in run.samples["val"]]
         tokens = sum(rows * columns // 4 for rows, columns, _ in [*lengths * (1 + config.flip), *others])
         needed = step.cache.features.nbytes // step.cache.shape[0] * tokens
-        cache = choose_place(needed) if config.vision_cache == "auto" else config.vision_cache, needed
+        cache = config.vision_cache, needed
     alike = min(2, parts)  # batches of the window
     window = [to_device(collate(part), device) for part in cut] * alike
     seconds, every = [], config.heatmap_every
@@ -174,16 +161,14 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
         seconds.append(seconds_of(lambda: step(window, weight), device.type))
         step.check()
 
-    def validate() -> None:
-        many = answering_batch_size(size, run.heatmap)
-        evaluate_samples(run.model, samples * (many // size), many, run.heatmap, run.accelerator)
-
     looking = lazy_weight(config.attention_weight, every, 0)
     train(looking)  # allocates what stays, and compiles
-    peaks = peak_memory(lambda: train(looking), device.type), peak_memory(validate, device.type)  # None: not on a Mac
+    peaks = peak_memory(lambda: train(looking), device.type), peak_memory(answer, device.type)  # None: not on a Mac
     _, gradients, moments = plan.states.values()
     stays = plan.base + moments + gradients, plan.base + moments  # beside activations, in a step and in a validation
     used = [int((peak or 0) * 2**20) - beside for peak, beside in zip(peaks, stays, strict=True)]
+    if cache[0] == "auto":
+        cache = choose_place(needed, gradients + max(0, *used)), needed
     if every > 1:
         train(0.0)
     mean = (seconds[1] + (every - 1) * seconds[-1]) / every / alike  # of a batch

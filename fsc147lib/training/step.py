@@ -95,6 +95,19 @@ class TrainingStep:
             The window's losses (with several processes this one's share), and the gradient's norm before the clip:
             not finite where the step was skipped.
         """
+        losses = self.gradient(window, weight)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.optimizer.grad_scale = (norm / self.clip).clamp(min=1)  # divides in the same pass over the weights
+        self.scaler.step(self.optimizer)  # leaves weights and moments alone where the scaled gradient is not finite
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.unchecked.append(([name for batch in window for name in batch["names"]], losses, norm))
+        looked = weight and any(count > 0 for batch in window for count in batch["count"])
+        return losses if looked else losses._replace(attention=None), norm
+
+    def gradient(self, window: list[Batch], weight: float) -> LossParts:
+        """Add the window's gradient to the weights' (times the loss scale in fp16); its losses."""
         with_objects = sum(count > 0 for batch in window for count in batch["count"])
         tokens, images = sum(batch["answer_tokens"] for batch in window), with_objects
         if self.accelerator.num_processes > 1:  # of all of them
@@ -106,14 +119,7 @@ class TrainingStep:
                 parts = self.loss(batch, tokens, images, weight)
                 self.accelerator.backward(parts.total * self.accelerator.num_processes)  # whose gradients are averaged
             losses = LossParts(*(summed + part.detach() for summed, part in zip(losses, parts, strict=True)))
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.optimizer.grad_scale = (norm / self.clip).clamp(min=1)  # divides in the same pass over the weights
-        self.scaler.step(self.optimizer)  # leaves weights and moments alone where the scaled gradient is not finite
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.unchecked.append(([name for batch in window for name in batch["names"]], losses, norm))
-        return losses if weight and with_objects else losses._replace(attention=None), norm
+        return losses
 
     def check(self) -> None:
         """Look at the losses and gradient norms of the steps since the last time: one wait for many steps.
