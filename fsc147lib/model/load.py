@@ -32,6 +32,9 @@ SHIPPED = Path(__file__).parent / "weights"
 RANDOM = "tiny-random"
 """tiny with random weights: Qwen3-VL with every part that the real one has, in two million parameters."""
 
+RANDOM_RECIPE = Recipe(learning_rate=1e-3, train_vision=True)
+"""What it trains with by default: it has no weights beside which that could be written."""
+
 TEMPLATE_SECONDS = 10
 """A chat template that is not filled in by then never ends."""
 
@@ -89,7 +92,8 @@ def load_model(
         raise ModelError(f"cannot load {found}: {' '.join(str(error).split())[:500]}\n{cure}") from error
     finally:
         logging.set_verbosity(verbosity)
-    return CountingModel(network, tokenizer, image_processor, Recipe.read(found))
+    recipe = RANDOM_RECIPE if str(name) == RANDOM else Recipe.read(found)
+    return CountingModel(network, tokenizer, image_processor, recipe)
 
 
 def count_parameters(name: str | Path) -> int:

@@ -51,6 +51,7 @@ def memory_of_step(run) -> int:
     answers, answer = longest_answers(run, run.config.batch_size)
     before, trained = memory_in_use("cuda"), sum(p.nbytes for p in step.parameters if p.requires_grad)
     moments = 0 if step.optimizer.state else 2 * trained  # a run that goes on has them already
+    step.loss.train()  # or layers would keep what --gradient-checkpointing lets them forget
     try:
         samples = [*(sample for part in parts for sample in part), *answers]
         step.cache = VisionCache(run.model, samples, run.accelerator, "host", compiled=run.heatmap.compiled)

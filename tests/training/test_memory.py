@@ -31,6 +31,7 @@ def test_the_larger_of_step_and_validation_counts_and_nothing_moves(run, monkeyp
     moments = 2 * sum(weight.nbytes for weight in run.model.network.parameters() if weight.requires_grad)
     assert memory.memory_of_step(run) == 7 * 2**20 - 100 + moments
     assert done[0].attention > 0  # both losses, as in a step
+    assert run.model.network.training  # as in a step, too: layers forget what they are told to
     for weight, was in zip(run.model.network.parameters(), before, strict=True):
         assert torch.equal(weight, was) and weight.grad is None
     assert not run.training_step.optimizer.state and not run.training_step.unchecked
