@@ -11,7 +11,7 @@ from ..data import Sample
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..model.collate import to_device
 from ..model.device import free_models, memory_in_use, peak_memory
-from ..model.vision_cache import VisionCache
+from ..model.vision_cache import GPU_SHARE, VisionCache
 
 
 def in_parts(run, images: list[int]) -> list[list[Sample]]:
@@ -21,18 +21,26 @@ def in_parts(run, images: list[int]) -> list[list[Sample]]:
 
 
 def longest_batch(run, size: int) -> list[list[Sample]]:
-    """So many of the longest training images, in parts."""
-    lengths = run.batches.lengths
-    return in_parts(run, sorted(range(len(lengths)), key=lambda i: lengths[i][2])[-size:])
+    """So many of the longest training images, in as many passes as they need; with --batch-tokens each of these is the
+    heaviest one that there can be: of images somewhat shorter more may have room, and they come closer to the limit."""
+    lengths = [tokens for *_, tokens in run.batches.lengths]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    parts, limit = in_parts(run, order[-size:]), run.config.batch_tokens
+    if not limit:
+        return parts
+    many = [min(size, place + 1, max(1, limit // lengths[i])) for place, i in enumerate(order)]
+    last = max(range(len(order)), key=lambda place: (many[place] * lengths[order[place]], place))
+    heaviest = [run.samples["train"][i] for i in order[last + 1 - many[last] : last + 1]]
+    return [heaviest] * len(parts)
 
 
 def longest_answers(run, size: int) -> tuple[list[Sample], Callable[[], object]]:
-    """The longest validation images, two batches of them where `size` are trained on, since the second's pass begins
-    before the first's answers are there; and a function that answers them."""
+    """The longest validation images where `size` are trained on, and a function that answers them; three batches, for
+    the next one's pass begins before one's answers are there, and another is about to be let go."""
     lengths = [run.collate.lengths(sample)[2] for sample in run.samples["val"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     many = answering_batch_size(size, run.heatmap, run.config.batch_tokens, lengths[order[-1]])
-    samples = [run.samples["val"][i] for i in order[-2 * many :]]
+    samples = [run.samples["val"][i] for i in order[-3 * many :]]
 
     def answer() -> None:
         cache = run.training_step.cache
@@ -41,30 +49,48 @@ def longest_answers(run, size: int) -> tuple[list[Sample], Callable[[], object]]
     return samples, answer
 
 
+def features_size(run) -> tuple[int, int]:
+    """Bytes of the features of all training images, and of a step's images at the most."""
+    vision, narrow = run.model.network.config.vision_config, run.accelerator.mixed_precision != "no"
+    of_token = (1 + len(vision.deepstack_visual_indexes)) * vision.out_hidden_size * (2 if narrow else 4)
+    tokens = sorted(rows * columns // 4 for rows, columns, _ in run.batches.lengths)
+    together = tokens[-run.config.batch_size * run.batches.per_step :]
+    return (1 + run.config.flip) * sum(tokens) * of_token, sum(together) * of_token
+
+
 def memory_of_step(run) -> int:
     """Bytes of the GPU that a run with kept image features takes at the most, beside what is in use and the features.
 
-    Measured on the longest images: two passes forward and back, and a validation; they compile what the first step
-    would.  All of the GPU where there is no room for them.
+    Measured on the longest images: passes forward and back, and a validation; they compile what the first step would.
+    All of the GPU where there is no room for them, where the features have none anyway, and with several processes,
+    which would wait for the one that ran out.
     """
-    step, parts = run.training_step, longest_batch(run, run.config.batch_size)
-    answers, answer = longest_answers(run, run.config.batch_size)
+    step, config, whole = run.training_step, run.config, torch.cuda.mem_get_info()[1]
+    features, window_features = features_size(run)
+    if features > GPU_SHARE * whole or run.accelerator.num_processes > 1:
+        return whole
+    parts, (answers, answer) = longest_batch(run, config.batch_size), longest_answers(run, config.batch_size)
+    passes = len(parts) * run.batches.per_step
     before, trained = memory_in_use("cuda"), sum(p.nbytes for p in step.parameters if p.requires_grad)
     moments = 0 if step.optimizer.state else 2 * trained  # a run that goes on has them already
     step.loss.train()  # or layers would keep what --gradient-checkpointing lets them forget
     try:
-        samples = [*(sample for part in parts for sample in part), *answers]
-        step.cache = VisionCache(run.model, samples, run.accelerator, "host", compiled=run.heatmap.compiled)
-        batches = [to_device(run.loader.collate_fn(part), run.accelerator.device) for part in parts]
-        window = batches * (1 if len(batches) > 1 else 2)  # the second has the gradient of the first beside it
+        samples = [*parts[0], *answers]
+        step.cache = VisionCache(
+            run.model, samples, run.accelerator, "host", workers=run.workers, compiled=run.heatmap.compiled
+        )
+        # a second pass has the gradient of the first beside it
+        window = [to_device(run.collate(parts[0]), run.accelerator.device)] * min(2, passes)
         peaks = []
-        for use in (lambda: step.gradient(window, run.config.attention_weight), answer):
+        for use in (lambda: step.gradient(window, config.attention_weight), answer):
             use()  # compiles
+            step.optimizer.zero_grad()
             peaks.append(peak_memory(use, "cuda"))
             step.optimizer.zero_grad()
-        return int(max(peaks) * 2**20) - before + moments
+        return int(max(peaks) * 2**20) - before + moments + window_features
     except torch.OutOfMemoryError:
-        step.optimizer.zero_grad()
-        return torch.cuda.mem_get_info()[1]
+        return whole
     finally:
+        step.cache = None
+        step.optimizer.zero_grad()
         free_models()

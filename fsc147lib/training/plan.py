@@ -168,7 +168,7 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
     stays = plan.base + moments + gradients, plan.base + moments  # beside activations, in a step and in a validation
     used = [int((peak or 0) * 2**20) - beside for peak, beside in zip(peaks, stays, strict=True)]
     if cache[0] == "auto":
-        cache = choose_place(needed, gradients + max(0, *used)), needed
+        cache = choose_place(needed, max(gradients + used[0], used[1])), needed
     if every > 1:
         train(0.0)
     mean = (seconds[1] + (every - 1) * seconds[-1]) / every / alike  # of a batch
