@@ -232,7 +232,9 @@ def forced_passes(
         batch = cache.add_to(batch) if cache else batch
         with accelerator.autocast():
             logits, looked, trace = heatmap.with_logits(batch, keep_keys=True)
-        yield batch, logits, looked, trace.keys_values, agreement(batch, logits, end)
+        past = [(keys.detach(), values.detach()) for keys, values in trace.keys_values]
+        logits, looked, trace = logits.detach(), looked.detach(), None  # and the graph of a gradient heatmap is let go
+        yield batch, logits, looked, past, agreement(batch, logits, end)
 
 
 def one_ahead(items: Iterator) -> Iterator:

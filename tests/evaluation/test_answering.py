@@ -99,6 +99,16 @@ def check_greedy(tiny, mixed_samples):
         assert got == expected
 
 
+def test_a_gradient_heatmap_s_graph_is_let_go(tiny, mixed_samples):
+    """Three batches' graphs would be in memory while answers are decoded."""
+    batches, heatmap = (
+        [Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)],
+        Heatmap(tiny.network, "token_gradient"),
+    )
+    ((_, logits, looked, past, _),) = forced_passes(batches, heatmap, make_accelerator("fp32"), None, 0)
+    assert looked.any() and not any(x.requires_grad for x in (logits, looked, *(x for pair in past for x in pair)))
+
+
 def test_unparsed_answers_cost_the_true_count(tiny, root, monkeypatch):
     samples = list(FSC147(root, "val"))
     said = [answer(sample.count) for sample in samples]
