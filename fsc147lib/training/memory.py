@@ -50,12 +50,13 @@ def longest_answers(run, size: int) -> tuple[list[Sample], Callable[[], object]]
 
 
 def features_size(run) -> tuple[int, int]:
-    """Bytes of the features of all training images, and of a step's images at the most."""
+    """Bytes of a run's kept image features, mirror images among them, and of a step's images at the most."""
     vision, narrow = run.model.network.config.vision_config, run.accelerator.mixed_precision != "no"
     of_token = (1 + len(vision.deepstack_visual_indexes)) * vision.out_hidden_size * (2 if narrow else 4)
     tokens = sorted(rows * columns // 4 for rows, columns, _ in run.batches.lengths)
-    together = tokens[-run.config.batch_size * run.batches.per_step :]
-    return (1 + run.config.flip) * sum(tokens) * of_token, sum(together) * of_token
+    answered = [run.collate.lengths(sample) for sample in run.samples["val"]]
+    kept = (1 + run.config.flip) * sum(tokens) + sum(rows * columns // 4 for rows, columns, _ in answered)
+    return kept * of_token, sum(tokens[-run.config.batch_size * run.batches.per_step :]) * of_token
 
 
 def memory_of_step(run) -> int:

@@ -14,7 +14,7 @@ from ..model.load import count_parameters
 from ..model.network import freeze_vision
 from ..model.vision_cache import VisionCache, choose_place
 from .loop import Run, TrainConfig
-from .memory import longest_answers, longest_batch
+from .memory import features_size, longest_answers, longest_batch
 from .step import lazy_weight
 
 
@@ -148,9 +148,7 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
     if not pixels:
         kept = [*(sample for part in cut for sample in part), *answers]
         step.cache = VisionCache(run.model, kept, run.accelerator, "host", compiled=run.heatmap.compiled)
-        others = [collate.lengths(sample) for sample in run.samples["val"]]
-        tokens = sum(rows * columns // 4 for rows, columns, _ in [*lengths * (1 + config.flip), *others])
-        needed = step.cache.features.nbytes // step.cache.shape[0] * tokens
+        needed, together = features_size(run)
         cache = config.vision_cache, needed
     alike = min(2, parts)  # batches of the window
     window = [to_device(collate(part), device) for part in cut] * alike
@@ -168,7 +166,7 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
     stays = plan.base + moments + gradients, plan.base + moments  # beside activations, in a step and in a validation
     used = [int((peak or 0) * 2**20) - beside for peak, beside in zip(peaks, stays, strict=True)]
     if cache[0] == "auto":
-        cache = choose_place(needed, max(gradients + used[0], used[1])), needed
+        cache = choose_place(needed, max(gradients + used[0], used[1]) + together), needed
     if every > 1:
         train(0.0)
     mean = (seconds[1] + (every - 1) * seconds[-1]) / every / alike  # of a batch

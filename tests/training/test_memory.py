@@ -83,8 +83,9 @@ def test_without_room_the_whole_gpu_is_the_step_s(run, monkeypatch, where):
 @pytest.mark.medium
 def test_features_without_room_are_not_measured_for(run, monkeypatch):
     features, _ = memory.features_size(run)
-    train = [*run.samples["train"], *(sample.flipped() for sample in run.samples["train"])]
-    assert features == memory.VisionCache(run.model, train, run.accelerator, "host").features.nbytes
+    train, val = run.samples.values()
+    kept = [*train, *(sample.flipped() for sample in train), *val]
+    assert features == memory.VisionCache(run.model, kept, run.accelerator, "host").features.nbytes
     as_on_a_gpu(monkeypatch, [1, 1], whole=4 * features - 4)
     monkeypatch.setattr(memory, "VisionCache", None)
     assert memory.memory_of_step(run) == 4 * features - 4
