@@ -8,19 +8,17 @@ Left out: which turns there are, and what is made of their numbers (`throughput`
 
 import multiprocessing
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
-from itertools import count
+from itertools import chain, count
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from ..model.collate import Batch, to_device
 from ..model.device import free_models, peak_memory, seconds_of
-from ..training.batches import windows
+from ..training.batches import make_loader
 from ..training.loop import Run, TrainConfig
 from ..training.losses import LossParts
 from ..training.memory import in_parts
@@ -120,10 +118,8 @@ class Trial:
         run.config = replace(run.config, batch_size=self.batch_size)
         run.open_loader(pixels=not run.config.caches_vision)
         if self.variant.peer:
-            run.loader = run.accelerator.prepare(DataLoader(
-                run.loader.dataset, batch_sampler=run.batches, collate_fn=PlainCollate(run.model),
-                num_workers=run.workers, pin_memory=self.device == "cuda", persistent_workers=run.workers > 0,
-            ))  # fmt: skip
+            loader = make_loader(run.samples["train"], run.batches, PlainCollate(run.model), run.workers)
+            run.loader = run.accelerator.prepare(loader)
         elif run.store and not run.workers:  # as from the second epoch on
             for sample in run.samples["train"]:
                 run.store.patches(sample)
@@ -138,7 +134,7 @@ class Trial:
         self.startup = time.perf_counter() - began
         self.peak = peak_memory(step, self.device)
         self.speed = measured_speed(self.device, torch.bfloat16 if self.in_bf16 else torch.float32)
-        self.windows = epochs(run)
+        self.windows = chain.from_iterable(map(run.windows, count()))  # one epoch after the other
 
     def trainer(self, samples, steps: int) -> tuple[list[Batch], float]:
         return trainer_steps(self.run.model, samples, self.batch_size, steps, self.in_bf16, self.run.workers)
@@ -162,14 +158,6 @@ class Trial:
 
         seconds = seconds_of(steps, self.device)
         return sizes_of(sum(found, [])) | {"seconds": seconds, "waited": sum(waits)}
-
-
-def epochs(run: Run) -> Iterator[list[Batch]]:
-    """The batches of each step, of one epoch after the other."""
-    cache = run.training_step.cache
-    for epoch in count():
-        run.batches.shuffle(epoch)
-        yield from windows(cache.ahead(run.loader) if cache else run.loader, run.batches.sizes)
 
 
 def longest_of_each_kind(run: Run) -> list[list[int]]:

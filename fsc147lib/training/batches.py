@@ -2,11 +2,11 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data import Sample
 from ..model.collate import Batch
@@ -32,7 +32,8 @@ class SizeBatches(Sampler):
 
     Each epoch shows each sample once, and all weigh alike: batches differ by at most one image, and so do steps,
     and chance alone decides which are smaller.  Which samples of like length meet in a batch, which are
-    mirrored, and the order of the batches change from epoch to epoch.
+    mirrored, and the order of the batches change from epoch to epoch.  One epoch follows the other without an end, so
+    that who reads ahead has the first batches of the next one ready when it begins.
 
     Args:
         lengths: of each sample (rows, columns, tokens), see `Collate.lengths`.
@@ -43,7 +44,7 @@ class SizeBatches(Sampler):
             images need the same memory; an image that is longer is a part of its own.
 
     Attributes:
-        sizes: how many parts each step of this epoch has; a batch that is not cut is one.
+        steps: of an epoch.
 
     Raises:
         ConfigError: `batch_tokens`, and several processes, which would have different numbers of parts.
@@ -67,16 +68,29 @@ class SizeBatches(Sampler):
         self.batch_tokens = batch_tokens
         self.lengths, self.seed, self.flip, self.by_size = lengths, seed, flip, by_size
         self.processes, images = processes, batch_size * processes
-        steps = math.ceil(len(lengths) / (images * accumulation))
-        self.per_step = math.ceil(len(lengths) / (images * steps))
-        self.number = steps * self.per_step * processes
-        self.shuffle(0)
+        self.steps = math.ceil(len(lengths) / (images * accumulation))
+        self.per_step = math.ceil(len(lengths) / (images * self.steps))
+        self.number = self.steps * self.per_step * processes
+        self.start(0)
 
-    def shuffle(self, epoch: int, done: int = 0) -> None:
-        """Choose the batches of an epoch, without those of its first steps that an interrupted run has done.
+    def start(self, epoch: int, done: int = 0) -> None:
+        """Begin with this epoch, without its first steps that an interrupted run has done.
 
         Not called `set_epoch`: accelerate calls that with a count of its own, which starts anew in a resumed run.
         """
+        self.first, self.done = epoch, done
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        for epoch in count(self.first):
+            for step in self.epoch(epoch, self.done if epoch == self.first else 0):
+                yield from step
+
+    def sizes(self, epoch: int, done: int = 0) -> list[int]:
+        """How many batches, or parts of them, one process has in each step of an epoch."""
+        return [len(step) // self.processes for step in self.epoch(epoch, done)]
+
+    def epoch(self, epoch: int, done: int = 0) -> list[list[list[tuple[int, bool]]]]:
+        """The batches of each step of an epoch but the first that are done, cut into parts; all processes' in turn."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         mirrored = (torch.rand(len(order), generator=generator) < 0.5 * self.flip).tolist()
@@ -90,11 +104,11 @@ class SizeBatches(Sampler):
             batch = islice(rest, ends[turn + 1] - ends[turn])
             # images of one size side by side, for the vision encoder
             batches[turn] = [(i, mirrored[i]) for i in sorted(batch, key=self.lengths.__getitem__)]
-        first = done * self.per_step * self.processes
-        parts = [self.parts(batches[turn]) for turn in range(first, self.number)]
-        self.batches = [part for split in parts for part in split]
-        alone = [len(split) for split in parts[:: self.processes]]
-        self.sizes = [sum(alone[i : i + self.per_step]) for i in range(0, len(alone), self.per_step)]
+        together = self.per_step * self.processes
+        return [
+            [part for turn in range(first, first + together) for part in self.parts(batches[turn])]
+            for first in range(done * together, self.number, together)
+        ]
 
     def parts(self, batch: list[tuple[int, bool]]) -> list[list[tuple[int, bool]]]:
         """The batch in order, in as few parts of `batch_tokens` as it takes, and these alike: torch compiles a layer
@@ -117,11 +131,13 @@ class SizeBatches(Sampler):
                 longest = length
         return parts
 
-    def __len__(self) -> int:
-        return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        return iter(self.batches)
+def make_loader(samples: list[Sample], batches: SizeBatches, collate: Callable, workers: int) -> DataLoader:
+    """Training batches, read by so many processes, or where that is 0 by this one."""
+    return DataLoader(
+        TrainingImages(samples), batch_sampler=batches, collate_fn=collate, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+    )  # fmt: skip
 
 
 def windows(batches: Iterable[Batch], sizes: Iterable[int]) -> Iterator[list[Batch]]:

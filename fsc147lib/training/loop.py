@@ -9,20 +9,19 @@ Left out: what a loss is (`losses`), what a step does with it (`step`), and what
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
-from ..model.collate import Collate
+from ..model.collate import Batch, Collate
 from ..model.device import default_workers, make_accelerator
 from ..model.heatmaps import METHODS, Heatmap, method_names
 from ..model.load import load_model
@@ -30,7 +29,7 @@ from ..model.network import CountingModel, Recipe, freeze_vision, save_memory
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need
-from .batches import SizeBatches, TrainingImages, windows
+from .batches import SizeBatches, make_loader, windows
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
 from .memory import memory_of_step
@@ -215,7 +214,7 @@ class Run:
         self.training_step = TrainingStep(loss, optimizer, self.accelerator, config.clip)
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
-        self.total_steps = len(self.batches.sizes) * config.epochs
+        self.total_steps = self.batches.steps * config.epochs
         self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs done so far, and the checkpoint's steps
         self.signals = Signals()
         train, val = ([sample.count for sample in self.samples[split]] for split in ("train", "val"))
@@ -230,11 +229,16 @@ class Run:
             [self.collate.lengths(sample) for sample in train], config.batch_size, config.seed, config.flip,
             config.batch_by_size, config.accumulation, self.accelerator.num_processes, config.batch_tokens,
         )  # fmt: skip
-        self.loader = self.accelerator.prepare(DataLoader(
-            TrainingImages(train), batch_sampler=self.batches, collate_fn=self.collate, num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(), persistent_workers=self.workers > 0,
-            prefetch_factor=4 if self.workers else None,
-        ))  # fmt: skip
+        self.stream: Iterator[Batch] | None = None  # the loader's, once `windows` has begun
+        self.loader = self.accelerator.prepare(make_loader(train, self.batches, self.collate, self.workers))
+
+    def windows(self, epoch: int, done: int = 0) -> Iterator[list[Batch]]:
+        """Each step's batches of an epoch but the first that are done; what reads ahead goes on into the next epoch."""
+        if self.stream is None:
+            self.batches.start(epoch, done)
+            cache = self.training_step.cache
+            self.stream = iter(cache.ahead(self.loader) if cache else self.loader)
+        return windows(self.stream, self.batches.sizes(epoch, done))
 
     def open(self) -> None:
         """Begin in the folder, or go on in it, and fill the vision cache."""
@@ -250,9 +254,8 @@ class Run:
             on_gpu = self.accelerator.device.type == "cuda"
             beside = memory_of_step(self) if on_gpu and config.vision_cache == "auto" else 0
             self.training_step.cache = VisionCache(
-                self.model, [*train, *mirrored, *self.samples["val"]], self.accelerator,
-                config.vision_cache, config.out.parent / "vision-cache", self.workers, compiled=self.heatmap.compiled,
-                beside=beside,
+                self.model, [*train, *mirrored, *self.samples["val"]], self.accelerator, config.vision_cache,
+                config.out.parent / "vision-cache", self.workers, compiled=self.heatmap.compiled, beside=beside,
             )  # fmt: skip
 
     def log(self, line: dict) -> None:
@@ -283,14 +286,12 @@ class Run:
         if trains_vision and self.store is None:  # kept image features are about to be wrong
             step.cache = None
             self.open_loader(pixels=True)
-        self.batches.shuffle(self.epoch, self.step - self.epoch * self.total_steps // config.epochs)
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.heatmap_every
-        for window in windows(step.cache.ahead(self.loader) if step.cache else self.loader, self.batches.sizes):
+        for window in self.windows(self.epoch, self.step - self.epoch * self.batches.steps):
             factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
-            rate = config.learning_rate * factor
             for group in step.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate = config.learning_rate * factor
             losses, norm = step(window, lazy_weight(config.attention_weight, every, self.step))
             self.step += 1
             images += sum(len(batch["names"]) for batch in window)

@@ -171,7 +171,7 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
         train(0.0)
     mean = (seconds[1] + (every - 1) * seconds[-1]) / every / alike  # of a batch
     seen = sum(batch["input_ids"].numel() for batch in window) / alike
-    padded = sum(max(lengths[i][2] for i, _ in part) * len(part) for part in run.batches.batches)
+    padded = sum(max(lengths[i][2] for i, _ in part) * len(part) for batch in run.batches.epoch(0) for part in batch)
     return replace(
         plan, config=replace(config, batch_size=size, accumulation=parts), activations=max(0, *used), cache=cache,
         step=mean * parts, first_step=seconds[0], epoch=mean * padded / seen,

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_logged_losses_are_those_of_the_batch(config, finished):
     images = TrainingImages(list(FSC147(settings.data, "train")))
     collate = Collate(model.tokenizer, model.image_processor)
     lengths = [collate.lengths(sample) for sample in images.samples]
-    first_batch = SizeBatches(lengths, settings.batch_size, settings.seed).batches[0]
+    first_batch = next(iter(SizeBatches(lengths, settings.batch_size, settings.seed)))
     parts = DualLoss(model.network)(collate([images[place] for place in first_batch]))
     first = lines(finished[0])[1]
     assert first["step"] == 1
@@ -422,15 +423,41 @@ def test_order_is_fair(by_size):
     batches = SizeBatches(LENGTHS, 36, seed=0, flip=True, by_size=by_size)
     epochs = []
     for epoch in (0, 1, 0):
-        batches.shuffle(epoch)
-        epochs.append(list(batches))
-        assert sorted(len(batch) for batch in batches) == [34] * 5 + [35] * 2 and len(batches) == 7
+        epochs.append([batch for (batch,) in batches.epoch(epoch)])
+        assert sorted(len(batch) for batch in epochs[-1]) == [34] * 5 + [35] * 2
     assert epochs[0] == epochs[2] != epochs[1]
     for batches_of_epoch in epochs:
         assert sorted(i for batch in batches_of_epoch for i, _ in batch) == list(range(len(LENGTHS)))
     companies = [{frozenset(i for i, _ in batch) for batch in epoch} for epoch in epochs[:2]]
     assert len(companies[0] & companies[1]) <= 2  # the widest images differ from all others and meet again
     assert 60 < sum(mirrored for batch in epochs[0] for _, mirrored in batch) < 180
+
+
+def test_one_epoch_follows_the_other():
+    """Whoever reads ahead finds the next epoch's batches; a run that goes on begins in the midst of one."""
+    batches = SizeBatches(LENGTHS, 24, 0, accumulation=2, batch_tokens=3000)
+    batches.start(4, done=3)
+    steps = batches.epoch(4, done=3) + batches.epoch(5) + batches.epoch(6)
+    assert batches.epoch(4, done=3) == batches.epoch(4)[3:] and len(batches.epoch(5)) == batches.steps
+    expected = [batch for step in steps for batch in step]
+    assert list(islice(batches, len(expected))) == expected
+    assert batches.sizes(4, done=3) == [len(step) for step in steps[: batches.steps - 3]]
+
+
+@pytest.mark.medium
+def test_the_next_epoch_is_read_before_it_begins(config, monkeypatch):
+    """The first step after a validation need not wait: its batch is being read as the epoch before ends."""
+    run, read, collate = training.Run(config(epochs=2)), [], Collate.__call__
+    monkeypatch.setattr(
+        Collate, "__call__", lambda self, samples: (read.append(len(samples)), collate(self, samples))[1]
+    )
+    first = list(run.windows(0))
+    assert sum(len(batch["names"]) for step in first for batch in step) == len(run.samples["train"]) < sum(read)
+    stream = run.stream
+    following = list(run.windows(1))
+    assert run.stream is stream and sum(len(step[0]["names"]) for step in following) == len(run.samples["train"])
+    run.open_loader(pixels=True)
+    assert run.stream is None  # as where the vision encoder begins to train: batches of kept features are of no use
 
 
 @pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (4, 1), (2, 2)])
@@ -440,10 +467,10 @@ def test_every_image_weighs_alike(accumulation, processes):
     batches = SizeBatches(lengths, 14, 0, True, True, accumulation, processes)
     together, (weights, smaller) = batches.per_step * processes, np.zeros((2, len(lengths)))
     for epoch in range(epochs):
-        batches.shuffle(epoch)
-        sizes = [len(batch) for batch in batches]
-        assert max(sizes) - min(sizes) <= 1 and max(sizes) <= 14 and len(sizes) % together == 0
-        for step in windows(batches, [together] * (len(sizes) // together)):
+        steps = batches.epoch(epoch)
+        sizes = [len(batch) for step in steps for batch in step]
+        assert max(sizes) - min(sizes) <= 1 and max(sizes) <= 14 and all(len(step) == together for step in steps)
+        for step in steps:
             images = [i for batch in step for i, _ in batch]
             weights[images] += 1 / len(images) / epochs
             smaller[images] += (len(images) < len(lengths) * together / len(sizes)) / epochs
@@ -456,7 +483,7 @@ def test_batches_by_size_hold_little_padding():
     padded = []
     for by_size in (True, False):
         batches = SizeBatches(LENGTHS, 16, seed=0, by_size=by_size)
-        places = sum(max(LENGTHS[i][2] for i, _ in batch) * len(batch) for batch in batches)
+        places = sum(max(LENGTHS[i][2] for i, _ in batch) * len(batch) for (batch,) in batches.epoch(0))
         padded.append(1 - sum(length[2] for length in LENGTHS) / places)
     assert 0 <= padded[0] < padded[1] / 3
 
@@ -465,7 +492,7 @@ def test_batches_by_size_hold_little_padding():
 def test_a_step_asks_for_no_number(config, monkeypatch):
     """On a GPU each would be a wait; they are fetched together, every few steps."""
     run = training.Run(config(epochs=1))
-    batches = list(run.loader)
+    batches = list(islice(run.loader, 2))
     step = run.training_step
     step([batches[0]], 0.1)  # the first step makes the optimizer's state
 
@@ -498,14 +525,13 @@ def test_windows_lose_nothing():
 def test_batches_split_by_tokens_make_the_same_steps():
     """At most so many tokens with padding, but for an image that has more; a step has the images that it had."""
     whole, split = (SizeBatches(LENGTHS, 24, 0, True, True, accumulation=2, batch_tokens=n) for n in (None, 3000))
-    for batches in (whole, split):
-        batches.shuffle(3)
-    steps = [[{place for batch in step for place in batch} for step in windows(b, b.sizes)] for b in (whole, split)]
-    assert steps[0] == steps[1] and whole.sizes == [2] * 5 and max(split.sizes) > 2
-    tokens = [max(LENGTHS[i][2] for i, _ in batch) * len(batch) for batch in split]
-    assert max(tokens) <= 3000 and len(split) == sum(split.sizes)
+    steps = [[{place for batch in step for place in batch} for step in b.epoch(3)] for b in (whole, split)]
+    assert steps[0] == steps[1] and whole.sizes(3) == [2] * 5 and max(split.sizes(3)) > 2
+    tokens = [max(LENGTHS[i][2] for i, _ in batch) * len(batch) for step in split.epoch(3) for batch in step]
+    assert max(tokens) <= 3000
     assert min(tokens) > 1500  # no rest of a few images, for which torch compiles anew
-    assert all(len(batch) == 1 for batch in SizeBatches(LENGTHS, 24, 0, True, True, batch_tokens=1))
+    alone = SizeBatches(LENGTHS, 24, 0, True, True, batch_tokens=1).epoch(3)
+    assert all(len(batch) == 1 for step in alone for batch in step)
     with pytest.raises(ConfigError, match="batch_tokens.*one process"):
         SizeBatches(LENGTHS, 24, 0, True, True, processes=2, batch_tokens=3000)
 
