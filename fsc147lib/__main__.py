@@ -6,6 +6,7 @@ reads them.  A command's module, and torch with it, is imported once that comman
 Left out: everything that a command does; each calls one function.
 """
 
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -140,7 +141,7 @@ def main(words: list[str] | None = None) -> int:
     options, run, _ = COMMANDS[words[0]]
     place, config = options.split(":")
     try:
-        module = importlib.import_module(f"fsc147lib.{place}")
+        module = imported(place)
         run = getattr(module, run) if isinstance(run, str) else run
         return 1 if run(parse_options(getattr(module, config), words[1:], f"{program} {words[0]}")) is False else 0
     except (ValueError, OSError) as error:
@@ -154,6 +155,17 @@ def main(words: list[str] | None = None) -> int:
             raise
         print(f"a process that reads images was killed ({error}): give fewer --workers, or 0", file=sys.stderr)
         return 2
+
+
+def imported(place: str):
+    """A command's module.  The garbage collector rests meanwhile, and is never to look at what is there then: a
+    million objects that stay, on which it would spend a tenth of a start."""
+    gc.disable()
+    try:
+        return importlib.import_module(f"fsc147lib.{place}")
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def overview(program: str) -> str:

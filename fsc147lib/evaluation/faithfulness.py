@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from tqdm import tqdm
 
 from ..data import Sample, kl_divergence, resample_map
@@ -154,6 +153,8 @@ def redrawn_networks(network) -> Iterator[tuple[str, torch.nn.Module]]:
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
     """Spearman's, over the cells of each pair of maps [N, 14, 14]: [N], -1..1; 0 for a constant map."""
+    from scipy.stats import rankdata  # half a second, which every start would wait for
+
     return correlation(*(torch.from_numpy(rankdata(maps.flatten(1), axis=1)) for maps in (first, second))).numpy()
 
 

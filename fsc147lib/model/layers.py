@@ -32,6 +32,7 @@ def run_layer(function, layer, *inputs, compiled: bool = False, **kwargs):
 def _compile(function):
     """Compiled once for all layers and sizes: a layer's weights are inputs, and no layer reads its own index."""
     torch._dynamo.config.recompile_limit = 32  # a dozen kinds of pass: with gradients or without, with rows or not ...
+    torch._dynamo.config.fake_tensor_cache_enabled = False  # for sizes that vary it costs more than it saves
     torch._dynamo.config.specialize_float = True  # scales and epsilons never change; else the first trace is made twice
     torch.fx.experimental._config.use_duck_shape = False  # as many images as a head is wide: that is chance
     marks = {f"torch.amp.autocast_mode._{end}_autocast": torch.__version__ for end in ("enter", "exit")}

@@ -117,7 +117,7 @@ def measure_throughput(config: ThroughputConfig) -> dict:
 
     Returns:
         `rows`, one for each variant: `name`, `batch_size` (the largest that fits, up to the one wanted),
-        `images_per_second`, `peak_share` (of a matrix product's speed), `peak_memory` (MiB, on the longest images),
+        `images_per_second`, `peak_share` (of a matrix product's speed), `peak_memory` (MiB),
         `retries` (of the allocator, in all turns), `padding` and `waiting` (shares of tokens and of time), `startup`
         (seconds of the first step), `rates` (images a second of each turn), `validation_per_second`, `cache`, and
         what `compare` adds: medians over turns.  A variant that fits in no batch has `out_of_memory`, one that ended

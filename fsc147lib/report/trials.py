@@ -66,6 +66,8 @@ class Trial:
                 before = alloc_retries()
                 found = self.train()
                 self.turns.append(found | {"retries": alloc_retries() - before})
+                if self.device == "cuda":  # not all of the longest images may be the most
+                    self.peak = max(self.peak, torch.cuda.max_memory_allocated() / 2**20)
                 break
             except torch.cuda.OutOfMemoryError:
                 self.windows, self.turns = None, []
@@ -148,16 +150,21 @@ class Trial:
             batches, seconds = self.trainer(self.run.samples["train"], self.variant.config.steps)
             return sizes_of(batches) | {"seconds": seconds}
         self.reserve()  # the memory that all others then find, as in the middle of a run
-        found, waits = [], []
+        found, waited = [], 0.0
 
         def steps() -> None:
+            nonlocal waited
             for _ in range(self.variant.config.steps):
-                waits.append(seconds_of(lambda: found.append(next(self.windows)), "cpu"))
-                self.train_on(found[-1])
+                began = time.perf_counter()
+                window = next(self.windows)
+                waited += time.perf_counter() - began
+                # no more of them: the images or features of all steps take gigabytes
+                found.extend({key: batch[key] for key in ("attention_mask", "image_sizes")} for batch in window)
+                self.train_on(window)
             self.step.check()
 
         seconds = seconds_of(steps, self.device)
-        return sizes_of(sum(found, [])) | {"seconds": seconds, "waited": sum(waits)}
+        return sizes_of(found) | {"seconds": seconds, "waited": waited}
 
 
 def longest_of_each_kind(run: Run) -> list[list[int]]:
