@@ -144,25 +144,29 @@ def main(words: list[str] | None = None) -> int:
         module = imported(place)
         run = getattr(module, run) if isinstance(run, str) else run
         return 1 if run(parse_options(getattr(module, config), words[1:], f"{program} {words[0]}")) is False else 0
+    except (ConnectionResetError, ConnectionRefusedError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        print(f"a process that reads images was killed ({error}): give fewer --workers, or 0", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:  # of `train` with a sentence on how to go on
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         return 128 + getattr(stop, "signal", 2)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        print(f"a process that reads images was killed ({error}): give fewer --workers, or 0", file=sys.stderr)
-        return 2
 
 
 def imported(place: str):
-    """A command's module.  The garbage collector rests meanwhile, and is never to look at what is there then: a
-    million objects that stay, on which it would spend a tenth of a start."""
+    """A command's module.  Where that is the first time, the garbage collector rests meanwhile and never looks at what
+    the imports leave: hundreds of thousands of objects that stay."""
+    name = f"fsc147lib.{place}"
+    if name in sys.modules or not gc.isenabled():
+        return importlib.import_module(name)
+    gc.collect()  # or garbage would stay, too
     gc.disable()
     try:
-        return importlib.import_module(f"fsc147lib.{place}")
+        return importlib.import_module(name)
     finally:
         gc.freeze()
         gc.enable()

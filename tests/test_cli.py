@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import gc
 import importlib
 import inspect
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fsc147lib.__main__ import COMMANDS, main
+from fsc147lib.__main__ import COMMANDS, imported, main
 
 
 @pytest.fixture
@@ -148,3 +149,19 @@ def test_import_makes_a_root_that_check_finds_clean(command, root, tmp_path):
     (tmp_path / "own" / "ImageClasses_FSC147.txt").unlink()
     assert command("check", tmp_path / "own", "--category", "apples")[0] == 0
     assert command("check", tmp_path / "own")[0] == 1
+
+
+def test_a_program_that_calls_main_keeps_its_garbage_collector(monkeypatch):
+    """What imports leave is set aside once; nothing that a program makes later, and only if it collects at all."""
+    frozen = gc.get_freeze_count()
+    assert imported("data.checking") is importlib.import_module("fsc147lib.data.checking")
+    assert gc.isenabled() and gc.get_freeze_count() == frozen  # it was there
+    monkeypatch.setattr(importlib, "import_module", lambda name: gc.isenabled())
+    try:
+        assert imported("new") is False and gc.isenabled() and gc.get_freeze_count() > frozen
+        gc.unfreeze()
+        gc.disable()
+        assert imported("new") is False and not gc.isenabled() and gc.get_freeze_count() == 0
+    finally:
+        gc.unfreeze()
+        gc.enable()

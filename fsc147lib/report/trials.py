@@ -115,7 +115,7 @@ class Trial:
             free_models()  # and what a Trainer's circle of references holds
 
     def begin(self) -> None:
-        """Open the loader; step on the longest images, which tells the memory, and on all kinds of length."""
+        """Open the loader; step on the longest images, for which there must be memory, and on all kinds of length."""
         run, began = self.run, time.perf_counter()
         run.config = replace(run.config, batch_size=self.batch_size)
         run.open_loader(pixels=not run.config.caches_vision)

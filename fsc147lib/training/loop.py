@@ -222,6 +222,7 @@ class Run:
 
     def open_loader(self, pixels: bool) -> None:
         """Open the loader of training batches, with room for all pixels unless the vision cache takes their place."""
+        self.stream: Iterator[Batch] | None = None  # the loader's, once `windows` has begun
         config, (train, val) = self.config, self.samples.values()
         self.store = PixelStore([*train, *val], self.model.image_processor, shared=self.workers > 0) if pixels else None
         self.collate = Collate(self.model.tokenizer, self.model.image_processor, self.store, pixels=pixels)
@@ -229,11 +230,10 @@ class Run:
             [self.collate.lengths(sample) for sample in train], config.batch_size, config.seed, config.flip,
             config.batch_by_size, config.accumulation, self.accelerator.num_processes, config.batch_tokens,
         )  # fmt: skip
-        self.stream: Iterator[Batch] | None = None  # the loader's, once `windows` has begun
         self.loader = self.accelerator.prepare(make_loader(train, self.batches, self.collate, self.workers))
 
     def windows(self, epoch: int, done: int = 0) -> Iterator[list[Batch]]:
-        """Each step's batches of an epoch but the first that are done; what reads ahead goes on into the next epoch."""
+        """Each step's batches of an epoch but those done; who reads ahead goes on into the next, which is to follow."""
         if self.stream is None:
             self.batches.start(epoch, done)
             cache = self.training_step.cache

@@ -217,6 +217,17 @@ def test_a_killed_worker_is_a_sentence(small_root, tmp_path, monkeypatch, capsys
     assert "a process that reads images was killed" in printed and "Traceback" not in printed
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_killed_while_it_hands_over_is_the_same_sentence(small_root, tmp_path, monkeypatch, capsys, error):
+    def train_epoch(self, progress):
+        raise error
+
+    monkeypatch.setattr(training.Run, "train_epoch", train_epoch)
+    words = ("train", "--data", small_root, "--out", tmp_path / "run", "--model", "tiny-random", "--tracking=disabled")
+    assert main([*map(str, words)]) == 2
+    assert "a process that reads images was killed" in capsys.readouterr().err
+
+
 def test_tracking_online_without_a_key(small_root, tmp_path, monkeypatch, capsys):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)

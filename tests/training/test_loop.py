@@ -447,17 +447,32 @@ def test_one_epoch_follows_the_other():
 @pytest.mark.medium
 def test_the_next_epoch_is_read_before_it_begins(config, monkeypatch):
     """The first step after a validation need not wait: its batch is being read as the epoch before ends."""
-    run, read, collate = training.Run(config(epochs=2)), [], Collate.__call__
-    monkeypatch.setattr(
-        Collate, "__call__", lambda self, samples: (read.append(len(samples)), collate(self, samples))[1]
-    )
-    first = list(run.windows(0))
-    assert sum(len(batch["names"]) for step in first for batch in step) == len(run.samples["train"]) < sum(read)
-    stream = run.stream
-    following = list(run.windows(1))
-    assert run.stream is stream and sum(len(step[0]["names"]) for step in following) == len(run.samples["train"])
-    run.open_loader(pixels=True)
-    assert run.stream is None  # as where the vision encoder begins to train: batches of kept features are of no use
+    run, read, collate = training.Run(config(epochs=2, workers=0)), [], Collate.__call__
+
+    def watched(self, samples):
+        read.append([sample.name for sample in samples])
+        return collate(self, samples)
+
+    monkeypatch.setattr(Collate, "__call__", watched)
+    samples = run.samples["train"]
+    wanted = [[samples[i].name for i, _ in batch] for epoch in (0, 1) for (batch,) in run.batches.epoch(epoch)]
+    steps, stream = run.batches.steps, None
+    for epoch in (0, 1):
+        seen = [batch["names"] for (batch,) in run.windows(epoch)]
+        assert seen == wanted[epoch * steps :][:steps] and run.stream is (stream or run.stream)
+        stream = run.stream
+        assert read[: len(wanted)] == wanted[: len(read)] and len(read) > (epoch + 1) * steps
+
+
+@pytest.mark.medium
+def test_processes_that_read_images_change_nothing(config, tmp_path):
+    """Over two epochs, of which they begin the second before the first has ended."""
+    histories = []
+    for workers in (0, 2):
+        train(config(out=tmp_path / str(workers), epochs=2, workers=workers))
+        logged = lines(tmp_path / str(workers))
+        histories.append([{key: line.get(key) for key in ("step", "count_loss", "val")} for line in logged])
+    assert histories[0] == histories[1] and sum("val" in line for line in logged) == 3
 
 
 @pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (4, 1), (2, 2)])
