@@ -6,24 +6,22 @@ forced, so that they can be compared with the training log.  Left out: drawing, 
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data import Sample
 from ..data.fsc147 import MAX_PIXELS, open_split, split_counts
 from ..files import write_json, write_text
-from ..model import Batch, Collate, CountingModel, Heatmap, PixelStore, VisionCache, load_model, method_names, to_device
-from ..model.answers import DeferredCopy, agreement, count_loss, greedy_tokens, longest_answer
-from ..model.device import default_workers, make_accelerator
-from ..model.layers import KeysValues
+from ..model import (
+    Attention, Collate, Compute, CountingModel, Heatmap, PixelStore, VisionCache, choose_compute, default_workers,
+    load_model, make_heatmap, method_names, read_prompts, to_device,
+)  # fmt: skip
+from ..model.answers import count_loss, longest_answer
 from ..model.prompt import parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
 from .metrics import absolute_errors, alignment, constant_baselines, counting_metrics, metrics_by_bin
@@ -52,18 +50,14 @@ class EvaluateConfig:
     precision: Precision = "auto"
     """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     heatmap: str = "attention"
-    """What is held against the target: attention, relative_attention, token_gradient, input_gradient,
-    attention_x_gradient, occlusion (slow), or your own."""
-    heatmap_layer: int = 0
-    """Of token_gradient: the layer that its tokens enter."""
+    """What is held against the target: attention, relative_attention, token_gradient, input_gradient, occlusion (slow),
+    or your own."""
     attention_layers: tuple[int, ...] | None = None
     """Layers of the heatmap; None for four over the second half."""
     attention_heads: tuple[int, ...] | None = None
     """Heads of the heatmap; None for all."""
     workers: int | None = None
     """Processes that read images; None: up to 8 on a GPU, else 0."""
-    compile: bool | None = None
-    """Compile the layers with torch.compile; None: on a GPU."""
     longest: int | None = None
     """Tokens of an answer at the most; None: as "COUNT: " and six digits need.  A model that was never fine-tuned
     talks on: give it 64 where `unparsed_leniently` matters."""
@@ -127,18 +121,18 @@ def evaluate_samples(
     samples: list[Sample],
     batch_size: int = 16,
     heatmap: Heatmap | None = None,
-    accelerator: Accelerator | None = None,
+    compute: Compute | None = None,
     workers: int = 0,
     cache: VisionCache | None = None,
     store: PixelStore | None = None,
     empty_cost: float | None = None,
     longest: int | None = None,
 ) -> Evaluation:
-    """Evaluate a model that is already in memory; it is moved to the accelerator's device, and answers in eval mode.
+    """Evaluate a model that is already in memory; it is moved to the compute's device, and answers in eval mode.
 
     Args:
         heatmap: what is held against the target; None for the attention.
-        accelerator: gives device and precision; None for `make_accelerator("auto")`.
+        compute: device and precision; None for `choose_compute()`.
         workers: processes that read images; with a cache of their features there are none to read.
         store: keeps the images, for another evaluation.
         empty_cost: as in `absolute_errors`.
@@ -153,11 +147,11 @@ def evaluate_samples(
     Raises:
         ValueError: a metric is not finite.
     """
-    accelerator = accelerator or make_accelerator("auto")
-    network, end = model.network.to(accelerator.device), model.tokenizer.eos_token_id
+    compute = compute or choose_compute()
+    network, end = model.network.to(compute.device), model.tokenizer.eos_token_id
     was_training = network.training
     network.eval()
-    heatmap = heatmap or Heatmap(network)
+    heatmap = heatmap or make_heatmap(network)
     collate = Collate(model.tokenizer, model.image_processor, store, pixels=cache is None)
     lengths = [collate.lengths(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: (lengths[i][2], lengths[i]))  # little padding
@@ -167,13 +161,17 @@ def evaluate_samples(
     loader = DataLoader(
         chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available()
     )
-    passes = forced_passes(tqdm(loader, desc="evaluate", leave=False), heatmap, accelerator, cache, end)
     longest = longest or longest_answer(model.tokenizer)
-    found = []  # stays on the device until the end: nothing waits for it
-    for batch, logits, looked, past, agreed in one_ahead(passes):
-        with accelerator.autocast():
-            answers = greedy_tokens(network, batch, logits, past, agreed, longest, end, heatmap.compiled)
-        found.append((answers, count_loss(logits, batch["answer_labels"]), alignment(looked, batch["target"])))
+    found = []  # stays on the device until the end
+    for batch in tqdm(loader, desc="evaluate", leave=False):
+        batch = to_device(batch, compute.device)
+        batch = cache.add_to(batch) if cache else batch
+        with compute.autocast():
+            prompts = read_prompts(network, batch)
+            logits, looked = heatmap.with_logits(batch, prompts=prompts)
+            answers = prompts.greedy(longest, end)
+        loss = count_loss(logits.detach(), batch["answer_labels"])
+        found.append((answers, loss, alignment(looked, batch["target"])))
     network.train(was_training)
     empty_cost = float(np.mean([sample.count for sample in samples])) if empty_cost is None else empty_cost
     results: dict[int, ImageResult] = {}
@@ -198,7 +196,7 @@ def answering_batch_size(batch_size: int, heatmap: Heatmap, batch_tokens: int | 
     needs a backward pass itself.
     """
     passed = min(batch_size, max(1, batch_tokens // longest)) if batch_tokens else batch_size
-    return 2 * passed if heatmap.method == "attention" else passed
+    return 2 * passed if type(heatmap) is Attention else passed
 
 
 def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Evaluation:
@@ -219,43 +217,17 @@ def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Eva
     return Evaluation(metrics, metrics_by_bin(*counts), images)
 
 
-def forced_passes(
-    batches: Iterable[Batch], heatmap: Heatmap, accelerator: Accelerator, cache: VisionCache | None, end: int
-) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, list[KeysValues], DeferredCopy]]:
-    """A pass over each batch with the right answers.
-
-    Returns:
-        The batch on the device, logits [B, A, V], heatmaps [B, 14, 14], each layer's keys and values, `agreement`.
-    """
-    for batch in batches:
-        batch = to_device(batch, accelerator.device)
-        batch = cache.add_to(batch) if cache else batch
-        with accelerator.autocast():
-            logits, looked, trace = heatmap.with_logits(batch, keep_keys=True)
-        past = [(keys.detach(), values.detach()) for keys, values in trace.keys_values]
-        logits, looked, trace = logits.detach(), looked.detach(), None  # and the graph of a gradient heatmap is let go
-        yield batch, logits, looked, past, agreement(batch, logits, end)
-
-
-def one_ahead(items: Iterator) -> Iterator:
-    """The same items, each after the next one was made: so a GPU has the next pass to do while one is waited for."""
-    return (item for item, _ in pairwise(chain(items, [None])))
-
-
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Load a model and evaluate a split; `fsc147lib evaluate` calls this, prints it and writes `json`."""
     samples = open_split(config.data, config.split, config.limit, config.category, None, config.max_pixels)
     model = load_model(config.model)
-    accelerator = make_accelerator(config.precision)
-    compiled = torch.cuda.is_available() if config.compile is None else config.compile
-    heatmap = Heatmap(
-        model.network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer, compiled
-    )
+    compute = choose_compute(config.precision)
+    heatmap = make_heatmap(model.network, config.heatmap, config.attention_layers, config.attention_heads)
     workers = default_workers() if config.workers is None else config.workers
     training = split_counts(config.data)
     empty_cost = float(np.mean(training)) if training else None
     result = evaluate_samples(
-        model, samples, config.batch_size, heatmap, accelerator, workers, empty_cost=empty_cost, longest=config.longest
+        model, samples, config.batch_size, heatmap, compute, workers, empty_cost=empty_cost, longest=config.longest
     )
     if training:
         result.baselines = constant_baselines(training, [sample.count for sample in samples])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..data import Sample, kl_divergence, resample_map
 from ..data.targets import centre_blob
-from ..model import Batch, CountingModel, Heatmap, look, make_accelerator, mean_map, method_names
+from ..model import Batch, CountingModel, choose_compute, look, make_heatmap, mean_map, method_names
 from ..model.looking import Whose, answered_batches
 from ..model.occlusion import hidden_log_probabilities
 from .metrics import alignment, bootstrap_interval, correlation
@@ -74,11 +74,11 @@ def measure_maps(
     Returns:
         Of each method; of the target itself, held against the model; of a random order, and of CHANCE.
     """
-    accelerator = make_accelerator("auto")
+    compute = choose_compute()
     methods, rng = list(method_names() if methods is None else methods), np.random.default_rng(0)
-    batches = list(answered_batches(model, samples, accelerator, answer=answer))
+    batches = [batch for batch, _ in answered_batches(model, samples, compute, answer=answer)]
     target = torch.stack([torch.from_numpy(sample.target) for sample in samples])
-    with accelerator.autocast():
+    with compute.autocast():
         maps = {name: _maps(model.network, batches, name) for name in tqdm(methods, desc="maps", leave=False)}
         uniform = torch.full_like(target, 1 / target[0].numel())
         chance = (uniform, centre_blob(target, 1 / 4), target.roll(1, dims=0))
@@ -101,7 +101,7 @@ def measure_maps(
 
 
 def _maps(network, batches: list[Batch], method: str) -> torch.Tensor:
-    return torch.cat([Heatmap(network, method)(batch).float().cpu() for batch in batches])
+    return torch.cat([make_heatmap(network, method)(batch).float().cpu() for batch in batches])
 
 
 def token_curves(network, batches: list[Batch], maps: torch.Tensor, steps: int) -> np.ndarray:

@@ -6,9 +6,9 @@ Left out: whether answer and heatmap are right (`evaluation`), and how they beco
 
 from .answers import count_loss
 from .collate import Batch, Collate, select_rows, to_device
-from .device import default_workers, make_accelerator
-from .forward import Trace, answer_logits
-from .heatmaps import METHODS, Heatmap, default_layers, method_names, register, visual_mass
+from .device import Compute, choose_compute, default_workers
+from .forward import answer_logits, read_prompts
+from .heatmaps import METHODS, Attention, Heatmap, default_layers, digits_mass, make_heatmap, method_names, register
 from .load import load_model
 from .looking import Look, corner_share, look, mean_map
 from .network import CountingModel, ModelError
@@ -18,8 +18,9 @@ from .prediction import Prediction, count_without, predict, predict_samples
 from .vision_cache import VisionCache
 
 __all__ = [
-    "METHODS", "Batch", "Collate", "CountingModel", "Heatmap", "Look", "ModelError", "Occlusion", "PixelStore",
-    "Prediction", "Trace", "VisionCache", "answer_logits", "corner_share", "count_loss", "count_without",
-    "default_layers", "default_workers", "load_model", "look", "make_accelerator", "mean_map", "method_names",
-    "occlude", "predict", "predict_samples", "register", "select_rows", "to_device", "visual_mass",
+    "METHODS", "Attention", "Batch", "Collate", "Compute", "CountingModel", "Heatmap", "Look", "ModelError", "Occlusion",
+    "PixelStore", "Prediction", "VisionCache", "answer_logits", "choose_compute", "corner_share", "count_loss", "count_without",
+    "default_layers", "default_workers", "digits_mass", "load_model", "look", "make_heatmap",
+    "mean_map", "method_names", "occlude", "predict", "predict_samples", "read_prompts", "register", "select_rows",
+    "to_device",
 ]  # fmt: skip

@@ -5,51 +5,47 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
 
-from ..options import ConfigError
+from ..options import ConfigError, Precision
 
 
-class OwnAccelerator(Accelerator):
-    """An accelerator that keeps its precision: accelerate's own looks it up in a state that the newest one has set."""
+@dataclass(frozen=True)
+class Compute:
+    """Where passes run, and how wide their products are; weights keep their type."""
 
-    def autocast(self, *args, **kwargs):
-        AcceleratorState._shared_state = self.state.__dict__
-        return super().autocast(*args, **kwargs)
+    device: torch.device
+    precision: Literal["fp32", "bf16", "fp16"]
 
-    def prepare(self, *args, **kwargs):
-        AcceleratorState._shared_state = self.state.__dict__
-        return super().prepare(*args, **kwargs)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def autocast(self) -> torch.autocast:
+        """Within, products are computed in `dtype`."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """Device and precision; weights keep their type.  fp16 without a GPU is a ConfigError.
+def choose_compute(precision: Precision = "auto") -> Compute:
+    """The GPU if there is one, else the CPU.  "auto" is bf16 on a GPU that has it, fp16 on an older one, fp32 elsewhere.
 
-    "bf16" or "fp16" is autocast (fp16 with a loss scale), "fp32" none; "auto" is bf16 on a GPU that has it, fp16 on
-    an older one, fp32 elsewhere.  Switches cuDNN's attention off, in this whole process.
+    A ConfigError where fp16 is asked for without a GPU.
     """
-    on_gpu, on_mac = torch.cuda.is_available(), torch.backends.mps.is_available()
-    # it plans anew for each length: 0.26 of the 0.6 s that an H100's host took for a step of 64 images (docs/speed.md)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    on_gpu = torch.cuda.is_available()
     if precision == "auto":
-        narrow = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        narrow: Literal["bf16", "fp16"] = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         precision = narrow if on_gpu else "fp32"
     if precision == "fp16" and not on_gpu:
         raise ConfigError("precision (--precision) is fp16, but must be fp32 or bf16 without an NVIDIA GPU")
-    if on_mac:
+    if torch.backends.mps.is_available():
         warnings.warn("Apple's MPS was never tried with this library, so it computes on the CPU", stacklevel=2)
-    AcceleratorState._shared_state = {}  # not emptied: that would change the precision of who has the one before
-    return OwnAccelerator(
-        cpu=on_mac,
-        mixed_precision="no" if precision == "fp32" else precision,
-        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=on_gpu),  # `SizeBatches` does
-    )
+    return Compute(torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"), precision)
 
 
 def default_workers() -> int:

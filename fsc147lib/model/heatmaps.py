@@ -1,47 +1,77 @@
-"""Where the model looks: several methods, one signature, each a [B, 14, 14] heatmap that sums to 1.
+"""Where the model looks: several methods, one class each, each a [B, 14, 14] heatmap that sums to 1.
 
-All are moved to 14x14 by exact areas and renormalised, and those that are `trainable` can keep their graph, so that a
-loss on them trains the network.  A new method is a function given to `register`, from any file.
-
-Left out: the losses, how attention rows are computed (`layers`), and looking at samples (`looking`).
+Maps on the token grid are moved to 14x14 by exact areas and scaled to sum 1.  Those of a `trainable` method can keep
+their graph, so that a loss on them trains the network.  A method of one's own is a subclass given to `register`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 
 from ..options import ConfigError
 from .answers import digits_score
 from .collate import Batch
-from .forward import VISION, Trace, answer_logits, continue_pass, normalised_pixels
-from .gradient_difference import gradients_by_difference
+from .forward import Prompts, Rows, answer_logits, encode_images, normalised_pixels
 
 
-class Method(NamedTuple):
-    """The arguments of `register`."""
-
-    function: Callable
-    trainable: bool
-    every: int
-    images: int | None
-
-
-METHODS: dict[str, Method] = {}
-
-
-def register(name: str, function: Callable, trainable: bool = True, every: int = 1, images: int | None = None) -> None:
-    """Make a heatmap method known under a name, to `Heatmap`, `TrainConfig(heatmap=name)` and `evaluate --heatmap`.
+class Heatmap:
+    """One way to look; a subclass has a `name` and computes `mass`.
 
     Args:
-        name: a known one is replaced.
-        function: `(heatmap, batch, create_graph, **kwargs) -> logits [B, A, V], mass [B, 14, 14], trace`, logits
-            and trace from one `answer_logits(heatmap.network, batch, ..., **kwargs)`.  The mass is non-negative,
-            and is scaled to sum 1 afterwards; with `create_graph` it has a gradient with respect to the weights.
-        trainable: whether it has.
+        network: a Qwen3-VL (`load_model`).
+
+    Attributes:
+        trainable: whether the mass has a useful gradient with respect to the weights.
         every, images: of `TrainConfig`, by default: look on each K-th step, at so many images of a batch (None: all).
     """
-    METHODS[name] = Method(function, trainable, every, images)
+
+    name: str
+    trainable = True
+    every = 1
+    images: int | None = None
+
+    def __init__(self, network):
+        self.network = network
+
+    def mass(
+        self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The answer's logits [B, A, V] and a non-negative mass [B, 14, 14] of any sum above 0.
+
+        With `create_graph` the mass has a gradient with respect to the weights.  `prompts`, where given, has read
+        the batch's questions, images and all.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how its mass is computed")
+
+    def with_logits(
+        self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The answer's logits [B, A, V] and the heatmap [B, 14, 14], non-negative, each summing to 1.
+
+        With `create_graph` the heatmap has a graph, or a ConfigError says that the method cannot be trained; the
+        logits have theirs wherever gradients are on.
+        """
+        if create_graph and not self.trainable:
+            choices = ", ".join(method_names(trainable=True))
+            raise ConfigError(f"{self.name} is for looking, it has no useful gradient; train with one of {choices}")
+        logits, mass = self.mass(batch, create_graph, prompts)
+        if not create_graph:
+            mass = mass.detach()
+        return logits, mass / mass.sum(dim=(1, 2), keepdim=True)
+
+    def __call__(self, batch: Batch, create_graph: bool = False) -> torch.Tensor:
+        """The heatmap alone."""
+        return self.with_logits(batch, create_graph)[1]
+
+
+METHODS: dict[str, type[Heatmap]] = {}
+
+
+def register(method: type[Heatmap]) -> type[Heatmap]:
+    """Make a method known under its name to `train`, `evaluate`, `look` and the notebooks; a known one is replaced."""
+    METHODS[method.name] = method
+    return method
 
 
 def method_names(trainable: bool = False) -> tuple[str, ...]:
@@ -49,88 +79,31 @@ def method_names(trainable: bool = False) -> tuple[str, ...]:
     return tuple(name for name, method in METHODS.items() if method.trainable or not trainable)
 
 
-class Heatmap:
-    """A method with its choices; call it with a batch.
-
-    Args:
-        network: a Qwen3-VL (`load_model`).
-        method: a name in METHODS.
-        layers, heads: whose attention is averaged; None for `default_layers` and all heads.
-        state_layer: of `token_gradient`: the layer whose incoming hidden states are looked at, from 0, the visual
-            embeddings themselves.  The higher, the less of the network has to be differentiated twice.
-        compiled: compile the layers in passes through the network.
-        gradient_method: of `token_gradient`, how it is trained: "exact", or by "difference" (`gradient_difference`),
-            whose logits have no gradient of their own.
-
-    Raises:
-        ConfigError: no such method, layer or head.
-    """
-
-    def __init__(
-        self,
-        network,
-        method: str = "attention",
-        layers: tuple[int, ...] | None = None,
-        heads: tuple[int, ...] | None = None,
-        state_layer: int = 0,
-        compiled: bool = False,
-        gradient_method: str = "exact",
-    ):
-        text = network.config.text_config
-        depth, width = text.num_hidden_layers, text.num_attention_heads
-        if method not in METHODS:
-            raise ConfigError(f"heatmap is {method!r}, but must be one of {', '.join(METHODS)}")
-        if not 0 <= state_layer < depth:
-            raise ConfigError(f"heatmap_layer is {state_layer}, but this model has 0 to {depth - 1}")
-        for name, chosen, number in (("attention_layers", layers, depth), ("attention_heads", heads, width)):
-            if chosen is not None and not (chosen and all(0 <= one < number for one in chosen)):
-                has = f"this model has 0 to {number - 1}: choose at least one of them"
-                raise ConfigError(f"{name} is {chosen}, but {has}")
-        self.network, self.method, self.heads, self.state_layer = network, method, heads, state_layer
-        self.layers, self.compiled = layers or default_layers(depth), compiled
-        self.by_difference = method == "token_gradient" and gradient_method == "difference"
-
-    def __call__(self, batch: Batch, create_graph: bool = False) -> torch.Tensor:
-        """One forward pass and its heatmap [B, 14, 14], non-negative, each summing to 1; see `with_logits`."""
-        return self.with_logits(batch, create_graph)[1]
-
-    def with_logits(
-        self, batch: Batch, create_graph: bool = False, keep_keys: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, Trace]:
-        """One forward pass: the answer's logits [B, A, V], the heatmap [B, 14, 14], and the trace.
-
-        With `create_graph` the heatmap is differentiable with respect to the network's weights, or a ConfigError says
-        that the method cannot be trained; the logits' graph is kept wherever gradients are on.
-        """
-        method = METHODS[self.method]
-        if create_graph and not method.trainable:
-            choices = ", ".join(method_names(trainable=True))
-            raise ConfigError(f"{self.method} is for looking, it has no useful gradient; train with one of {choices}")
-        logits, mass, trace = method.function(self, batch, create_graph, compiled=self.compiled, keep_keys=keep_keys)
-        if not create_graph:
-            mass = mass.detach()
-        return logits, mass / mass.sum(dim=(1, 2), keepdim=True), trace
-
-    def mean_rows(self, rows: dict[int, torch.Tensor]) -> torch.Tensor:
-        """[B, A, T], the mean of the chosen layers' and heads' rows [B, H, A, T]."""
-        stacked = torch.stack([rows[layer] for layer in self.layers])  # [L, B, H, A, T]
-        return (stacked if self.heads is None else stacked[:, :, list(self.heads)]).mean(dim=(0, 2))
+def make_heatmap(
+    network, name: str = "attention", layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None
+) -> Heatmap:
+    """A method by its name; `layers` and `heads` are for methods that read attention.  A ConfigError says what is wrong."""
+    if name not in METHODS:
+        raise ConfigError(f"heatmap is {name!r}, but must be one of {', '.join(METHODS)}")
+    if layers is None and heads is None:
+        return METHODS[name](network)
+    if not issubclass(METHODS[name], Attention):
+        raise ConfigError(f"{name} has no layers and heads to choose: leave attention_layers and attention_heads out")
+    return METHODS[name](network, layers, heads)
 
 
-def default_layers(depth: int) -> tuple[int, ...]:
-    """About four layers, evenly over the second half of the language model, where answers are put together."""
-    return tuple(range(depth // 2, depth, max(1, depth // 7)))
+# --- From the token grid to 14x14
 
 
 def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Attention mass on all positions [B, ..., T] moved to the cells of the 14x14 grid: [B, ..., 14, 14].
+    """Mass on all positions [B, ..., T] moved to the cells of the 14x14 grid: [B, ..., 14, 14].
 
-    The sum is the mass on visual tokens, the rest went to text; it is not renormalised.
+    The sum is the mass on visual tokens; the rest went to text.  Rows may end before T, behind the image.
     """
-    shape = (len(rows), *(1,) * (rows.ndim - 2))
-    along_y, along_x = (batch[key].to(rows).unflatten(0, shape) for key in ("row_weights", "column_weights"))
+    shape, length = (len(rows), *(1,) * (rows.ndim - 2)), rows.shape[-1]
+    along_y, along_x = (batch[key][..., :length].to(rows).unflatten(0, shape) for key in ("row_weights", "column_weights"))
     with torch.autocast(rows.device.type, enabled=False):  # in bf16 the product would lose mass
-        return (along_y * rows.unsqueeze(-2)) @ along_x.transpose(-1, -2)
+        return (along_y * rows[..., : along_y.shape[-1]].unsqueeze(-2)) @ along_x.transpose(-1, -2)
 
 
 def digits_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -139,115 +112,139 @@ def digits_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
     return visual_mass((weights.unsqueeze(-1) * rows).sum(dim=-2), batch)
 
 
-def layer_head_maps(trace: Trace, batch: Batch, layers: tuple[int, ...]) -> torch.Tensor:
-    """Attention mass on the image of each traced layer and head while the digits are predicted: [B, L, H, 14, 14]."""
-    return digits_mass(torch.stack([trace.rows[layer] for layer in layers], dim=1), batch)
+def layer_head_maps(rows: Rows, batch: Batch, layers: tuple[int, ...]) -> torch.Tensor:
+    """Attention mass on the image of each layer and head while the digits are predicted: [B, L, H, 14, 14]."""
+    return digits_mass(torch.stack([rows[layer] for layer in layers], dim=1), batch)
 
 
-# --- Methods, see `register`
+def tokens_mass(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """`visual_mass` of values of the V visual tokens: [V] -> [B, 14, 14]."""
+    empty = tokens.new_zeros(batch["input_ids"].numel())
+    return visual_mass(empty.index_copy(0, batch["visual_index"], tokens).view(batch["input_ids"].shape), batch)
 
 
-def attention_mass(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
-    """Attention mass from the digits' positions, averaged over digits, layers and heads.
+# --- Methods
+
+
+def default_layers(depth: int) -> tuple[int, ...]:
+    """About four layers, evenly over the second half of the language model, where answers are put together."""
+    return tuple(range(depth // 2, depth, max(1, depth // 7)))
+
+
+@register
+class Attention(Heatmap):
+    """Attention mass from the positions that predict the digits, averaged over digits, layers and heads.
 
     Only the answer's query rows are computed a second time, so this costs next to nothing.
+
+    Args:
+        layers, heads: None for `default_layers` and all heads; a ConfigError where the model has no such.
     """
-    logits, trace = answer_logits(heatmap.network, batch, rows_of=heatmap.layers, **kwargs)
-    return logits, digits_mass(heatmap.mean_rows(trace.rows), batch), trace
+
+    name = "attention"
+
+    def __init__(self, network, layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None):
+        super().__init__(network)
+        text = network.config.text_config
+        for name, chosen, number in (
+            ("attention_layers", layers, text.num_hidden_layers), ("attention_heads", heads, text.num_attention_heads)
+        ):  # fmt: skip
+            if chosen is not None and not (chosen and all(0 <= i < number for i in chosen)):
+                raise ConfigError(f"{name} is {chosen}, but this model has 0 to {number - 1}: choose at least one")
+        self.layers, self.heads = layers or default_layers(text.num_hidden_layers), heads
+
+    def mean_rows(self, rows: Rows) -> torch.Tensor:
+        """[B, A, K], the mean of the chosen layers' and heads' rows [B, H, A, K]."""
+        stacked = torch.stack([rows[layer] for layer in self.layers])  # [L, B, H, A, K]
+        return (stacked if self.heads is None else stacked[:, :, list(self.heads)]).mean(dim=(0, 2))
+
+    def mass(self, batch, create_graph=False, prompts=None):
+        if prompts is None:
+            logits, rows = answer_logits(self.network, batch, rows_of=self.layers)
+        else:
+            logits, rows = prompts.read_answers(batch, self.layers)
+        return logits, digits_mass(self.mean_rows(rows), batch)
 
 
-def relative_attention(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
+@register
+class RelativeAttention(Attention):
     """`attention` over that for a neutral question (`prompt.NEUTRAL`), cell by cell: what is there anyhow cancels.
 
     After Zhang et al., "MLLMs Know Where to Look" (ICLR 2025).  The neutral attention is that of the position where
-    an answer would begin.  The image comes before the question, so its keys are the same, and only the
-    question is computed anew.
+    an answer would begin.
     """
-    logits, mass, trace = attention_mass(heatmap, batch, create_graph, **{**kwargs, "keep_keys": True})
-    length = batch["input_ids"].shape[1]
-    places = torch.arange(length, device=mass.device)
-    end = (places * batch["mm_token_type_ids"]).amax(dim=1, keepdim=True) + 1  # [B, 1] the first place after the image
-    tail = batch["neutral_tail"].expand(len(end), -1)  # [B, S]
-    steps = torch.arange(tail.shape[1], device=mass.device)
-    position_ids = batch["position_ids"].gather(2, end.expand(3, -1, -1)) + steps  # [3, B, S]
-    image = (places < end)[:, None].expand(-1, len(steps), -1)  # [B, S, T]
-    seen = torch.cat([image, (steps <= steps[:, None]).expand(len(end), -1, -1)], dim=2)[:, None]
-    with torch.no_grad():
-        _, rows = continue_pass(
-            heatmap.network, tail, position_ids, seen, list(trace.keys_values), rows_of=heatmap.layers,
-            compiled=heatmap.compiled,
-        )  # fmt: skip
-    neutral = visual_mass(heatmap.mean_rows(rows)[:, -1, :length], batch)
-    return logits, mass / neutral.clamp_min(torch.finfo(neutral.dtype).tiny), trace
+
+    name, trainable = "relative_attention", False
+
+    def mass(self, batch, create_graph=False, prompts=None):
+        logits, mass = super().mass(batch, prompts=prompts)
+        with torch.no_grad():
+            _, rows = answer_logits(self.network, with_neutral_question(batch), rows_of=self.layers)
+        neutral = visual_mass(self.mean_rows(rows)[:, 0], batch)
+        return logits, mass / neutral.clamp_min(torch.finfo(neutral.dtype).tiny)
 
 
-def token_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
-    """|g * e| of each visual token, summed over channels: its state e entering a layer, and the digits' gradient g.
+def with_neutral_question(batch: Batch) -> Batch:
+    """The batch with the neutral question behind each image, and the place where its answer begins as the answer."""
+    tail = batch["neutral_tail"]  # [S]
+    room = F.pad(batch["input_ids"], (0, len(tail)))  # [B, T + S]
+    places = torch.arange(room.shape[1], device=room.device)
+    visual = F.pad(batch["mm_token_type_ids"], (0, len(tail)))
+    steps = places - (places * visual).amax(dim=1, keepdim=True) - 1  # [B, T + S] how far behind the image
+    ids = torch.where(steps < 0, room, tail[steps.clamp(0, len(tail) - 1)])
+    positions = F.pad(batch["position_ids"], (0, len(tail)))  # [3, B, T + S]
+    first = positions.gather(2, (steps < 0).sum(dim=1)[None, :, None].expand(3, -1, -1))  # [3, B, 1]
+    ends = (steps == len(tail) - 1).int().argmax(dim=1, keepdim=True)  # [B, 1]
+    changed = {"input_ids": ids, "position_ids": torch.where(steps < 0, positions, first + steps), "answer_positions": ends}
+    return cast(Batch, {**batch, **changed})
 
-    The gradient is that of their log-probability (gradient x input: Shrikumar et al., 2016).  Deepstack
-    features that are added after that layer count as parts of e.  The product is taken channel by channel:
-    layers read a state only after normalising it, so that g . e, the effect of scaling the whole state,
-    vanishes towards the last layers.
+
+@register
+class TokenGradient(Heatmap):
+    """|g * e| of each visual token, summed over channels: its features e, and the digits' gradient g.
+
+    The gradient is that of their log-probability (gradient x input: Shrikumar et al., 2016).  Features that enter
+    through deepstack count as parts of e.  The product is taken channel by channel: layers read a state only after
+    normalising it, so that g . e, the effect of scaling the whole state, vanishes towards the last layers.
     """
-    with torch.enable_grad():
-        if create_graph and heatmap.by_difference:
-            logits, trace, inputs, gradients = gradients_by_difference(heatmap, batch, **kwargs)
-        else:
-            kwargs |= {"gradient_from": heatmap.state_layer, "create_graph": create_graph}
-            logits, trace = answer_logits(heatmap.network, batch, **kwargs)
-            inputs, gradients = trace.inputs, _gradients(logits, batch, trace.inputs, create_graph)
-        products = ((x * gradient).abs().sum(dim=-1) for x, gradient in zip(inputs, gradients, strict=True))
-        hidden, *deepstack = products  # [B, T], [V] each
-        tokens = hidden.flatten()[batch["visual_index"]] + sum(deepstack)  # [V]
-    return logits, _tokens_mass(tokens, batch), trace
+
+    name, every, images = "token_gradient", 32, 8  # fewer looks, for they are dear (notebook 02)
+
+    def mass(self, batch, create_graph=False, prompts=None):
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # compiled graphs are walked back once
+            features = [differentiable(x) for x in encode_images(self.network, batch)]  # [V, C] each
+            logits, _ = answer_logits(self.network, batch, features=features, second_derivative=create_graph)
+            gradients = digits_gradient(logits, batch, features, create_graph)
+            tokens = sum((x * g).abs().sum(dim=-1) for x, g in zip(features, gradients, strict=True))  # [V]
+        return logits, tokens_mass(tokens, batch)
 
 
-def input_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
+@register
+class InputGradient(Heatmap):
     """|gradient| of the digits' log-probability with respect to the pixels, summed over each visual token's pixels.
 
     The first script's heatmap.  To train it the whole network is differentiated twice, frozen or not.
     """
-    pixels = normalised_pixels(batch).detach().requires_grad_()  # [P, 3 * 2 * 16 * 16]
-    batch = {**batch, "pixel_values": pixels}
-    with torch.enable_grad():
-        logits, trace = answer_logits(heatmap.network, batch, gradient_from=VISION, create_graph=create_graph, **kwargs)
-        (gradient,) = _gradients(logits, batch, [pixels], create_graph)
-        merged = heatmap.network.config.vision_config.spatial_merge_size**2
-        tokens = gradient.abs().sum(dim=-1).unflatten(0, (-1, merged)).sum(dim=-1)  # [V]: patches come token by token
-    return logits, _tokens_mass(tokens, batch), trace
+
+    name, every, images = "input_gradient", 64, 4
+
+    def mass(self, batch, create_graph=False, prompts=None):
+        pixels = normalised_pixels(batch).detach().requires_grad_()  # [P, 3 * 2 * 16 * 16]
+        batch = cast(Batch, {**batch, "pixel_values": pixels})
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            logits, _ = answer_logits(self.network, batch, second_derivative=create_graph)
+            (gradient,) = digits_gradient(logits, batch, [pixels], create_graph)
+        patches = self.network.config.vision_config.spatial_merge_size**2
+        tokens = gradient.abs().sum(dim=-1).unflatten(0, (-1, patches)).sum(dim=-1)  # [V]: patches come token by token
+        return logits, tokens_mass(tokens, batch)
 
 
-def attention_x_gradient(heatmap: Heatmap, batch: Batch, create_graph: bool, **kwargs):
-    """Attention that helps: each probability times its gradient where that is positive, averaged over heads.
-
-    After Chefer et al., "Generic Attention-model Explainability" (ICCV 2021), without their roll-out.  Its sign
-    changes leave no useful gradient to train with.
-    """
-    kwargs |= {"rows_of": heatmap.layers, "rows_in_output": True, "gradient_from": min(heatmap.layers)}
-    with torch.enable_grad():
-        logits, trace = answer_logits(heatmap.network, batch, **kwargs)
-        gradients = _gradients(logits, batch, list(trace.rows.values()), False)
-    both = zip(trace.rows.items(), gradients, strict=True)
-    helpful = {layer: (row * gradient).relu() for (layer, row), gradient in both}
-    return logits, digits_mass(heatmap.mean_rows(helpful), batch), trace
+def differentiable(x: torch.Tensor) -> torch.Tensor:
+    """x itself where a gradient can reach it; else, below frozen weights, a new leaf of the same values."""
+    return x if x.requires_grad else x.detach().requires_grad_()
 
 
-# Spread over K steps the gradient methods cost at most 6.5 % (notebook 02); more images would not fit beside a batch.
-register("attention", attention_mass)
-register("relative_attention", relative_attention, trainable=False)
-register("token_gradient", token_gradient, every=32, images=8)
-register("input_gradient", input_gradient, every=64, images=4)
-register("attention_x_gradient", attention_x_gradient, trainable=False)
-
-
-def _gradients(logits, batch: Batch, inputs: list[torch.Tensor], create_graph: bool) -> list[torch.Tensor]:
+def digits_gradient(logits, batch: Batch, inputs: list[torch.Tensor], create_graph: bool) -> tuple[torch.Tensor, ...]:
     """Gradients of the digits' log-probability; samples do not meet, so the sum over the batch serves them all."""
     score = digits_score(logits, batch).sum()
-    return list(torch.autograd.grad(score, inputs, create_graph=create_graph, retain_graph=True))
-
-
-def _tokens_mass(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """`visual_mass` of values of the visual tokens [V]: [B, 14, 14]."""
-    empty = tokens.new_zeros(batch["input_ids"].numel())
-    rows = empty.index_copy(0, batch["visual_index"], tokens).view(batch["input_ids"].shape)
-    return visual_mass(rows, batch)
+    return torch.autograd.grad(score, inputs, create_graph=create_graph, retain_graph=True)

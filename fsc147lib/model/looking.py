@@ -12,16 +12,15 @@ from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..data import Sample
 from ..options import ConfigError
 from .answers import own_answers
 from .collate import Batch, Collate, to_device
-from .device import make_accelerator
-from .forward import Trace, answer_logits
-from .heatmaps import Heatmap, layer_head_maps
+from .device import Compute, choose_compute
+from .forward import Prompts, read_prompts
+from .heatmaps import Attention, layer_head_maps, make_heatmap
 from .network import CountingModel
 from .pixels import PixelStore
 from .prompt import parse_count
@@ -72,7 +71,7 @@ def look(
     """Where a model looks on some samples while it answers.
 
     Args:
-        model: is moved to this machine's accelerator, if it has one, and put in eval mode.
+        model: is moved to this machine's GPU, if it has one, and put in eval mode.
         samples: with images.
         layers, heads: whose attention; None for `default_layers` and all heads.  The gradient methods and
             `occlusion` have none to choose.
@@ -88,17 +87,17 @@ def look(
     Raises:
         ConfigError: no such method, layer, head or word.
     """
-    accelerator = make_accelerator("auto")
-    heatmap = Heatmap(model.network, method, layers, heads)
+    compute = choose_compute()
+    heatmap = make_heatmap(model.network, method, layers, heads)
     maps, answers = [], []
-    for batch in answered_batches(model, samples, accelerator, batch_size, answer, word):
-        with accelerator.autocast():
-            if method == "attention":
-                _, trace = answer_logits(model.network, batch, rows_of=heatmap.layers)
-                found = layer_head_maps(trace, batch, heatmap.layers)
+    for batch, prompts in answered_batches(model, samples, compute, batch_size, answer, word):
+        with compute.autocast():
+            if type(heatmap) is Attention:
+                _, rows = prompts.read_answers(batch, heatmap.layers)
+                found = layer_head_maps(rows, batch, heatmap.layers)
                 found = found if heads is None else found[:, :, list(heads)]
             else:
-                found = heatmap(batch)
+                found = heatmap.with_logits(batch, prompts=prompts)[1]
         maps.append(found.float().cpu())
         answers += answer_texts(model, batch)
     return Look(torch.cat(maps), answers, answer)
@@ -107,36 +106,27 @@ def look(
 def answered_batches(
     model: CountingModel,
     samples: list[Sample],
-    accelerator: Accelerator,
+    compute: Compute,
     batch_size: int = 16,
     answer: Whose = "own",
     word: Word = "all",
-) -> Iterator[Batch]:
-    """Batches of the samples in their order, with the answers and the word that is looked at; see `look`."""
-    for truth, answered, *_ in ask(model, samples, accelerator, batch_size, answer == "own"):
-        yield with_word(answered if answer == "own" else truth, word)
-
-
-def ask(
-    model: CountingModel, samples: list[Sample], accelerator: Accelerator, batch_size: int, own: bool = True
-) -> Iterator[tuple[Batch, Batch | None, torch.Tensor | None, Trace | None]]:
-    """Batches of the samples, put to a model that is moved to the accelerator and set to eval mode.
-
-    Of each the batch with the true answers; with `own` also that with the model's own, and logits [B, A, V] and trace,
-    with all keys, of the pass over the true ones.
+) -> Iterator[tuple[Batch, Prompts]]:
+    """Batches of the samples in their order, with the answers and the word that is looked at (see `look`), and the
+    questions as the model has read them.  The model is moved to the compute's device and set to eval mode.
     """
-    model.network.to(accelerator.device).eval()
+    network = model.network.to(compute.device).eval()
     collate = Collate(model.tokenizer, model.image_processor)
     for start in tqdm(range(0, len(samples), batch_size), desc="pictures", leave=False):
         chunk = samples[start : start + batch_size]
         collate.store = PixelStore(chunk, model.image_processor)
-        truth = to_device(collate(chunk), accelerator.device)
-        if not own:
-            yield truth, None, None, None
-            continue
-        with accelerator.autocast():
-            answers, logits, trace = own_answers(model, truth)
-        yield truth, to_device(collate(chunk, answers), accelerator.device), logits, trace
+        batch = to_device(collate(chunk), compute.device)
+        with compute.autocast():
+            if answer == "true":
+                prompts = read_prompts(network, batch)
+            else:
+                answers, prompts = own_answers(model, batch)
+                batch = to_device(collate(chunk, answers), compute.device)
+        yield with_word(batch, word), prompts
 
 
 def with_word(batch: Batch, word: Word) -> Batch:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ..files import new_folder
+from .attention import IMPLEMENTATIONS
 
 
 class ModelError(ValueError):
@@ -54,6 +55,9 @@ class CountingModel:
     image_processor: Qwen2VLImageProcessorPil
     recipe: Recipe = field(default_factory=Recipe)
 
+    def __post_init__(self):
+        self.network.set_attn_implementation(IMPLEMENTATIONS)
+
     def save(self, folder: str | Path) -> None:
         """Write weights (safetensors), config, tokenizer and image processor, all or nothing.
 
@@ -68,6 +72,22 @@ class CountingModel:
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         (folder / Recipe.FILE).write_text(json.dumps(asdict(self.recipe)))
+
+
+def compile_layers(network: Qwen3VLForConditionalGeneration, rows_of: tuple[int, ...] = ()) -> None:
+    """Compile the layers, each kind once for all sizes; a saved or copied network is not compiled.
+
+    The attention rows of layers `rows_of` leave by a hook, so of these layers only the parts around it are compiled.
+    Raises torch's public limit of kinds: passes with a gradient and without, of text, images and parts, make a dozen.
+    """
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 32)
+    parts = list(network.model.visual.blocks)
+    for i, layer in enumerate(network.model.language_model.layers):
+        attention = layer.self_attn
+        norms = layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm
+        parts += [layer.mlp, *norms] if i in rows_of else [layer]
+    for part in parts:
+        part.compile(dynamic=True)
 
 
 def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> None:

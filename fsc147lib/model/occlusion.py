@@ -16,10 +16,11 @@ import torch
 from ..data import GRID, Fill, Sample
 from ..data.hiding import covers, hide_cells
 from ..options import ConfigError
-from .answers import count_log_probabilities, digits_score, number_tokens
+from .answers import digits_score
 from .collate import Batch, select_rows
-from .device import make_accelerator
-from .forward import answer_logits
+from .counts import count_log_probabilities
+from .device import choose_compute
+from .forward import answer_logits, read_prompts
 from .heatmaps import Heatmap, register
 from .looking import answer_texts, answered_batches
 from .network import CountingModel
@@ -60,36 +61,36 @@ def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fi
 
 
 @torch.no_grad()
-def hidden_log_probabilities(
-    network, batch: Batch, cells: list[torch.Tensor], fill: Fill = "grey", compiled: bool = False
-) -> list[torch.Tensor]:
+def hidden_log_probabilities(network, batch: Batch, cells: list[torch.Tensor], fill: Fill = "grey") -> list[torch.Tensor]:
     """Log-probability of each image's answer (`digits_score`) when cells [N, rows, columns] of it are hidden: [N]."""
 
     def scores(row: int, choices: torch.Tensor) -> torch.Tensor:
         hidden = hide_in_batch(network, batch, row, choices, fill)
-        return torch.cat([digits_score(answer_logits(network, one, compiled=compiled)[0], one) for one in hidden])
+        return torch.cat([digits_score(answer_logits(network, one)[0], one) for one in hidden])
 
     return [scores(row, choices) for row, choices in enumerate(cells)]
 
 
-def occlusion_mass(
-    heatmap: Heatmap, batch: Batch, create_graph: bool, fill: Fill = "grey", window: int = WINDOW, **kwargs
-):
+@register
+class OcclusionMap(Heatmap):
     """How far the log-probability of the digits falls when a window of cells is hidden, 0 where it rises.
 
     A cell has the mean of the windows that cover it (Zeiler and Fergus, "Visualizing and Understanding
-    Convolutional Networks", ECCV 2014).  To hide otherwise, register `partial(occlusion_mass, fill="blur", window=4)`.
+    Convolutional Networks", ECCV 2014).  A subclass with another `fill` or `window` hides otherwise.
     """
-    logits, trace = answer_logits(heatmap.network, batch, **kwargs)
-    hidden = windows(window)
-    without = hidden_log_probabilities(heatmap.network, batch, [hidden] * len(logits), fill, heatmap.compiled)
-    falls = digits_score(logits, batch)[:, None] - torch.stack(without)  # [B, W]
-    covered = hidden.flatten(1).to(falls)
-    mass = falls.clamp_min(0) @ covered / covered.sum(dim=0)
-    return logits, mass.unflatten(1, (GRID, GRID)) + torch.finfo(mass.dtype).tiny, trace
 
+    name, trainable = "occlusion", False
+    fill: Fill = "grey"
+    window = WINDOW
 
-register("occlusion", occlusion_mass, trainable=False)
+    def mass(self, batch, create_graph=False, prompts=None):
+        logits, _ = answer_logits(self.network, batch)
+        hidden = windows(self.window)
+        without = hidden_log_probabilities(self.network, batch, [hidden] * len(logits), self.fill)
+        falls = digits_score(logits, batch)[:, None] - torch.stack(without)  # [B, W]
+        covered = hidden.flatten(1).to(falls)
+        mass = falls.clamp_min(0) @ covered / covered.sum(dim=0)
+        return logits, mass.unflatten(1, (GRID, GRID)) + torch.finfo(mass.dtype).tiny
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Occlusion:
 
     windows: np.ndarray  # [W, 14, 14] bool
     log_probability: np.ndarray  # [N, W] by how much that of the answer's digits fell, in nats
-    count: np.ndarray  # [N, W] by how much the expected count fell, in objects; NaN where an answer is not "COUNT: ..."
+    count: np.ndarray  # [N, W] by how much the expected count fell, in objects
     objects: np.ndarray  # [N, W] dots under the window
     answers: list[str]  # to the whole pictures
 
@@ -111,13 +112,13 @@ def occlude(
 
     `window` and `step` are those of `windows`, `fill` that of `hide`.
     """
-    accelerator = make_accelerator("auto")
+    compute = choose_compute()
     hidden = windows(window, step)
     whole_first = torch.cat([torch.zeros_like(hidden[:1]), hidden])
     scores, answers = [], []
-    for batch in answered_batches(model, samples, accelerator, 1):
+    for batch, _ in answered_batches(model, samples, compute, 1):
         parts = hide_in_batch(model.network, batch, 0, whole_first, fill)
-        with accelerator.autocast():
+        with compute.autocast():
             scores.append(torch.cat([_log_probability_and_count(model, part) for part in parts]))
         answers += answer_texts(model, batch)
     found = torch.stack(scores).numpy()  # [N, 1 + W, 2]
@@ -128,10 +129,8 @@ def occlude(
 
 def _log_probability_and_count(model: CountingModel, batch: Batch) -> torch.Tensor:
     """Log-probability of each answer, and the expected count: [B, 2] float64 on the CPU."""
-    logits, trace = answer_logits(model.network, batch, keep_keys=True)
-    score = digits_score(logits, batch).double().cpu()
-    prefix, _ = number_tokens(model.tokenizer)
-    if batch["answer_labels"][0, : len(prefix)].tolist() != prefix:
-        return torch.stack([score, torch.full_like(score, torch.nan)], dim=1)
-    counts = count_log_probabilities(model, batch, logits, trace.keys_values).softmax(dim=1)
+    prompts = read_prompts(model.network, batch)
+    score = digits_score(prompts.read_answers(batch)[0], batch).double().cpu()
+    log_p, _ = count_log_probabilities(model, prompts)
+    counts = log_p.softmax(dim=1)
     return torch.stack([score, counts @ torch.arange(counts.shape[1], dtype=counts.dtype)], dim=1)

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from tyro.conf import Positional
 
 from ..data import Fill, Picture, Sample, hide
 from ..files import write_json
 from ..options import Precision, need, need_report
-from .answers import count_log_probabilities
-from .device import make_accelerator
-from .heatmaps import Heatmap
+from .counts import count_log_probabilities
+from .device import Compute, choose_compute
+from .heatmaps import Heatmap, make_heatmap
 from .load import load_model
-from .looking import answer_texts, ask, map_title
+from .looking import answer_texts, answered_batches, map_title
 from .network import CountingModel
 from .prompt import parse_count
 
@@ -108,7 +107,7 @@ def predict(model: CountingModel, image: str | Path | Image.Image, category: str
     """Count in one picture: a file, or an image in memory; what to count is, for example, "apples".
 
     The picture is turned upright and shrunk to 384 pixels on its shorter side.  The model is moved to this machine's
-    accelerator, if it has one, and put in eval mode.  A DataError says why picture or category cannot be used.
+    GPU, if it has one, and put in eval mode.  A DataError says why picture or category cannot be used.
     """
     return predict_samples(model, [Picture(image, category)])[0]
 
@@ -117,7 +116,7 @@ def predict_files(config: PredictConfig) -> list[Prediction]:
     """Count in the pictures named and write the numbers; `fsc147lib predict` calls this."""
     pictures: list[Sample] = [Picture(path, config.category) for path in config.images]
     model = load_model(config.model)
-    found = predict_samples(model, pictures, accelerator=make_accelerator(config.precision))
+    found = predict_samples(model, pictures, compute=choose_compute(config.precision))
     if config.json is not None:
         numbers = [prediction.to_dict() for prediction in found]
         write_json(config.json, {"model": config.model, "predictions": numbers})
@@ -130,22 +129,22 @@ def predict_samples(
     samples: list[Sample],
     batch_size: int = 8,
     heatmap: Heatmap | None = None,
-    accelerator: Accelerator | None = None,
+    compute: Compute | None = None,
 ) -> list[Prediction]:
     """`predict` for many `Picture`s, or samples of a root, whose true counts do not enter.
 
-    `heatmap` is where it looked, None for the attention; `accelerator` gives device and precision.
+    `heatmap` is where it looked, None for the attention; `compute` device and precision.
     """
-    accelerator, heatmap = accelerator or make_accelerator("auto"), heatmap or Heatmap(model.network)
+    compute, heatmap = compute or choose_compute(), heatmap or make_heatmap(model.network)
     predictions: list[Prediction] = []
-    for truth, answered, logits, trace in ask(model, samples, accelerator, batch_size):
-        with accelerator.autocast():
-            log_p = count_log_probabilities(model, truth, logits, trace.keys_values)
-            maps = heatmap(answered).float().cpu().numpy()
-        for text, each, map_ in zip(answer_texts(model, answered), log_p, maps, strict=True):
+    for batch, prompts in answered_batches(model, samples, compute, batch_size):
+        with compute.autocast():
+            log_p, rest = count_log_probabilities(model, prompts)
+            maps = heatmap.with_logits(batch, prompts=prompts)[1].float().cpu().numpy()
+        for text, each, map_, missed in zip(answer_texts(model, batch), log_p, maps, rest.tolist(), strict=True):
             distribution = each.softmax(dim=0).numpy()  # an untrained model's numbers are all very improbable
             sample, covered = samples[len(predictions)], float(each.exp().sum())
-            predictions.append(Prediction(sample, text, parse_count(text), distribution, covered, map_))
+            predictions.append(Prediction(sample, text, parse_count(text), distribution, covered, map_, missed))
     return predictions
 
 

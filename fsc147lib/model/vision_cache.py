@@ -16,7 +16,6 @@ import numpy as np
 import PIL
 import torch
 import transformers
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -24,9 +23,9 @@ from ..data import Sample
 from ..data import samples as images
 from ..files import DamagedFolder, file_lock, new_folder, read_manifest, write_manifest
 from ..options import ConfigError
-from . import forward, layers, pixels
+from . import attention, forward, pixels
 from .collate import Batch, Collate, image_key, to_device
-from .device import free_memory, gpu_memory, memory_in_use
+from .device import Compute, free_memory, gpu_memory, memory_in_use
 from .forward import encode_images
 from .network import CountingModel
 
@@ -53,15 +52,14 @@ class VisionCache:
         self,
         model: CountingModel,  # whose vision encoder must not change while the cache is in use
         samples: Iterable[Sample],  # all whose features will be asked for; mirror images are samples of their own
-        accelerator: Accelerator,  # gives device and precision
+        compute: Compute,
         place: str = "auto",  # "gpu", "host" (memory, pinned if there is a GPU), "disk", or the first with room
         folder: Path = Path("runs/vision-cache"),
         workers: int = 0,  # processes that read images
         batch_size: int = 32,
-        compiled: bool = False,
         beside: int = 0,  # bytes that all else will take of the GPU, beside what is in use now
     ):
-        self.device, network = accelerator.device, model.network.to(accelerator.device)
+        self.device, network = compute.device, model.network.to(compute.device)
         samples, collate = list(samples), Collate(model.tokenizer, model.image_processor)
         sizes = {image_key(sample): collate.lengths(sample)[:2] for sample in samples}
         self.places, total = {}, 0  # image key -> its tokens
@@ -69,8 +67,7 @@ class VisionCache:
             self.places[key] = slice(total, total + rows * columns // 4)
             total += rows * columns // 4
         vision = network.config.vision_config
-        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}  # as autocast computes them
-        self.dtype = narrow.get(accelerator.mixed_precision, network.model.visual.dtype)
+        self.dtype = network.model.visual.dtype if compute.precision == "fp32" else compute.dtype
         self.shape = (total, 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size)
         self.place = choose_place(math.prod(self.shape) * self.dtype.itemsize, beside) if place == "auto" else place
         by_size = sorted(samples, key=lambda sample: sizes[image_key(sample)])
@@ -79,7 +76,7 @@ class VisionCache:
             on_gpu = self.device.type == "cuda"
             where = {"device": self.device} if self.place == "gpu" else {"pin_memory": on_gpu}
             self.features = torch.empty(self.shape, dtype=self.dtype, **where)
-            self._fill(network, accelerator, loader, compiled)
+            self._fill(network, compute, loader)
             return
         kept = Path(folder) / cache_key(model, samples, self.dtype)
         with file_lock(kept.with_suffix(".lock"), wait=True):
@@ -87,16 +84,16 @@ class VisionCache:
                 with new_folder(kept, replace=True) as draft:
                     mapped = _new_file(draft / FILE, self.shape, self.dtype)
                     self.features = torch.from_numpy(mapped).view(self.dtype)
-                    self._fill(network, accelerator, loader, compiled)
+                    self._fill(network, compute, loader)
                     mapped.flush()
                     write_manifest(draft, encoder=json.loads(vision.to_json_string()), code=code_version())
             self.features = torch.from_numpy(np.load(kept / FILE, mmap_mode="c")).view(self.dtype)
 
     @torch.no_grad()
-    def _fill(self, network, accelerator: Accelerator, loader: DataLoader, compiled: bool) -> None:
+    def _fill(self, network, compute: Compute, loader: DataLoader) -> None:
         for batch in tqdm(loader, desc="encode images", leave=False):
-            with accelerator.autocast():
-                encoded = encode_images(network, to_device(batch, self.device), compiled=compiled)
+            with compute.autocast():
+                encoded = encode_images(network, to_device(batch, self.device))
             places = [self.places[key] for key in batch["image_keys"]]
             each = torch.stack(encoded, dim=1).split([place.stop - place.start for place in places])
             for place, features in zip(places, each, strict=True):  # [tokens, 1 + D, C]
@@ -154,7 +151,7 @@ def cache_key(model: CountingModel, samples: list[Sample], dtype: torch.dtype) -
 
 def code_version() -> str:
     """Of all code between an image's file and its features: a hash of this library's modules, others' versions."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (images, pixels, forward, layers))
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (images, pixels, forward, attention))
     others = [f"{library.__name__} {library.__version__}" for library in (torch, transformers, PIL)]
     return ", ".join([hashlib.sha256(sources).hexdigest()[:16], *others])
 

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from tqdm import tqdm
 
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import answering_batch_size, evaluate_samples
 from ..evaluation.metrics import constant_baselines
 from ..model.collate import Batch, Collate
-from ..model.device import default_workers, make_accelerator
-from ..model.heatmaps import METHODS, Heatmap, method_names
+from ..model.device import choose_compute, default_workers
+from ..model.heatmaps import METHODS, make_heatmap, method_names
 from ..model.load import load_model
-from ..model.network import CountingModel, Recipe, freeze_vision, save_memory
+from ..model.network import CountingModel, Recipe, compile_layers, freeze_vision, save_memory
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need
@@ -80,11 +81,6 @@ class TrainConfig:
     """What the heatmap is drawn to: the objects, or as a control another image's objects or a blob in the centre."""
     heatmap: str = "attention"
     """What is held against the target: attention, token_gradient, input_gradient, or a method of your own."""
-    heatmap_layer: int = 0
-    """Of token_gradient: the layer that its tokens enter; higher is cheaper."""
-    gradient_method: Literal["exact", "difference"] = "exact"
-    """How token_gradient is trained: its exact derivative, or a faster difference of two gradients, on one GPU; in
-    bfloat16 that is far off, see docs/speed.md."""
     heatmap_every: int | None = None
     """Apply the attention loss on each K-th step, K times as strong; None for the method's own K."""
     heatmap_images: int | None = None
@@ -194,24 +190,27 @@ class Run:
         self.on_log, self.on_epoch = on_log, on_epoch
         self.folder = RunFolder(config)
         set_seed(config.seed)
-        self.accelerator = make_accelerator(config.precision)
+        self.compute = choose_compute(config.precision)
+        self.accelerator = Accelerator(
+            cpu=self.compute.device.type == "cpu", mixed_precision="no",  # `Compute` casts: accelerate's is one for all
+            dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),  # `SizeBatches` is even
+        )  # fmt: skip
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         start = self.folder.checkpoint if config.resume else config.model
-        device = "cpu" if config.lora else self.accelerator.device  # adapters' frozen weights become narrow first
+        device = "cpu" if config.lora else self.compute.device  # adapters' frozen weights become narrow first
         self.model = model or load_model(start, seed=config.seed, device=device)
-        self.config = config = config.resolved(self.model.recipe, self.accelerator.mixed_precision)
+        self.config = config = config.resolved(self.model.recipe, self.compute.precision)
         network = self.model.network
-        save_memory(network, config.lora, config.gradient_checkpointing, self.accelerator.mixed_precision)
-        self.heatmap = Heatmap(
-            network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
-            config.compile, config.gradient_method,
-        )  # fmt: skip
+        save_memory(network, config.lora, config.gradient_checkpointing, self.compute.precision)
+        self.heatmap = make_heatmap(network, config.heatmap, config.attention_layers, config.attention_heads)
+        if config.compile:
+            compile_layers(network, getattr(self.heatmap, "layers", ()))
         loss = DualLoss(
             network, config.attention_weight, config.attention_loss, self.heatmap, config.heatmap_images,
             config.attention_target,
         )  # fmt: skip
         optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
-        self.training_step = TrainingStep(loss, optimizer, self.accelerator, config.clip)
+        self.training_step = TrainingStep(loss, optimizer, self.accelerator, self.compute, config.clip)
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
         self.total_steps = self.batches.steps * config.epochs
@@ -251,11 +250,11 @@ class Run:
         if config.caches_vision and not config.vision_trains(self.epoch):
             train = self.samples["train"]
             mirrored = [sample.flipped() for sample in train] if config.flip else []
-            on_gpu = self.accelerator.device.type == "cuda"
+            on_gpu = self.compute.device.type == "cuda"
             beside = memory_of_step(self) if on_gpu and config.vision_cache == "auto" else 0
             self.training_step.cache = VisionCache(
-                self.model, [*train, *mirrored, *self.samples["val"]], self.accelerator, config.vision_cache,
-                config.out.parent / "vision-cache", self.workers, compiled=self.heatmap.compiled, beside=beside,
+                self.model, [*train, *mirrored, *self.samples["val"]], self.compute, config.vision_cache,
+                config.out.parent / "vision-cache", self.workers, beside=beside,
             )  # fmt: skip
 
     def log(self, line: dict) -> None:
@@ -271,7 +270,7 @@ class Run:
         config, longest = self.config, max(self.collate.lengths(sample)[2] for sample in self.samples["val"])
         batch_size = answering_batch_size(config.batch_size, self.heatmap, config.batch_tokens, longest)
         self.validation = evaluate_samples(
-            self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
+            self.model, self.samples["val"], batch_size, self.heatmap, self.compute, self.workers,
             self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
         )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})

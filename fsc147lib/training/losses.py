@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..data.targets import centre_blob, kl_divergence
-from ..model import Batch, Heatmap, answer_logits, count_loss, select_rows
+from ..model import Batch, Heatmap, answer_logits, count_loss, make_heatmap, select_rows
 
 
 def squared_error(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ class DualLoss(nn.Module):
     Args:
         weight: of the attention loss; 0 leaves it out altogether, its heatmap included.
         kind, attention_target: names of ATTENTION_LOSSES and ATTENTION_TARGETS.
-        heatmap: what is held against the target; None for `Heatmap(network)`, the attention.
+        heatmap: what is held against the target; None for the attention.
         heatmap_images: look at so many images of a batch only, chosen at random among those with objects, in a
             pass of their own; the mean over all choices is the loss of the whole batch.  None looks at all.
     """
@@ -60,7 +60,7 @@ class DualLoss(nn.Module):
         super().__init__()
         self.attention_target = ATTENTION_TARGETS[attention_target]
         self.network, self.weight, self.kind, self.heatmap_images = network, weight, kind, heatmap_images
-        self.heatmap = heatmap or Heatmap(network)
+        self.heatmap = heatmap or make_heatmap(network)
 
     def forward(
         self,
@@ -81,10 +81,10 @@ class DualLoss(nn.Module):
         weight = (self.weight if weight is None else weight) if with_objects else 0.0
         looked_at, share = batch, 1.0
         all_images = self.heatmap_images is None or self.heatmap_images >= len(batch["names"])
-        if weight and all_images and not self.heatmap.by_difference:  # one pass for both
-            logits, heatmap, _ = self.heatmap.with_logits(batch, create_graph=True)
+        if weight and all_images:  # one pass for both
+            logits, heatmap = self.heatmap.with_logits(batch, create_graph=True)
         else:
-            logits, _ = answer_logits(self.network, batch, compiled=self.heatmap.compiled)
+            logits, _ = answer_logits(self.network, batch)
             if weight:
                 rows = with_objects if all_images else self.chosen(batch["names"], with_objects)
                 looked_at, share = select_rows(batch, rows), len(rows) / len(with_objects)

@@ -44,14 +44,14 @@ def longest_answers(run, size: int) -> tuple[list[Sample], Callable[[], object]]
 
     def answer() -> None:
         cache = run.training_step.cache
-        evaluate_samples(run.model, samples, many, run.heatmap, run.accelerator, cache=cache)
+        evaluate_samples(run.model, samples, many, run.heatmap, run.compute, cache=cache)
 
     return samples, answer
 
 
 def features_size(run) -> tuple[int, int]:
     """Bytes of a run's kept image features, mirror images among them, and of a step's images at the most."""
-    vision, narrow = run.model.network.config.vision_config, run.accelerator.mixed_precision != "no"
+    vision, narrow = run.model.network.config.vision_config, run.compute.precision != "fp32"
     of_token = (1 + len(vision.deepstack_visual_indexes)) * vision.out_hidden_size * (2 if narrow else 4)
     tokens = sorted(rows * columns // 4 for rows, columns, _ in run.batches.lengths)
     answered = [run.collate.lengths(sample) for sample in run.samples["val"]]
@@ -78,10 +78,10 @@ def memory_of_step(run) -> int:
     try:
         samples = [*parts[0], *answers]
         step.cache = VisionCache(
-            run.model, samples, run.accelerator, "host", workers=run.workers, compiled=run.heatmap.compiled
+            run.model, samples, run.compute, "host", workers=run.workers
         )
         # a second pass has the gradient of the first beside it
-        window = [to_device(run.collate(parts[0]), run.accelerator.device)] * min(2, passes)
+        window = [to_device(run.collate(parts[0]), run.compute.device)] * min(2, passes)
         peaks = []
         for use in (lambda: step.gradient(window, config.attention_weight), answer):
             use()  # compiles

@@ -117,7 +117,7 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
     trained = sum(weight.nbytes for weight in network.parameters() if weight.requires_grad)
     states = {"weights": sum(weight.nbytes for weight in network.parameters()), "gradients": trained}
     states["AdamW's two moments"] = 2 * trained
-    plan, size = Plan(run.config, room, memory_in_use(run.accelerator.device.type), states), config.batch_size
+    plan, size = Plan(run.config, room, memory_in_use(run.compute.device.type), states), config.batch_size
     if plan.total > room:
         return plan
     if not on_gpu:  # where memory ends there, the process does: one image says how many have room
@@ -140,14 +140,14 @@ def largest_that_fits(config: TrainConfig, smallest: int = 1) -> Plan:
 def _measured(run: Run, plan: Plan, size: int) -> Plan:
     """The plan with a batch of so many images, from a step and a validation of the longest ones."""
     config, step, network = run.config, run.training_step, run.model.network
-    device, lengths = run.accelerator.device, run.batches.lengths
+    device, lengths = run.compute.device, run.batches.lengths
     parts = run.batches.per_step * math.ceil(config.batch_size / size)
     cut, (answers, answer) = longest_batch(run, size), longest_answers(run, size)
     pixels, cache = not config.caches_vision or network.model.visual.pos_embed.weight.requires_grad, ("off", 0)
     collate = Collate(run.model.tokenizer, run.model.image_processor, pixels=pixels)
     if not pixels:
         kept = [*(sample for part in cut for sample in part), *answers]
-        step.cache = VisionCache(run.model, kept, run.accelerator, "host", compiled=run.heatmap.compiled)
+        step.cache = VisionCache(run.model, kept, run.compute, "host")
         needed, together = features_size(run)
         cache = config.vision_cache, needed
     alike = min(2, parts)  # batches of the window

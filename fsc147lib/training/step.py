@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..model.collate import Batch
+from ..model.device import Compute
 from ..model.vision_cache import VisionCache
 from .losses import LossParts
 
@@ -60,25 +61,28 @@ class TrainingStep:
 
     Args:
         loss: a `DualLoss`, or a module that is called as one; is moved to the accelerator's device.
-        optimizer: of the loss's network, fused (it clips); its learning rate is the caller's to set.
-        accelerator: gives device, precision and processes.
+        optimizer: of the loss's network; its learning rate is the caller's to set.
+        accelerator: gives the processes.
+        compute: device and precision.
         clip: largest norm of the gradient.
-
-    Raises:
-        ValueError: an optimizer that is not fused, most of which would leave out the clip.
 
     Attributes:
         cache: gives each batch its image features; None where the batches bring them, or pixels.
         skipped: steps so far without an update, as of the last `check`.
     """
 
-    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, clip: float = 1.0):
-        if not optimizer.defaults.get("fused"):
-            raise ValueError("TrainingStep clips within a fused optimizer: give it fused=True")
+    def __init__(
+        self,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        compute: Compute,
+        clip: float = 1.0,
+    ):
         self.loss, self.optimizer, self.accelerator = accelerator.prepare(loss), optimizer, accelerator
-        self.clip = clip
+        self.compute, self.clip = compute, clip
         self.cache: VisionCache | None = None
-        self.scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)  # does nothing but in fp16
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.skipped, self.in_a_row = 0, 0
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.unchecked: list[tuple[list[str], LossParts, torch.Tensor]] = []  # images, losses, gradient's norm
@@ -97,8 +101,7 @@ class TrainingStep:
         """
         losses = self.gradient(window, weight)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.optimizer.grad_scale = (norm / self.clip).clamp(min=1)  # divides in the same pass over the weights
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.scaler.step(self.optimizer)  # leaves weights and moments alone where the scaled gradient is not finite
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -111,13 +114,14 @@ class TrainingStep:
         with_objects = sum(count > 0 for batch in window for count in batch["count"])
         tokens, images = sum(batch["answer_tokens"] for batch in window), with_objects
         if self.accelerator.num_processes > 1:  # of all of them
-            tokens, images = self.accelerator.reduce(torch.tensor([tokens, images], device=self.accelerator.device))
-        losses = LossParts(*torch.zeros(3, device=self.accelerator.device))
+            tokens, images = self.accelerator.reduce(torch.tensor([tokens, images], device=self.compute.device))
+        losses = LossParts(*torch.zeros(3, device=self.compute.device))
         for i, batch in enumerate(window):
             batch = self.cache.add_to(batch) if self.cache and "image_features" not in batch else batch
             with self.accelerator.no_sync(self.loss) if i + 1 < len(window) else nullcontext():
-                parts = self.loss(batch, tokens, images, weight)
-                self.accelerator.backward(parts.total * self.accelerator.num_processes)  # whose gradients are averaged
+                with self.compute.autocast():
+                    parts = self.loss(batch, tokens, images, weight)
+                self.scaler.scale(parts.total * self.accelerator.num_processes).backward()  # processes average it
             losses = LossParts(*(summed + part.detach() for summed, part in zip(losses, parts, strict=True)))
         return losses
 
