@@ -19,7 +19,9 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from .attention import rows_of_layers
 from .collate import Batch, need_right_padding
 
-CACHE = "cache" if "cache" in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters else "past_key_values"
+CACHE = (
+    "cache" if "cache" in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters else "past_key_values"
+)
 """transformers 5.24 gave this argument a new name."""
 
 FAST_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

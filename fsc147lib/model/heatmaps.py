@@ -101,7 +101,9 @@ def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
     The sum is the mass on visual tokens; the rest went to text.  Rows may end before T, behind the image.
     """
     shape, length = (len(rows), *(1,) * (rows.ndim - 2)), rows.shape[-1]
-    along_y, along_x = (batch[key][..., :length].to(rows).unflatten(0, shape) for key in ("row_weights", "column_weights"))
+    along_y, along_x = (
+        batch[key][..., :length].to(rows).unflatten(0, shape) for key in ("row_weights", "column_weights")
+    )
     with torch.autocast(rows.device.type, enabled=False):  # in bf16 the product would lose mass
         return (along_y * rows[..., : along_y.shape[-1]].unsqueeze(-2)) @ along_x.transpose(-1, -2)
 
@@ -195,7 +197,11 @@ def with_neutral_question(batch: Batch) -> Batch:
     positions = F.pad(batch["position_ids"], (0, len(tail)))  # [3, B, T + S]
     first = positions.gather(2, (steps < 0).sum(dim=1)[None, :, None].expand(3, -1, -1))  # [3, B, 1]
     ends = (steps == len(tail) - 1).int().argmax(dim=1, keepdim=True)  # [B, 1]
-    changed = {"input_ids": ids, "position_ids": torch.where(steps < 0, positions, first + steps), "answer_positions": ends}
+    changed = {
+        "input_ids": ids,
+        "position_ids": torch.where(steps < 0, positions, first + steps),
+        "answer_positions": ends,
+    }
     return cast(Batch, {**batch, **changed})
 
 

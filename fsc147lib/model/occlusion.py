@@ -61,7 +61,9 @@ def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fi
 
 
 @torch.no_grad()
-def hidden_log_probabilities(network, batch: Batch, cells: list[torch.Tensor], fill: Fill = "grey") -> list[torch.Tensor]:
+def hidden_log_probabilities(
+    network, batch: Batch, cells: list[torch.Tensor], fill: Fill = "grey"
+) -> list[torch.Tensor]:
     """Log-probability of each image's answer (`digits_score`) when cells [N, rows, columns] of it are hidden: [N]."""
 
     def scores(row: int, choices: torch.Tensor) -> torch.Tensor:

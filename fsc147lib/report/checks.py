@@ -9,15 +9,17 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 from ..data import GRID, Sample, resample_map
 from ..files import DamagedFolder, read_manifest
-from ..model import Batch, Collate, Heatmap, answer_logits, make_accelerator, to_device
+from ..model import Batch, Collate, choose_compute, make_heatmap, to_device
+from ..model.attention import IMPLEMENTATIONS
 from ..model.answers import own_answers
 from ..model.device import peak_memory, seconds_of
 from ..model.load import RANDOM
-from ..model.network import freeze_vision, merged_weights, save_memory
+from ..model.network import compile_layers, freeze_vision, merged_weights, save_memory
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..training import DualLoss
 from ..training.step import TrainingStep, make_optimizer
@@ -31,8 +33,8 @@ class Subject:
 
     def __init__(self, config, samples: list[Sample]):
         self.config, self.samples = config, samples
-        self.accelerator = make_accelerator(config.precision)
-        self.device = self.accelerator.device
+        self.compute = choose_compute(config.precision)
+        self.device = self.compute.device
         self.model = load_or_shape(config.model, self.device.type)
         self.network, self.tokenizer = self.model.network.to(self.device).eval(), self.model.tokenizer
 
@@ -61,14 +63,6 @@ class Subject:
             inputs = {"input_ids": ids, "mm_token_type_ids": on_image.int(), **images}
             found.append(({key: value.to(self.device) for key, value in inputs.items()}, start.shape[1]))
         return found
-
-    def plain_logits(self) -> torch.Tensor:
-        """[answer tokens of all four, V] float32, as transformers computes them."""
-        return torch.cat([self.network(**inputs).logits[0, start - 1 : -1] for inputs, start in self.plain]).float()
-
-    def our_logits(self) -> torch.Tensor:
-        """The same as the library computes them."""
-        return answer_logits(self.network, self.batch)[0][self.batch["answer_labels"] >= 0].float()
 
 
 def files_as_written(subject: Subject):
@@ -109,49 +103,20 @@ def answer_tokens(subject: Subject):
     return passed, f"{answer(count)!r} is {tokens}"
 
 
-@full_float32()
-@torch.no_grad()
-def logits_in_float32(subject: Subject, allowed: float = 1e-3):
-    ours, plain = subject.our_logits(), subject.plain_logits()
-    error = float((ours - plain).abs().max() / plain.std())
-    sizes = ", ".join("{}x{}".format(*sample.size) for sample in subject.samples[:4])
-    return error <= allowed, (
-        f"largest difference to transformers {error:.1e} of the logits' spread on pictures of {sizes}; "
-        f"{allowed:.0e} is allowed: the same sums in another order"
-    )
-
-
-@torch.no_grad()
-def logits_in_training_precision(subject: Subject, allowed: float = 2):
-    if subject.accelerator.mixed_precision == "no":
-        return None
-    with full_float32():
-        exact = subject.plain_logits()
-    with subject.accelerator.autocast():
-        ours, plain = (
-            float((x - exact).square().mean().sqrt()) for x in (subject.our_logits(), subject.plain_logits())
-        )
-    return ours <= allowed * plain, (
-        f"{subject.accelerator.mixed_precision}: RMS error against float32 {ours:.4f}, transformers' {plain:.4f} under "
-        f"autocast; {allowed} times that is allowed, for the sum through all layers is narrow here, wide under autocast"
-    )
-
-
 def eager_rows(network, layers: tuple[int, ...], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Attention probabilities [L, H, T, T] of one picture, from transformers' eager attention."""
-    before = network.config._attn_implementation
     network.set_attn_implementation("eager")
     try:
         rows = network(**inputs, logits_to_keep=1, output_attentions=True).attentions
     finally:
-        network.set_attn_implementation(before)
+        network.set_attn_implementation(IMPLEMENTATIONS)
     return torch.stack([rows[i][0] for i in layers])
 
 
 @full_float32()
 @torch.no_grad()
 def attention_heatmap(subject: Subject, allowed: float = 1e-3):
-    heatmap, merge, errors = Heatmap(subject.network), subject.model.image_processor.merge_size, []
+    heatmap, merge, errors = make_heatmap(subject.network), subject.model.image_processor.merge_size, []
     for ours, (inputs, start) in zip(heatmap(subject.batch).cpu().numpy(), subject.plain, strict=True):
         eager = eager_rows(subject.network, heatmap.layers, inputs)[:, :, start - 1 : -1]  # [L, H, A, T]
         digits = [subject.tokenizer.decode([token]).isdigit() for token in inputs["input_ids"][0, start:]]
@@ -172,7 +137,7 @@ def greedy_answers(subject: Subject, longest: int = 12):
         max_new_tokens=longest, do_sample=False, repetition_penalty=1.0,
         eos_token_id=subject.tokenizer.eos_token_id, pad_token_id=subject.tokenizer.pad_token_id,
     )  # fmt: skip
-    (ours, *_), different = own_answers(subject.model, subject.batch, longest=longest), []
+    (ours, _), different = own_answers(subject.model, subject.batch, longest=longest), []
     for row, (inputs, start) in zip(ours, subject.plain, strict=True):
         prompts = inputs | {key: inputs[key][:, :start] for key in ("input_ids", "mm_token_type_ids")}
         generated = subject.network.generate(**prompts, generation_config=how)[0, start:].tolist()
@@ -183,8 +148,8 @@ def greedy_answers(subject: Subject, longest: int = 12):
 
 @torch.no_grad()
 def raw_answers(subject: Subject, longest: int = 64):
-    with subject.accelerator.autocast():
-        rows, *_ = own_answers(subject.model, subject.batch_of(subject.samples), longest=longest)
+    with subject.compute.autocast():
+        rows, _ = own_answers(subject.model, subject.batch_of(subject.samples), longest=longest)
     texts = subject.tokenizer.batch_decode(rows, skip_special_tokens=True)
     end, strict, lenient, lines = subject.tokenizer.eos_token_id, 0, 0, []
     for sample, text, row in zip(subject.samples, texts, rows, strict=True):
@@ -199,9 +164,11 @@ def raw_answers(subject: Subject, longest: int = 64):
 def training_step(subject: Subject):
     network, config = subject.network, subject.config
     freeze_vision(network, config.model != RANDOM)
-    save_memory(network, config.lora, config.gradient_checkpointing, subject.accelerator.mixed_precision)
-    loss = DualLoss(network, heatmap=Heatmap(network, compiled=subject.device.type == "cuda"))
-    step = TrainingStep(loss, make_optimizer(network, 1e-5), subject.accelerator)
+    save_memory(network, config.lora, config.gradient_checkpointing, subject.compute.precision)
+    loss, accelerator = DualLoss(network), Accelerator(cpu=subject.device.type == "cpu")
+    if subject.device.type == "cuda":
+        compile_layers(network, loss.heatmap.layers)
+    step = TrainingStep(loss, make_optimizer(network, 1e-5), accelerator, subject.compute)
     before, losses, seconds = _norms(network), [], []
     network.train()
 

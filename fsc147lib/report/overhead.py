@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from ..data import Sample, open_split
 from ..evaluation.metrics import bootstrap_interval
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
-from ..model.device import make_accelerator, peak_memory, seconds_of
-from ..model.heatmaps import METHODS, Heatmap, method_names
-from ..model.network import CountingModel, freeze_vision
+from ..model.device import choose_compute, peak_memory, seconds_of
+from ..model.heatmaps import METHODS, make_heatmap, method_names
+from ..model.network import CountingModel, compile_layers, freeze_vision
 from ..options import Precision, need, need_report
 from ..training.losses import DualLoss, LossParts
 from ..training.step import TrainingStep, make_optimizer
@@ -39,10 +39,6 @@ class OverheadConfig:
     """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
     methods: tuple[str, ...] = method_names(trainable=True)
     """Heatmaps to time."""
-    heatmap_layer: int = 0
-    """Of token_gradient: the layer that its tokens enter."""
-    gradient_method: Literal["exact", "difference"] = "exact"
-    """How token_gradient is trained, as in `train`."""
     image_size: tuple[int, int] = (384, 576)
     """Height and width of the drawn pictures."""
     batch_size: int = 8
@@ -54,7 +50,7 @@ class OverheadConfig:
     precision: Precision = "auto"
     """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
     compile: bool = False
-    """Compile the layers; a gradient heatmap that is trained leaves those plain that it differentiates twice."""
+    """Compile the layers; passes of a gradient heatmap stay plain."""
     json: Path | None = None
     """Write the rows here, and to the same name with .csv."""
 
@@ -83,7 +79,7 @@ class HeatmapBesideCount(DualLoss):
     """The count loss alone, of a pass whose heatmap is computed and thrown away."""
 
     def forward(self, batch: Batch, tokens=None, images=None, weight=None) -> LossParts:
-        logits, *_ = self.heatmap.with_logits(batch)
+        logits, _ = self.heatmap.with_logits(batch)
         count = count_loss(logits, batch["answer_labels"]) / tokens
         return LossParts(count, count, torch.zeros_like(count))
 
@@ -116,22 +112,23 @@ def time_losses(model: CountingModel, samples: list[Sample], config: OverheadCon
     size = config.batch_size
     if len(samples) < size:
         raise ValueError(f"{len(samples)} samples make no batch of {size}: give more, or a smaller batch size")
-    accelerator = make_accelerator(config.precision)
-    device = accelerator.device.type
+    compute = choose_compute(config.precision)
+    device, accelerator = compute.device.type, Accelerator(cpu=compute.device.type == "cpu")
     network = model.network.to(device).train()
     freeze_vision(network, not model.recipe.train_vision)
     optimizer = make_optimizer(network, 1e-6)  # one for all: less memory
     collate = Collate(model.tokenizer, model.image_processor)
     starts = range(0, len(samples) - size + 1, size)
     batches = [to_device(collate(samples[start : start + size]), device) for start in starts]
+    if config.compile:
+        compile_layers(network, make_heatmap(network).layers)
     rows, steps = variants_of(config.methods, size), {}
     for row in rows:
         method = "attention" if row["method"] == "none" else row["method"]
-        heatmap = Heatmap(network, method, state_layer=config.heatmap_layer, compiled=config.compile,
-                          gradient_method=config.gradient_method)  # fmt: skip
+        heatmap = make_heatmap(network, method)
         loss = DualLoss if row["trained"] or row["method"] == "none" else HeatmapBesideCount
         loss = loss(network, heatmap=heatmap, heatmap_images=row["images"])
-        step = partial(TrainingStep(loss, optimizer, accelerator), weight=WEIGHT if row["trained"] else 0)
+        step = partial(TrainingStep(loss, optimizer, accelerator, compute), weight=WEIGHT if row["trained"] else 0)
         try:
             step([batches[0]])  # before it is measured: the first step allocates what stays
             row["peak_memory"] = peak_memory(partial(step, [batches[0]]), device)
@@ -155,7 +152,7 @@ def _timing(row: dict, seconds: dict[str, np.ndarray]) -> dict:
 
 def measure_overhead(config: OverheadConfig) -> list[dict]:
     """Rows of `time_losses` on drawn pictures, printed and written; `python -m fsc147lib overhead` calls this."""
-    model = load_or_shape(config.model, make_accelerator(config.precision).device.type)
+    model = load_or_shape(config.model, choose_compute(config.precision).device.type)
     with tempfile.TemporaryDirectory() as folder:
         sizes = [config.image_size] * (config.batches * config.batch_size)
         rows = time_losses(model, open_split(drawn_root(Path(folder) / "root", sizes), "train"), config)

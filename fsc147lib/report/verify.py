@@ -23,8 +23,6 @@ CHECKS = (  # a check, and what to do where it fails
     (checks.special_tokens, "take all files of one model's folder: tokenizer and weights are of different models"),
     (checks.rendered_prompt, "take the tokenizer and the chat template that lie beside a Qwen3-VL's weights"),
     (checks.answer_tokens, "take the tokenizer of a Qwen3-VL: each digit must be a token of its own"),
-    (checks.logits_in_float32, _VERSIONS),
-    (checks.logits_in_training_precision, f"train with --precision fp32, or {_VERSIONS}"),
     (checks.attention_heatmap, f"train with --attention-weight 0, or {_VERSIONS}"),
     (checks.greedy_answers, _VERSIONS),
     (checks.raw_answers, "look at the prompt above: the model, perhaps no Instruct model, says nothing at all"),

@@ -77,9 +77,7 @@ def memory_of_step(run) -> int:
     step.loss.train()  # or layers would keep what --gradient-checkpointing lets them forget
     try:
         samples = [*parts[0], *answers]
-        step.cache = VisionCache(
-            run.model, samples, run.compute, "host", workers=run.workers
-        )
+        step.cache = VisionCache(run.model, samples, run.compute, "host", workers=run.workers)
         # a second pass has the gradient of the first beside it
         window = [to_device(run.collate(parts[0]), run.compute.device)] * min(2, passes)
         peaks = []
