@@ -33,7 +33,7 @@ from .batches import SizeBatches, make_loader, windows
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
 from .memory import memory_of_step
-from .run import RunFolder, TrainResult, locked
+from .run import RunFolder, TrainResult, fingerprint, locked
 from .step import TrainingStep, lazy_weight, learning_rate_factor, make_optimizer
 
 
@@ -243,6 +243,7 @@ class Run:
     def open(self) -> None:
         """Begin in the folder, or go on in it, and fill the vision cache."""
         config = self.config
+        self.fingerprint = fingerprint(self.samples)
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if config.resume:
             self.folder.restore(self)
