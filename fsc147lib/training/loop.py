@@ -273,7 +273,7 @@ class Run:
         batch_size = answering_batch_size(config.batch_size, self.heatmap, config.batch_tokens, longest)
         self.validation = evaluate_samples(
             self.model, self.samples["val"], batch_size, self.heatmap, self.accelerator, self.workers,
-            self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
+            self.training_step.cache, self.store, [sample.count for sample in self.samples["train"]],
         )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
         if self.on_epoch:
