@@ -242,8 +242,7 @@ class Run:
 
     def open(self) -> None:
         """Begin in the folder, or go on in it, and fill the vision cache."""
-        config = self.config
-        self.fingerprint = fingerprint(self.samples)
+        config, self.fingerprint = self.config, fingerprint(self.samples)
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if config.resume:
             self.folder.restore(self)
