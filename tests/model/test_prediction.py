@@ -38,6 +38,7 @@ def test_a_file_and_an_image_in_memory_are_the_same_picture(mixed_samples):
         np.testing.assert_allclose(other.heatmap, by_path.heatmap, atol=1e-6)
 
 
+@pytest.mark.medium
 def test_an_answer_without_a_number_still_has_a_distribution_and_a_map(tiny, tmp_path):
     """An untaught model babbles: its map is that of the whole answer, its numbers are improbable but comparable."""
     Image.effect_noise((500, 400), 60).save(tmp_path / "noise.png")
