@@ -1,6 +1,6 @@
-"""A model's own answer: greedy decoding, the loss of an answer, and how probable each number is.
+"""A model's own answer: greedy decoding, and the loss of an answer.
 
-Left out: parsing (`prompt`), the pass (`forward`), and whether probabilities are right (`evaluation.metrics`).
+Left out: parsing (`prompt`), the pass (`forward`), and how probable each number is (`counts`).
 """
 
 import torch
@@ -9,11 +9,8 @@ import torch.nn.functional as F
 from .collate import Batch
 from .forward import Trace, answer_logits, continue_pass
 from .layers import KeysValues
-from .network import CountingModel, ModelError
+from .network import CountingModel
 from .prompt import MAX_DIGITS
-
-COUNT_DIGITS = 4  # of the largest number whose probability is followed; FSC147's largest count is 3,701
-FOLLOWED = 128  # prefixes of each length that are followed further, the most probable; 900 follows all up to 999
 
 
 def count_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -107,67 +104,3 @@ def own_answers(
     longest = longest or longest_answer(model.tokenizer)
     tokens = greedy_tokens(model.network, batch, logits, list(trace.keys_values), agreed, longest, end)
     return [row[: row.index(end) + 1] if end in row else row for row in tokens.tolist()], logits, trace
-
-
-# --- Probabilities of numbers
-
-
-def number_tokens(tokenizer) -> tuple[list[int], list[int]]:
-    """Tokens of "COUNT: ", and of the ten digits; a ModelError where a digit is no token of its own."""
-    prefix = tokenizer.encode("COUNT: ", add_special_tokens=False)
-    digits = [token for digit in "0123456789" for token in tokenizer.encode(digit, add_special_tokens=False)]
-    if tokenizer.encode("COUNT: 9876543210", add_special_tokens=False) != [*prefix, *reversed(digits)]:
-        raise ModelError("the tokenizer does not write each digit as one token: probabilities of counts need that")
-    return prefix, digits
-
-
-@torch.no_grad()
-def count_log_probabilities(
-    model: CountingModel,
-    batch: Batch,
-    logits: torch.Tensor,  # [B, A, V] of a pass over the batch, whose answers begin with "COUNT: " and a number
-    past: list[KeysValues],  # all layers' of that pass
-    digits: int = COUNT_DIGITS,
-    followed: int = FOLLOWED,
-) -> torch.Tensor:
-    """Log-probability that the model's whole answer is "COUNT: n" and an end, for each n from 0 up.
-
-    Digits are followed through a tree of all numbers: prefixes of one length are evaluated in one pass, each attending
-    to the prompt and to its own digits.  [B, 10 ** digits] float64 on the CPU, -inf where fewer prefixes are followed
-    than lead to the number; spellings such as "007" belong to none.
-    """
-    prefix, digit_tokens = number_tokens(model.tokenizer)
-    chosen = torch.tensor([*digit_tokens, model.tokenizer.eos_token_id], device=logits.device)
-    first = len(prefix)  # the answer token that is the first digit
-    labels = batch["answer_labels"][:, :first, None]
-    start = logits[:, :first].float().log_softmax(dim=-1).gather(2, labels).double().sum(dim=(1, 2))  # of "COUNT: "
-    score = start[:, None] + _log_softmax_of(logits[:, first], chosen[:10])  # [B, S] of S prefixes: the first digits
-    numbers = torch.arange(10, device=logits.device).expand_as(score)
-    before = batch["answer_positions"][:, first, None]  # where the first digit is predicted
-    position = batch["position_ids"].gather(2, before.expand(3, -1, -1))  # [3, B, 1]
-    prompt = torch.arange(batch["input_ids"].shape[1], device=logits.device) <= before  # [B, T]
-    seen = score.new_zeros(*score.shape, 0, dtype=torch.bool)  # [B, S, K] which of the prefixes' tokens each attends to
-    found, past = score.new_full((len(score), 10**digits), float("-inf")), list(past)
-    for length in range(1, digits + 1):
-        size = score.shape[1]
-        itself = torch.eye(size, dtype=torch.bool, device=seen.device).expand(len(score), -1, -1)
-        seen = torch.cat([seen, itself], dim=2)
-        attended = torch.cat([prompt[:, None].expand(-1, size, -1), seen], dim=2)[:, None]
-        positions = (position + length).expand(-1, -1, size)
-        after, _ = continue_pass(model.network, chosen[numbers % 10], positions, attended, past)
-        after = _log_softmax_of(after, chosen)  # [B, S, 11]
-        found.scatter_(1, numbers, score + after[..., 10])
-        if length < digits:
-            further = score[..., None] + after[..., :10]  # [B, S, 10]
-            further = further.masked_fill(numbers[..., None] == 0, float("-inf"))  # no number begins with a 0
-            score, kept = further.flatten(1).topk(min(followed, 9 * 10**length), dim=1)
-            parents = kept // 10
-            numbers = 10 * numbers.gather(1, parents) + kept % 10
-            seen = seen.gather(1, parents[..., None].expand(-1, -1, seen.shape[2]))
-    return found.cpu()
-
-
-def _log_softmax_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of some tokens, [..., V] -> [..., tokens] float64, without a second table of the width of V."""
-    wide = logits.float()
-    return (wide[..., tokens] - wide.logsumexp(dim=-1, keepdim=True)).double()

@@ -16,8 +16,9 @@ import torch
 from ..data import GRID, Fill, Sample
 from ..data.hiding import covers, hide_cells
 from ..options import ConfigError
-from .answers import count_log_probabilities, digits_score, number_tokens
+from .answers import digits_score
 from .collate import Batch, select_rows
+from .counts import count_log_probabilities, number_tokens
 from .device import make_accelerator
 from .forward import answer_logits
 from .heatmaps import Heatmap, register
@@ -133,5 +134,6 @@ def _log_probability_and_count(model: CountingModel, batch: Batch) -> torch.Tens
     prefix, _ = number_tokens(model.tokenizer)
     if batch["answer_labels"][0, : len(prefix)].tolist() != prefix:
         return torch.stack([score, torch.full_like(score, torch.nan)], dim=1)
-    counts = count_log_probabilities(model, batch, logits, trace.keys_values).softmax(dim=1)
+    log_p, _ = count_log_probabilities(model, batch, logits, trace.keys_values)
+    counts = log_p.softmax(dim=1)
     return torch.stack([score, counts @ torch.arange(counts.shape[1], dtype=counts.dtype)], dim=1)

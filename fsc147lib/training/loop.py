@@ -30,6 +30,7 @@ from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need
 from .batches import SizeBatches, make_loader, windows
+from .controls import control_targets, with_control
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
 from .memory import memory_of_step
@@ -196,6 +197,9 @@ class Run:
         set_seed(config.seed)
         self.accelerator = make_accelerator(config.precision)
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
+        others = sum(sample.count > 0 for sample in self.samples["train"]) > 1
+        rule = "objects or centre, where fewer than two training images have objects"
+        need(config, "attention_target", others or config.attention_target != "shuffled", rule)
         start = self.folder.checkpoint if config.resume else config.model
         device = "cpu" if config.lora else self.accelerator.device  # adapters' frozen weights become narrow first
         self.model = model or load_model(start, seed=config.seed, device=device)
@@ -206,10 +210,7 @@ class Run:
             network, config.heatmap, config.attention_layers, config.attention_heads, config.heatmap_layer,
             config.compile, config.gradient_method,
         )  # fmt: skip
-        loss = DualLoss(
-            network, config.attention_weight, config.attention_loss, self.heatmap, config.heatmap_images,
-            config.attention_target,
-        )  # fmt: skip
+        loss = DualLoss(network, config.attention_weight, config.attention_loss, self.heatmap, config.heatmap_images)
         optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
         self.training_step = TrainingStep(loss, optimizer, self.accelerator, config.clip)
         self.workers = default_workers() if config.workers is None else config.workers
@@ -238,7 +239,11 @@ class Run:
             self.batches.start(epoch, done)
             cache = self.training_step.cache
             self.stream = iter(cache.ahead(self.loader) if cache else self.loader)
-        return windows(self.stream, self.batches.sizes(epoch, done))
+        stream, kind, seed = self.stream, self.config.attention_target, self.config.seed
+        if kind != "objects":
+            targets = control_targets(kind, self.samples["train"], seed * 100_003 + epoch)
+            stream = (with_control(batch, targets) for batch in stream)
+        return windows(stream, self.batches.sizes(epoch, done))
 
     def open(self) -> None:
         """Begin in the folder, or go on in it, and fill the vision cache."""
