@@ -27,16 +27,21 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, its 16 bits scaled to 8; Pillow would cut them off at 255."""
+    """The image in RGB, on white where it is transparent, its 16 bits scaled to 8; Pillow would cut them off at 255."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        numbers, clear = np.asarray(image), image.info.get("transparency")  # the grey that stands for it, or None
+        image = Image.fromarray(np.where(numbers == clear, 255, numbers >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"its mode {image.mode} has numbers of any range: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # La converts to nothing else
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def open_picture(picture: str | Path | Image.Image) -> Image.Image:
-    """A file of FORMATS or an image in memory, in RGB as a viewer shows it: upright, transparent parts white.
+    """A file of FORMATS or an image in memory, upright and as `to_rgb` gives it.
 
     Raises:
         DataError: it cannot be read, or is too large; the message names the file.
@@ -46,11 +51,7 @@ def open_picture(picture: str | Path | Image.Image) -> Image.Image:
         image = picture if isinstance(picture, Image.Image) else open_image(picture)
         if problem := size_problem(*image.size):
             raise ValueError(problem)
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return to_rgb(image)
+        return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow raises many types on damaged files
         empty = path and path.is_file() and path.stat().st_size == 0
         reason = "the file is empty" if empty else f"{type(error).__name__}: {error}"

@@ -6,6 +6,7 @@ forced, so that they can be compared with the training log.  Left out: drawing, 
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..model import (
 from ..model.answers import count_loss, longest_answer
 from ..model.prompt import parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
-from .metrics import absolute_errors, alignment, constant_baselines, counting_metrics, metrics_by_bin
+from .metrics import absolute_errors, absurd_answers, alignment, constant_baselines, counting_metrics, metrics_by_bin
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def evaluate_samples(
     workers: int = 0,
     cache: VisionCache | None = None,
     store: PixelStore | None = None,
-    empty_cost: float | None = None,
+    training_counts: Sequence[int] = (),
     longest: int | None = None,
 ) -> Evaluation:
     """Evaluate a model that is already in memory; it is moved to the compute's device, and answers in eval mode.
@@ -135,14 +136,16 @@ def evaluate_samples(
         compute: device and precision; None for `choose_compute()`.
         workers: processes that read images; with a cache of their features there are none to read.
         store: keeps the images, for another evaluation.
-        empty_cost: as in `absolute_errors`.
+        training_counts: of the training images: their mean is the cost of an answer without a number on an empty
+            scene, their largest tells which answers are absurd, and baselines follow from them.  Without any the mean
+            is that of `samples`.
         longest: tokens of an answer at the most; None for those of the longest number that parses, which cuts
             off a model that was never fine-tuned.
 
     Returns:
-        Metrics: `counting_metrics`, unparsed (rate, 0..1), unparsed_leniently and mae_lenient (the same where
-        answers are read by `parse_count_leniently`), count_loss (nats per answer token), and the mean `alignment`
-        of images with objects.
+        Metrics: `counting_metrics`, `absurd_answers`, unparsed (rate, 0..1), unparsed_leniently and mae_lenient (the
+        same where answers are read by `parse_count_leniently`), count_loss (nats per answer token), and the mean
+        `alignment` of images with objects.
 
     Raises:
         ValueError: a metric is not finite.
@@ -173,7 +176,7 @@ def evaluate_samples(
         loss = count_loss(logits.detach(), batch["answer_labels"])
         found.append((answers, loss, alignment(looked, batch["target"])))
     network.train(was_training)
-    empty_cost = float(np.mean([sample.count for sample in samples])) if empty_cost is None else empty_cost
+    empty_cost = float(np.mean(list(training_counts) or [sample.count for sample in samples]))
     results: dict[int, ImageResult] = {}
     for answers, _, maps in found:
         maps = {key: value.tolist() for key, value in maps.items()}
@@ -186,7 +189,7 @@ def evaluate_samples(
             row["predicted_leniently"] = parse_count_leniently(text, complete=end in tokens)
             results[place] = ImageResult(sample.name, sample.category, sample.count, predicted, text, **row)
     loss = sum(float(summed) for _, summed, _ in found) / sum(len(collate.tokens(sample).answer) for sample in samples)
-    return _summarise([results[place] for place in range(len(samples))], loss, empty_cost)
+    return _summarise([results[place] for place in range(len(samples))], loss, empty_cost, training_counts)
 
 
 def answering_batch_size(batch_size: int, heatmap: Heatmap, batch_tokens: int | None = None, longest: int = 1) -> int:
@@ -199,11 +202,12 @@ def answering_batch_size(batch_size: int, heatmap: Heatmap, batch_tokens: int | 
     return 2 * passed if type(heatmap) is Attention else passed
 
 
-def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Evaluation:
+def _summarise(images: list[ImageResult], loss: float, empty_cost: float, training_counts: Sequence[int]) -> Evaluation:
     counts = [image.predicted for image in images], [image.count for image in images], empty_cost
     leniently = [image.predicted_leniently for image in images]
     metrics = {
         **counting_metrics(*counts),
+        **absurd_answers(*counts, training_counts),
         "unparsed": float(np.mean([image.predicted is None for image in images])),
         "unparsed_leniently": float(np.mean([number is None for number in leniently])),
         "mae_lenient": float(absolute_errors(leniently, *counts[1:]).mean()),
@@ -214,7 +218,8 @@ def _summarise(images: list[ImageResult], loss: float, empty_cost: float) -> Eva
         metrics[key] = float(np.mean(values)) if values else None
     if wrong := [f"{name} is {value}" for name, value in metrics.items() if not np.isfinite(value or 0)]:
         raise ValueError(f"{', '.join(wrong)}: the model is broken, or its images are; look with `verify`")
-    return Evaluation(metrics, metrics_by_bin(*counts), images)
+    baselines = constant_baselines(training_counts, counts[1]) if len(training_counts) else {}
+    return Evaluation(metrics, metrics_by_bin(*counts), images, baselines)
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -224,11 +229,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     compute = choose_compute(config.precision)
     heatmap = make_heatmap(model.network, config.heatmap, config.attention_layers, config.attention_heads)
     workers = default_workers() if config.workers is None else config.workers
-    training = split_counts(config.data)
-    empty_cost = float(np.mean(training)) if training else None
-    result = evaluate_samples(
-        model, samples, config.batch_size, heatmap, compute, workers, empty_cost=empty_cost, longest=config.longest
-    )
-    if training:
-        result.baselines = constant_baselines(training, [sample.count for sample in samples])
-    return result
+    return evaluate_samples(
+        model, samples, config.batch_size, heatmap, compute, workers, longest=config.longest,
+        training_counts=split_counts(config.data),
+    )  # fmt: skip

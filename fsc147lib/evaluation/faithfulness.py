@@ -21,6 +21,7 @@ from ..data.targets import centre_blob
 from ..model import Batch, CountingModel, choose_compute, look, make_heatmap, mean_map, method_names
 from ..model.looking import Whose, answered_batches
 from ..model.occlusion import hidden_log_probabilities
+from ..options import ConfigError
 from .metrics import alignment, bootstrap_interval, correlation
 from .tables import aligned
 
@@ -62,7 +63,7 @@ def measure_maps(
     steps: int = 8,
     answer: Whose = "own",
 ) -> dict[str, Faithfulness]:
-    """Measure methods on some samples with objects; the same on every call.
+    """Measure methods on two or more samples with objects; the same on every call.
 
     Args:
         model: as in `look`.
@@ -73,7 +74,12 @@ def measure_maps(
 
     Returns:
         Of each method; of the target itself, held against the model; of a random order, and of CHANCE.
+
+    Raises:
+        ConfigError: fewer than two samples, or one without objects.
     """
+    if len(samples) < 2 or not all(sample.count for sample in samples):
+        raise ConfigError("maps are held against another image's target: give two samples or more, all with objects")
     compute = choose_compute()
     methods, rng = list(method_names() if methods is None else methods), np.random.default_rng(0)
     batches = [batch for batch, _ in answered_batches(model, samples, compute, answer=answer)]

@@ -11,6 +11,7 @@ import torch
 from ..data import kl_divergence
 from ..model import Prediction
 
+ABSURD = 10  # times the largest count in training: an answer above that is absurd
 BINS = ((0, 0), (1, 20), (21, 50), (51, 100), (101, 200), (201, None))  # true counts, both ends included
 
 
@@ -41,8 +42,8 @@ def counting_metrics(predicted, target, empty_cost: float | None = None) -> dict
     Args and errors are those of `absolute_errors`.
 
     Returns:
-        `mae` and `rmse` in objects; `nae`, the mean error relative to the target, and `sre`, the root of the
-        mean squared error relative to the target, both over the images with objects and None without any;
+        `mae`, `rmse` and `median_error` in objects; `nae`, the mean error relative to the target, and `sre`, the root
+        of the mean squared error relative to the target, both over the images with objects and None without any;
         `exact`, `within_1` and `within_10_percent`, the parts of all images (0..1) so close to the target.
     """
     error = absolute_errors(predicted, target, empty_cost)
@@ -51,12 +52,32 @@ def counting_metrics(predicted, target, empty_cost: float | None = None) -> dict
     return {
         "mae": float(error.mean()),
         "rmse": float(np.sqrt((error**2).mean())),
+        "median_error": float(np.median(error)),
         "nae": float((seen / counts).mean()) if len(seen) else None,
         "sre": float(np.sqrt((seen**2 / counts).mean())) if len(seen) else None,
         "exact": float((parsed & (error == 0)).mean()),
         "within_1": float((parsed & (error <= 1)).mean()),
         "within_10_percent": float((parsed & (10 * error <= target)).mean()),
     }
+
+
+def absurd_answers(predicted, target, empty_cost: float | None, training_counts: Sequence[int]) -> dict:
+    """How many answers are beyond reason, and the mean error without them: one answer of 25081 hides all the others.
+
+    Args:
+        training_counts: of the training images; the others are those of `absolute_errors`.
+
+    Returns:
+        `absurd`, the number of answers above ABSURD times the largest training count; `mae_without_absurd`, the
+        mean error of the other images in objects, None where there is no other.  Nothing where no training count is
+        above 0.
+    """
+    error, largest = absolute_errors(predicted, target, empty_cost), max(training_counts, default=0)
+    if not largest:
+        return {}
+    absurd = np.asarray(predicted, dtype=np.float64) > ABSURD * largest  # [N]; False of an answer without a number
+    others = error[~absurd]
+    return {"absurd": int(absurd.sum()), "mae_without_absurd": float(others.mean()) if len(others) else None}
 
 
 def metrics_by_bin(predicted, target, empty_cost: float | None = None) -> dict[str, dict[str, float | None]]:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+from .metrics import ABSURD
+
 MEASURES = {  # key of `counting_metrics` or `alignment`: words, which end is good, format
     "mae": ("MAE, mean error (objects)", "low", "{:.2f}"),
     "rmse": ("RMSE, root mean squared error (objects)", "low", "{:.2f}"),
+    "median_error": ("median error (objects)", "low", "{:.2f}"),
     "nae": ("NAE, error / true count", "low", "{:.2f}"),
     "sre": ("SRE, root of mean (error² / true count)", "low", "{:.2f}"),
     "exact": ("exactly right", "high", "{:.0%}"),
@@ -40,6 +43,8 @@ def metrics_table(
 ) -> str:
     """Metrics of models (heading -> metrics) on one split, a line each, beside those of models that never look.
 
+    A sentence below tells a model's `absurd_answers`, where it gave any.
+
     Args:
         title: what was measured on what, the first line.
         baselines: of `constant_baselines`; may be empty.
@@ -51,6 +56,8 @@ def metrics_table(
         if any(key in metrics for metrics in columns.values()):
             rows.append([words, good, *(_cell(metrics, key) for metrics in columns.values())])
     text = f"{title}\n\n{aligned(rows)}"
+    if told := [_absurd_answers(name, metrics) for name, metrics in columns.items() if metrics.get("absurd")]:
+        text += "\n\n" + "\n".join(told)
     if baselines:
         text += "\n\nmean, median: a model that never looks and always answers so; one that counts beats both"
     if bins:
@@ -58,6 +65,12 @@ def metrics_table(
         rows += [[name, str(row["images"]), *(_cell(row, key) for key in BIN_MEASURES)] for name, row in bins.items()]
         text += f"\n\n{aligned(rows)}"
     return text
+
+
+def _absurd_answers(name: str, metrics: dict) -> str:
+    answers, them = ("1 answer", "it") if metrics["absurd"] == 1 else (f"{metrics['absurd']} answers", "them")
+    mae = _cell({"mae": metrics["mae_without_absurd"]}, "mae")
+    return f"{name}: {answers} above {ABSURD} times the largest count in training; without {them} MAE {mae}"
 
 
 def _cell(metrics: dict, key: str) -> str:

@@ -62,11 +62,17 @@ class Prediction:
     distribution: np.ndarray  # [10000] float64, summing to 1: how probable each number is, if the answer is a number
     covered: float  # probability that the answer is one of the numbers that were followed, in the form "COUNT: 37"
     heatmap: np.ndarray  # [14, 14] float32, summing to 1: where it looked during its own answer
+    not_followed: float = 0.0  # probability that it begins as a number that was not followed: those from 10,000 up
 
     @property
     def mode(self) -> int:
         """The most probable number; not always the greedy answer, which chooses digit by digit."""
         return int(self.distribution.argmax())
+
+    @property
+    def no_number(self) -> float:
+        """Probability that the answer is something else: words, or another spelling such as "COUNT: 007"."""
+        return max(0.0, 1 - self.covered - self.not_followed)
 
     @property
     def mean(self) -> float:
@@ -90,6 +96,7 @@ class Prediction:
             f"{self.sample.name}: {said}; the model says {self.answer!r:.80}\n"
             f"  most probable {self.mode} ({self.distribution[self.mode]:.0%}), mean {self.mean:.1f}, 90 % between "
             f"{first} and {last}, if it answers COUNT: and a number, which it does with probability {self.covered:.3f}"
+            f"\n  no number {self.no_number:.3f}, not followed (numbers from 10,000 up) {self.not_followed:.3f}"
         )
 
     def to_dict(self) -> dict:
@@ -98,6 +105,7 @@ class Prediction:
         return {
             "name": self.sample.name, "category": self.sample.category, "answer": self.answer, "count": self.count,
             "mode": self.mode, "mean": self.mean, "interval_90": self.interval(), "covered": self.covered,
+            "not_followed": self.not_followed, "no_number": self.no_number,
             "distribution": {int(number): float(self.distribution[number]) for number in likely},
             "heatmap": self.heatmap.tolist(), "heatmap_of": "own answer",
         }  # fmt: skip

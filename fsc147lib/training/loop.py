@@ -31,10 +31,11 @@ from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need
 from .batches import SizeBatches, make_loader, windows
+from .controls import control_targets, with_control
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
 from .memory import memory_of_step
-from .run import RunFolder, TrainResult, locked
+from .run import RunFolder, TrainResult, fingerprint, locked
 from .step import TrainingStep, lazy_weight, learning_rate_factor, make_optimizer
 
 
@@ -196,6 +197,9 @@ class Run:
             dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),  # `SizeBatches` is even
         )  # fmt: skip
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
+        others = sum(sample.count > 0 for sample in self.samples["train"]) > 1
+        rule = "objects or centre, where fewer than two training images have objects"
+        need(config, "attention_target", others or config.attention_target != "shuffled", rule)
         start = self.folder.checkpoint if config.resume else config.model
         device = "cpu" if config.lora else self.compute.device  # adapters' frozen weights become narrow first
         self.model = model or load_model(start, seed=config.seed, device=device)
@@ -205,10 +209,7 @@ class Run:
         self.heatmap = make_heatmap(network, config.heatmap, config.attention_layers, config.attention_heads)
         if config.compile:
             compile_layers(network, getattr(self.heatmap, "layers", ()))
-        loss = DualLoss(
-            network, config.attention_weight, config.attention_loss, self.heatmap, config.heatmap_images,
-            config.attention_target,
-        )  # fmt: skip
+        loss = DualLoss(network, config.attention_weight, config.attention_loss, self.heatmap, config.heatmap_images)
         optimizer = make_optimizer(network, config.learning_rate, config.weight_decay)
         self.training_step = TrainingStep(loss, optimizer, self.accelerator, self.compute, config.clip)
         self.workers = default_workers() if config.workers is None else config.workers
@@ -237,11 +238,15 @@ class Run:
             self.batches.start(epoch, done)
             cache = self.training_step.cache
             self.stream = iter(cache.ahead(self.loader) if cache else self.loader)
-        return windows(self.stream, self.batches.sizes(epoch, done))
+        stream, kind, seed = self.stream, self.config.attention_target, self.config.seed
+        if kind != "objects":
+            targets = control_targets(kind, self.samples["train"], seed * 100_003 + epoch)
+            stream = (with_control(batch, targets) for batch in stream)
+        return windows(stream, self.batches.sizes(epoch, done))
 
     def open(self) -> None:
         """Begin in the folder, or go on in it, and fill the vision cache."""
-        config = self.config
+        config, self.fingerprint = self.config, fingerprint(self.samples)
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
         if config.resume:
             self.folder.restore(self)
@@ -271,7 +276,7 @@ class Run:
         batch_size = answering_batch_size(config.batch_size, self.heatmap, config.batch_tokens, longest)
         self.validation = evaluate_samples(
             self.model, self.samples["val"], batch_size, self.heatmap, self.compute, self.workers,
-            self.training_step.cache, self.store, self.result.baselines["mean"]["constant"],
+            self.training_step.cache, self.store, [sample.count for sample in self.samples["train"]],
         )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
         if self.on_epoch:

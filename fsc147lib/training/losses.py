@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..data.targets import centre_blob, kl_divergence
+from ..data.targets import kl_divergence
 from ..model import Batch, Heatmap, answer_logits, count_loss, make_heatmap, select_rows
 
 
@@ -17,14 +17,6 @@ def squared_error(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
 
 ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
 """An attention loss is a function of target and heatmap [B, 14, 14] to [B]."""
-
-
-ATTENTION_TARGETS = {
-    "objects": lambda target: target,
-    "shuffled": lambda target: target.roll(1, dims=0),  # the next image's: nothing to learn but statistics
-    "centre": centre_blob,
-}
-"""What the heatmap is drawn to: the objects, or a control that shows what drawing it anywhere is worth."""
 
 
 class LossParts(NamedTuple):
@@ -42,7 +34,7 @@ class DualLoss(nn.Module):
 
     Args:
         weight: of the attention loss; 0 leaves it out altogether, its heatmap included.
-        kind, attention_target: names of ATTENTION_LOSSES and ATTENTION_TARGETS.
+        kind: a name in ATTENTION_LOSSES.
         heatmap: what is held against the target; None for the attention.
         heatmap_images: look at so many images of a batch only, chosen at random among those with objects, in a
             pass of their own; the mean over all choices is the loss of the whole batch.  None looks at all.
@@ -55,10 +47,8 @@ class DualLoss(nn.Module):
         kind: str = "kl",
         heatmap: Heatmap | None = None,
         heatmap_images: int | None = None,
-        attention_target: str = "objects",
     ):
         super().__init__()
-        self.attention_target = ATTENTION_TARGETS[attention_target]
         self.network, self.weight, self.kind, self.heatmap_images = network, weight, kind, heatmap_images
         self.heatmap = heatmap or make_heatmap(network)
 
@@ -94,7 +84,7 @@ class DualLoss(nn.Module):
         attention = torch.zeros_like(count)
         if weight:
             target = looked_at["target"]
-            divergence = ATTENTION_LOSSES[self.kind](self.attention_target(target), heatmap)
+            divergence = ATTENTION_LOSSES[self.kind](target, heatmap)
             divergence = divergence * (target > 0).any(dim=2).any(dim=1)
             attention = divergence.sum() / share / (len(with_objects) if images is None else images)
         return LossParts(count + weight * attention, count, attention)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -58,10 +59,23 @@ class TrainResult:
         return {"before": rows[0], "best": best, "last": rows[-1], "baselines": self.baselines, "images": self.images}
 
 
-def fingerprint(samples: dict[str, list[Sample]]) -> str:
-    """Of the names and counts of each split."""
-    listed = {split: [(s.name, s.count) for s in part] for split, part in samples.items()}
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+def fingerprint(samples: dict[str, list[Sample]]) -> dict[str, str]:
+    """SHA-256 of what training sees of each split, in its order: of `images` (names and files), `categories`, `dots`.
+
+    A copy of a root elsewhere has the same; boxes and density files, which nothing is trained on, have no part in it.
+    """
+    listed: dict[str, list] = {"images": [], "categories": [], "dots": []}
+    for part in samples.values():
+        with ThreadPoolExecutor() as pool:  # many at once, for disks that answer late
+            files = pool.map(lambda sample: _sha256(sample.image_path.read_bytes()), part)
+            listed["images"].append([(sample.name, file) for sample, file in zip(part, files, strict=True)])
+        listed["categories"].append([sample.category for sample in part])
+        listed["dots"].append([_sha256(sample.points.tobytes()) for sample in part])
+    return {key: _sha256(json.dumps(values).encode()) for key, values in listed.items()}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def need_same_run(config) -> None:
@@ -166,9 +180,10 @@ class RunFolder:
         """Put the checkpoint's steps, epochs, history, moments and, in fp16, loss scale back into a `loop.Run`."""
         result, step = run.result, run.training_step
         state = load_training_state(self.checkpoint, step.optimizer)
-        if state["data"] != fingerprint(run.samples):
+        known, now = state["data"], run.fingerprint
+        if changed := [part for part in now if part not in known or known[part] != now[part]]:
             raise ConfigError(
-                f"the training or validation images in {self.config.data} are not those that the run in "
+                f"{' and '.join(changed)} of train or val in {self.config.data} are not those that the run in "
                 f"{self.out} was started with: give its --data, or start a new run with another --out"
             )
         result.steps, result.epochs = state["steps"], state["epochs"]
@@ -196,7 +211,7 @@ class RunFolder:
         run.saved, result, step = run.step, run.result, run.training_step
         if not self.writes:
             return
-        state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": fingerprint(run.samples),
+        state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": run.fingerprint,
                  "steps": result.steps, "epochs": result.epochs, "scaler": step.scaler.state_dict()}  # fmt: skip
         whole = result.epochs[-1]["step"] == run.step
         listed = to_csv([asdict(image) for image in run.validation.images]) if whole else None

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsc147lib.data import FSC147, DataError, check
+from fsc147lib.data import FSC147, DataError, Picture, Sample, check
 from fsc147lib.data.own import ImportConfig, import_pictures, read_coco
-from fsc147lib.data.samples import open_picture, shrunk
+from fsc147lib.data.samples import open_picture, shrunk, to_rgb
 from fsc147lib.options import ConfigError
 
 
@@ -170,13 +170,54 @@ def test_nothing_is_overwritten_and_names_stay_apart(tmp_path, images):
 # Pictures from anywhere
 
 
-def test_a_picture_is_upright_opaque_and_shrunk(images):
+def test_a_picture_is_upright_and_shrunk(images):
     assert open_picture(images / "e.jpg").size == (400, 600)
-    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
-    assert open_picture(clear).getpixel((0, 0)) == (255, 255, 255)
     assert shrunk(open_picture(images / "a.jpg")).size == (768, 384)
     small = open_picture(images / "c.jpg")
     assert shrunk(small) is small
+
+
+GREYS = np.tile(np.uint8([40, 200]).repeat(8), (16, 1))  # [16, 16]: 40 on the left, which is to be transparent, and 200
+CLEAR = Image.merge("LA", (Image.fromarray(GREYS), Image.fromarray(np.where(GREYS == 40, 0, 255).astype(np.uint8))))
+
+
+@pytest.mark.parametrize(
+    ("image", "ending", "options"),
+    [
+        (CLEAR, "png", {}),
+        (CLEAR.convert("RGBA"), "png", {}),
+        (CLEAR.convert("RGBA"), "tif", {}),
+        (CLEAR.convert("RGBA"), "webp", {"lossless": True}),
+        (CLEAR.convert("RGBA").quantize(), "png", {}),  # a palette with alpha
+        (Image.fromarray(GREYS).convert("P"), "png", {"transparency": 40}),
+        (Image.fromarray(GREYS).convert("P"), "gif", {"transparency": 40}),
+        (Image.fromarray(GREYS), "png", {"transparency": 40}),
+        (Image.fromarray(GREYS).convert("RGB"), "png", {"transparency": (40, 40, 40)}),
+        (Image.fromarray(GREYS * np.uint16(257)), "png", {"transparency": 40 * 257}),
+    ],
+    ids=lambda value: getattr(value, "mode", None),
+)
+def test_what_is_transparent_is_white_by_every_way_in(tmp_path, image, ending, options):
+    """In a root, in `predict` and in `import` alike."""
+    path = tmp_path / "photos" / f"a.{ending}"
+    path.parent.mkdir()
+    image.save(path, **options)
+    shown = np.where(GREYS == 40, 255, 200)[..., None].repeat(3, axis=2)
+    sample = Sample("a", "apples", np.zeros((0, 2)), np.zeros((0, 4)), path)
+    assert np.array_equal(sample.image, shown) and np.array_equal(Picture(path, "apples").image, shown)
+    (tmp_path / "dots.csv").write_text(f"image,x,y\na.{ending},1,1\nb.png,1,1\n")
+    Image.new("RGB", (16, 16)).save(path.with_name("b.png"))
+    import_pictures(ImportConfig(tmp_path / "root", path.parent, tmp_path / "dots.csv", category="apples"))
+    assert np.abs(np.int16(all_samples(tmp_path / "root")["a.jpg"].image) - shown).max() <= 3  # it is a JPEG now
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
+def test_what_is_half_transparent_is_blended_with_white(mode):
+    alpha = np.random.default_rng(0).integers(0, 256, GREYS.shape, dtype=np.uint8)
+    image = Image.merge("LA", (Image.fromarray(GREYS), Image.fromarray(alpha)))
+    image = image.convert(mode) if mode == "La" else image.convert("RGBA").convert(mode)
+    blended = 255 - (255 - GREYS.astype(float)) * alpha / 255
+    assert np.abs(to_rgb(image) - blended[..., None]).max() <= 1.5
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from fsc147lib.__main__ import main
+from fsc147lib.data.faults import SPLITS
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation import answering as evaluation
 from fsc147lib.evaluation.answering import (
@@ -109,14 +112,19 @@ def test_a_gradient_heatmap_s_graph_is_let_go(tiny, mixed_samples):
     assert looked.any() and not any(x.requires_grad for x in (logits, looked, *(x for pair in past for x in pair)))
 
 
+def let_it_say(said, samples, model, monkeypatch):
+    """Have a model answer each sample with a text."""
+    ids = model.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
+    by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
+    answers = lambda network, batch, *_: torch.stack([by_name[name] for name in batch["names"]])  # noqa: E731
+    monkeypatch.setattr(evaluation, "greedy_tokens", answers)
+
+
 def test_unparsed_answers_cost_the_true_count(tiny, root, monkeypatch):
     samples = list(FSC147(root, "val"))
     said = [answer(sample.count) for sample in samples]
     said[2], said[5] = "a lot", "COUNT: 3.7"
-    ids = tiny.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
-    by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
-    answers = lambda network, batch, *_: torch.stack([by_name[name] for name in batch["names"]])  # noqa: E731
-    monkeypatch.setattr(evaluation, "greedy_tokens", answers)
+    let_it_say(said, samples, tiny, monkeypatch)
     result = evaluate_samples(tiny, samples, batch_size=3)
     expected = [0 if i in (2, 5) else sample.count for i, sample in enumerate(samples)]
     assert result.metrics["unparsed"] == pytest.approx(2 / len(samples))
@@ -133,10 +141,7 @@ def test_answers_in_other_words_count_leniently_alone(tiny, root, monkeypatch):
         "I see 3",
         f"no{end}",
     ]
-    ids = tiny.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
-    by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
-    answers = lambda network, batch, *_: torch.stack([by_name[name] for name in batch["names"]])  # noqa: E731
-    monkeypatch.setattr(evaluation, "greedy_tokens", answers)
+    let_it_say(said, samples, tiny, monkeypatch)
     result = evaluate_samples(tiny, samples)
     counts = [sample.count for sample in samples]
     assert [image.predicted for image in result.images] == [None, counts[1], None, None]
@@ -155,7 +160,9 @@ def test_an_answer_may_be_longer(tiny, root):
 
 def test_empty_scenes_are_answered_and_have_no_map(tiny, root, empty_samples):
     some, none = [sample for sample in FSC147(root, "val") if sample.count][:3], empty_samples
-    result, without = (evaluate_samples(tiny, samples, empty_cost=9) for samples in ([none[0], *some, none[1]], some))
+    result, without = (
+        evaluate_samples(tiny, samples, training_counts=[9]) for samples in ([none[0], *some, none[1]], some)
+    )
     assert [image.count for image in result.images] == [0, *(sample.count for sample in some), 0]
     for key in ("kl", "mass_on_objects", "pearson", "pointing"):
         assert getattr(result.images[0], key) is None
@@ -174,6 +181,23 @@ def test_an_empty_scene_without_an_answer_costs_the_training_mean(half_empty_roo
     counts = [sample.count for sample in FSC147(half_empty_root, "train")]
     assert result.images[0].count == 0 and result.images[0].predicted is None
     assert result.metrics["mae"] == np.mean(counts) > 1
+
+
+@pytest.mark.medium
+def test_absurd_answers_are_held_against_the_root_s_training_split(root, tiny, tmp_path, monkeypatch, capsys):
+    copied = shutil.copytree(root, tmp_path / "root")
+    samples, largest = list(FSC147(root, "val")), max(sample.count for sample in FSC147(root, "train"))
+    said = [answer(10 * largest), answer(10 * largest + 1), *(answer(sample.count + 1) for sample in samples[2:])]
+    let_it_say(said, samples, tiny, monkeypatch)
+    tiny.save(tmp_path / "model")
+    command = ["evaluate", "--data", str(copied), "--model", str(tmp_path / "model")]
+    assert main(command) == 0
+    mae = (10 * largest - samples[0].count + len(samples) - 2) / (len(samples) - 1)
+    sentence = f"model: 1 answer above 10 times the largest count in training; without it MAE {mae:.2f}"
+    assert sentence in capsys.readouterr().out
+    splits = json.loads((copied / SPLITS).read_text())
+    (copied / SPLITS).write_text(json.dumps({"val": splits["val"]}))
+    assert main(command) == 0 and "in training" not in capsys.readouterr().out  # nothing is known of it
 
 
 @pytest.mark.medium

@@ -12,6 +12,7 @@ from fsc147lib.evaluation.faithfulness import CHANCE, rank_correlation, redrawn_
 from fsc147lib.model import Collate, Heatmap, load_model
 from fsc147lib.model.answers import digits_score
 from fsc147lib.model.forward import answer_logits
+from fsc147lib.options import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,12 @@ def test_rank_correlation_is_scipy_s():
     for i in range(2):
         assert got[i] == pytest.approx(spearmanr(first[i].flatten(), second[i].flatten()).statistic)
     assert got[2] == 0, "a constant map has no order"
+
+
+def test_another_image_is_needed(dual, mixed_samples, empty_samples):
+    for samples in (mixed_samples[:1], [mixed_samples[0], empty_samples[0]]):
+        with pytest.raises(ConfigError, match="give two samples or more, all with objects"):
+            measure_maps(dual, samples, ["attention"])
 
 
 @pytest.mark.medium

@@ -8,6 +8,7 @@ import torch
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation.metrics import (
     absolute_errors,
+    absurd_answers,
     alignment,
     answer_histogram,
     bootstrap_interval,
@@ -38,6 +39,17 @@ def test_an_answer_without_a_number_is_never_right():
     result = counting_metrics([None, None, None, 0], target, empty_cost=30)
     assert [result[key] for key in ("exact", "within_1", "within_10_percent")] == [0.25, 0.25, 0.25]
     assert result["mae"] == 41 / 4 and result["nae"] == 1
+
+
+def test_one_absurd_answer_hides_neither_the_median_nor_the_rest():
+    predicted, target = [25081, 1000, 50, None, 3], [49, 990, 40, 7, 0]  # errors 25032, 10, 10, 7, 3
+    assert counting_metrics(predicted, target)["mae"] == pytest.approx((25032 + 10 + 10 + 7 + 3) / 5)  # the field's
+    assert counting_metrics(predicted, target)["median_error"] == 10
+    told = absurd_answers(predicted, target, None, [4, 100, 7])  # 1000 is not above 10 times 100
+    assert told == {"absurd": 1, "mae_without_absurd": pytest.approx((10 + 10 + 7 + 3) / 4)}
+    assert absurd_answers(predicted, target, None, [99])["absurd"] == 2
+    assert absurd_answers([11, 30], [1, 2], None, [1]) == {"absurd": 2, "mae_without_absurd": None}
+    assert absurd_answers(predicted, target, None, []) == absurd_answers(predicted, target, None, [0, 0]) == {}
 
 
 def test_relative_errors_leave_empty_scenes_out():

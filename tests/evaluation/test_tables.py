@@ -25,8 +25,21 @@ def test_every_number_stands_under_its_heading_with_its_unit():
     assert line.index("7.50") + 4 == heading.index("best, epoch 3") + len("best, epoch 3")  # aligned to the right
 
 
+def test_absurd_answers_have_a_sentence_where_there_are_any():
+    found = {
+        name: counting_metrics(PREDICTED, TRUE) | {"absurd": n, "mae_without_absurd": mae}
+        for name, n, mae in (("a", 0, 7.5), ("b", 1, 46.812), ("c", 2, None))
+    }
+    text = metrics_table("", found, {})
+    assert cells(text, "median error (objects)") == ["low", *["5.00"] * 3]
+    assert [line for line in text.splitlines() if "largest count" in line] == [
+        "b: 1 answer above 10 times the largest count in training; without it MAE 46.81",
+        "c: 2 answers above 10 times the largest count in training; without them MAE -",
+    ]
+
+
 def test_without_a_training_split_there_is_no_constant_to_beat():
-    assert "median" not in metrics_table("", {"model": counting_metrics(PREDICTED, TRUE)}, {})
+    assert "never looks" not in metrics_table("", {"model": counting_metrics(PREDICTED, TRUE)}, {})
 
 
 def test_every_metric_of_an_evaluation_has_words(tiny, root):

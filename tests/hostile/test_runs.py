@@ -11,10 +11,11 @@ import sys
 
 import pytest
 import torch
-from hostile.small_root import make_root
+from hostile.small_root import edit, make_root
 from safetensors.torch import load, load_file
 
 from fsc147lib.__main__ import main
+from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES
 from fsc147lib.evaluation import answering
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import CountingModel, ModelError
@@ -128,6 +129,34 @@ def test_a_damaged_checkpoint_is_not_believed(out, another, small_root, capsys, 
     shutil.rmtree(out / "last.old")
     with pytest.raises(ModelError, match=f"(?s){DAMAGES[damage]}.*there is none before it"):
         train(settings_of(small_root, out))
+
+
+def moved_dots(root):
+    edit(root, ANNOTATIONS, lambda entries: entries["2.jpg"].update(points=[[9, 9]] * len(entries["2.jpg"]["points"])))
+
+
+def renamed_category(root):
+    (root / CLASSES).write_text((root / CLASSES).read_text().replace("5.jpg\tsea shells", "5.jpg\tapples"))
+
+
+def other_pixels(root):
+    """A file as large and as old."""
+    path = root / IMAGES / "1.jpg"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    flip(path)
+    os.utime(path, ns=times)
+
+
+CHANGES = {moved_dots: "dots", renamed_category: "categories", other_pixels: "images"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resume_on_other_data_of_the_same_names_and_counts_is_refused(out, small_root, tmp_path, change):
+    copied = shutil.copytree(small_root, tmp_path / "root", copy_function=shutil.copyfile)
+    train(settings_of(copied, out))  # a root may move, and be copied with other times
+    change(copied)
+    with pytest.raises(ConfigError, match=f"^{CHANGES[change]} of train or val in .*root are not those that the run"):
+        train(settings_of(copied, out))
 
 
 def test_flipped_bytes_of_a_model_s_folder_are_seen(out):

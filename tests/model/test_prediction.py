@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fsc147lib import predict
+from fsc147lib import load_model, predict
 from fsc147lib.data import DataError, Picture
 from fsc147lib.model import Collate, Heatmap, look, predict_samples
 from fsc147lib.model.prediction import Prediction
@@ -27,22 +27,23 @@ def test_a_taught_model_predicts_what_it_has_learnt(taught, mixed_samples):
         np.testing.assert_allclose(prediction.heatmap, expected, atol=1e-5)
 
 
-def test_a_file_and_an_image_in_memory_are_the_same_picture(tiny, mixed_samples):
+def test_a_file_and_an_image_in_memory_are_the_same_picture(mixed_samples):
     """And the same as the sample of a root, where that has FSC147's size."""
-    sample = mixed_samples[0]
-    by_path, by_image = (predict(tiny, image, sample.category) for image in (sample.image_path, sample.image))
-    (of_root,) = predict_samples(tiny, [sample])
+    sample, dual = mixed_samples[0], load_model("tiny-dual")  # whose numbers are soon found
+    by_path, by_image = (predict(dual, image, sample.category) for image in (sample.image_path, sample.image))
+    (of_root,) = predict_samples(dual, [sample])
     for other in (by_image, of_root):
         assert other.answer == by_path.answer and other.count == by_path.count
         np.testing.assert_allclose(other.distribution, by_path.distribution, atol=1e-6)
         np.testing.assert_allclose(other.heatmap, by_path.heatmap, atol=1e-6)
 
 
+@pytest.mark.medium
 def test_an_answer_without_a_number_still_has_a_distribution_and_a_map(tiny, tmp_path):
     """An untaught model babbles: its map is that of the whole answer, its numbers are improbable but comparable."""
     Image.effect_noise((500, 400), 60).save(tmp_path / "noise.png")
     found = predict(tiny, tmp_path / "noise.png", "grains")
-    assert found.count is None and found.covered < 1e-6
+    assert found.count is None and found.covered < 1e-6 and found.no_number > 0.999
     assert found.distribution.sum() == pytest.approx(1) and found.heatmap.sum() == pytest.approx(1, abs=1e-5)
     low, high = found.interval(0.9)
     assert low <= high and found.distribution[low : high + 1].sum() >= 0.9 - 1e-9
@@ -56,6 +57,15 @@ def test_mode_mean_and_interval_by_hand():
     found = Prediction(None, "COUNT: 11", 11, distribution, 1.0, np.full((14, 14), 1 / 196))
     assert found.mode == 11 and found.mean == pytest.approx(0.12 + 3 + 4.4 + 2.4 + 2.4)
     assert found.interval(0.9) == (10, 40) and found.interval(0.5) == (10, 12) and found.interval(0.99) == (3, 40)
+
+
+def test_a_prediction_says_what_is_no_number_and_what_was_not_followed():
+    distribution = np.eye(10_000)[49]
+    picture = Picture(Image.new("RGB", (64, 64)), "logs")
+    found = Prediction(picture, "COUNT: 25081", 25081, distribution, 0.15, np.full((14, 14), 1 / 196), 0.8)
+    assert "with probability 0.150\n" in str(found)
+    assert str(found).endswith("no number 0.050, not followed (numbers from 10,000 up) 0.800")
+    assert found.to_dict()["not_followed"] == 0.8 and found.to_dict()["no_number"] == pytest.approx(0.05)
 
 
 @pytest.mark.slow

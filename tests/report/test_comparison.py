@@ -10,11 +10,11 @@ from fsc147lib.options import ConfigError
 from fsc147lib.report.comparison import CompareConfig, compare_runs, saved_run
 
 
-def write_run(folder, errors, kl, **options):
+def write_run(folder, errors, kl, absurd=(0, None), **options):
     """A run's folder as `train` leaves it: two epochs, the second the best."""
     (folder / "best").mkdir(parents=True)
     mae = sum(errors) / len(errors)
-    best = {"epoch": 2, "mae": mae, "kl": kl}
+    best = {"epoch": 2, "mae": mae, "kl": kl, "absurd": absurd[0], "mae_without_absurd": absurd[1]}
     config = {"data": "root", "out": str(folder), "seed": 0, "attention_weight": 0.1} | options
     baselines = {"mean": {"constant": 20.0, "mae": 12.5}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -42,6 +42,13 @@ def test_runs_side_by_side(tmp_path):
     assert "b - a: KL -0.500 (-0.500 to -0.500), better" in text
     assert "c - a: MAE +0.000 (-1.000 to +1.000), no clear difference" in text
     assert (tmp_path / "new" / "curves.png").stat().st_size > 5000
+
+
+def test_absurd_answers_are_told_of_each_run(tmp_path):
+    a, b = write_run(tmp_path / "a", [2.0, 4.0], 0.9), write_run(tmp_path / "b", [900.0, 3.0], 0.4, absurd=(1, 3.0))
+    text = compare_runs(CompareConfig((a, b)))
+    assert "\nb, epoch 2: 1 answer above 10 times the largest count in training; without it MAE 3.00\n" in text
+    assert text.count("largest count") == 1
 
 
 def test_images_of_another_epoch_are_not_compared(tmp_path):

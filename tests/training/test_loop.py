@@ -93,7 +93,7 @@ def test_empty_scenes_train_and_are_answered(half_empty_root, config, changes):
     assert all(line["attention_loss"] > 0 for line in steps if line["attention_loss"] is not None)
     assert any(looked_at) and all(looked_at) == ("attention_loss" in changes)
     mean = sum(sample.count for sample in FSC147(half_empty_root)) / 24
-    assert epochs[0]["val"]["unparsed"] == 1
+    assert epochs[0]["val"]["unparsed"] == 1 and epochs[0]["val"]["absurd"] == 0
     counts = [sample.count for sample in FSC147(half_empty_root, "val")]
     assert epochs[0]["val"]["mae"] == pytest.approx(sum(count or mean for count in counts) / len(counts))
     assert all(math.isfinite(value) for line in epochs for value in line["val"].values())

@@ -13,7 +13,7 @@ from fsc147lib.model.device import make_accelerator
 from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels
 from fsc147lib.model.heatmaps import Heatmap
 from fsc147lib.model.load import load_model
-from fsc147lib.training.losses import ATTENTION_TARGETS, DualLoss, squared_error
+from fsc147lib.training.losses import DualLoss, squared_error
 from fsc147lib.training.step import NonFiniteLoss, TrainingStep
 
 
@@ -284,24 +284,3 @@ def test_bf16_autocast_keeps_the_rows_in_float32(tiny, batch):
         parts = DualLoss(tiny.network)(batch)
     assert parts.attention.dtype == torch.float32
     assert float(parts.attention) == pytest.approx(float(exact), rel=0.02)
-
-
-def test_control_targets_are_another_images_and_the_centre():
-    target = torch.rand(3, 14, 14)
-    target = target / target.sum(dim=(1, 2), keepdim=True)
-    shuffled, centre = ATTENTION_TARGETS["shuffled"](target), ATTENTION_TARGETS["centre"](target)
-    assert torch.equal(shuffled[1], target[0]) and torch.equal(shuffled[0], target[2])
-    assert torch.equal(centre[0], centre[2]) and centre[0].sum() == pytest.approx(1)
-    assert torch.allclose(centre[0], centre[0].flip(0))
-    assert centre[0].argmax() in (6 * 14 + 6, 6 * 14 + 7, 7 * 14 + 6, 7 * 14 + 7)
-
-
-@pytest.mark.medium
-def test_the_loss_is_drawn_to_the_control(tiny, batch):
-    """The same heatmap, held against each target by an independent sum."""
-    heatmap = Heatmap(tiny.network)(batch).double()
-    for name, make in ATTENTION_TARGETS.items():
-        target = make(batch["target"]).double()
-        kl = torch.where(target > 0, target * (target / heatmap).log(), 0).sum(dim=(1, 2)).mean()
-        found = DualLoss(tiny.network, 1.0, attention_target=name)(batch).attention
-        assert found.item() == pytest.approx(kl.item(), rel=1e-3)
