@@ -19,8 +19,20 @@ from ..data import Sample
 from ..data.fsc147 import MAX_PIXELS, open_split, split_counts
 from ..files import write_json, write_text
 from ..model import (
-    Attention, Collate, Compute, CountingModel, Heatmap, PixelStore, VisionCache, choose_compute, default_workers,
-    load_model, make_heatmap, method_names, read_prompts, to_device,
+    Attention,
+    Collate,
+    Compute,
+    CountingModel,
+    Heatmap,
+    PixelStore,
+    VisionCache,
+    choose_compute,
+    default_workers,
+    load_model,
+    make_heatmap,
+    method_names,
+    read_prompts,
+    to_device,
 )  # fmt: skip
 from ..model.answers import count_loss, longest_answer
 from ..model.prompt import parse_count, parse_count_leniently

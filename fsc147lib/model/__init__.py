@@ -18,9 +18,9 @@ from .prediction import Prediction, count_without, predict, predict_samples
 from .vision_cache import VisionCache
 
 __all__ = [
-    "METHODS", "Attention", "Batch", "Collate", "Compute", "CountingModel", "Heatmap", "Look", "ModelError", "Occlusion",
-    "PixelStore", "Prediction", "VisionCache", "answer_logits", "choose_compute", "corner_share", "count_loss", "count_without",
-    "default_layers", "default_workers", "digits_mass", "load_model", "look", "make_heatmap",
-    "mean_map", "method_names", "occlude", "predict", "predict_samples", "read_prompts", "register", "select_rows",
-    "to_device",
+    "Attention", "Batch", "Collate", "Compute", "CountingModel", "Heatmap", "Look", "METHODS", "ModelError",
+    "Occlusion", "PixelStore", "Prediction", "VisionCache", "answer_logits", "choose_compute", "corner_share",
+    "count_loss", "count_without", "default_layers", "default_workers", "digits_mass", "load_model", "look",
+    "make_heatmap", "mean_map", "method_names", "occlude", "predict", "predict_samples", "read_prompts", "register",
+    "select_rows", "to_device",
 ]  # fmt: skip

@@ -33,9 +33,9 @@ class Compute:
 
 
 def choose_compute(precision: Precision = "auto") -> Compute:
-    """The GPU if there is one, else the CPU.  "auto" is bf16 on a GPU that has it, fp16 on an older one, fp32 elsewhere.
+    """The GPU if there is one, else the CPU.
 
-    A ConfigError where fp16 is asked for without a GPU.
+    "auto" is bf16 on a GPU that has it, fp16 on an older one, fp32 elsewhere.  A ConfigError refuses fp16 on a CPU.
     """
     on_gpu = torch.cuda.is_available()
     if precision == "auto":

@@ -8,7 +8,7 @@ import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,12 +119,12 @@ class Prompts:
         question = self.seen[:, None].expand(-1, size, -1)  # [B, S, K]
         mask = torch.cat([question, attended.expand(len(tokens), -1, -1)], dim=2)[:, None]
         # layers that are compiled whole would be compiled once for each of their places in the cache
-        with torch.compiler.set_stance("force_eager"), rows_of_layers(self.network, rows_of) as rows:
-            with narrow_embeddings(self.network):
-                logits = self.network(
-                    input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=True,
-                    rows_of=rows_of, **{CACHE: self.cache},
-                ).logits  # fmt: skip
+        eager, narrow = torch.compiler.set_stance("force_eager"), narrow_embeddings(self.network)
+        with eager, narrow, rows_of_layers(self.network, rows_of) as rows:
+            logits = self.network(
+                input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=True,
+                rows_of=rows_of, **{CACHE: self.cache},
+            ).logits  # fmt: skip
         return logits, rows
 
     def forget(self, tokens: int) -> None:
@@ -197,11 +197,11 @@ def encode_images(network, batch: Batch, second_derivative: bool = False) -> lis
         return list(batch["image_features"].unbind(1))
     pixels, sizes = normalised_pixels(batch), batch["image_sizes"]
     lengths = [height * width for height, width in sizes]
+    bounds = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0))  # [images + 1]
+    grid = torch.tensor([(1, *size) for size in sizes])  # on the CPU, where reading it waits for nothing
     found = network.model.get_image_features(
-        pixels,
-        torch.tensor([(1, *size) for size in sizes]),  # on the CPU, where reading it waits for nothing
-        return_dict=True, cu_seqlens=F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(pixels.device),
-        max_seqlen=max(lengths), second_derivative=second_derivative, **_patch_positions(network, sizes, pixels.device),
+        pixels, grid, return_dict=True, cu_seqlens=bounds.to(pixels.device), max_seqlen=max(lengths),
+        second_derivative=second_derivative, **_patch_positions(network, sizes, pixels.device),
     )  # fmt: skip
     return [torch.cat(x) for x in (found.pooler_output, *found.deepstack_features)]
 

@@ -82,14 +82,18 @@ def method_names(trainable: bool = False) -> tuple[str, ...]:
 def make_heatmap(
     network, name: str = "attention", layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None
 ) -> Heatmap:
-    """A method by its name; `layers` and `heads` are for methods that read attention.  A ConfigError says what is wrong."""
+    """A method by its name; `layers` and `heads` are for methods that read attention.
+
+    A ConfigError where there is no such method, layer or head.
+    """
     if name not in METHODS:
         raise ConfigError(f"heatmap is {name!r}, but must be one of {', '.join(METHODS)}")
-    if layers is None and heads is None:
-        return METHODS[name](network)
-    if not issubclass(METHODS[name], Attention):
+    method = METHODS[name]
+    if issubclass(method, Attention):
+        return method(network, layers, heads)
+    if layers is not None or heads is not None:
         raise ConfigError(f"{name} has no layers and heads to choose: leave attention_layers and attention_heads out")
-    return METHODS[name](network, layers, heads)
+    return method(network)
 
 
 # --- From the token grid to 14x14

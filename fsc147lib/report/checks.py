@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 from ..data import GRID, Sample, resample_map
 from ..files import DamagedFolder, read_manifest
 from ..model import Batch, Collate, choose_compute, make_heatmap, to_device
-from ..model.attention import IMPLEMENTATIONS
 from ..model.answers import own_answers
+from ..model.attention import IMPLEMENTATIONS
 from ..model.device import peak_memory, seconds_of
 from ..model.load import RANDOM
 from ..model.network import compile_layers, freeze_vision, merged_weights, save_memory
