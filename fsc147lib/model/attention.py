@@ -1,10 +1,11 @@
 """Attention that also hands on the answer's rows, registered with transformers.
 
-transformers calls a registered function in each layer, with post-rotary queries, keys and values.  What the function
-returns second leaves the layer by a forward hook on its attention.
+transformers calls a registered function in each layer, with post-rotary queries, keys and values, and with the keyword
+arguments that the layer was given.
 """
 
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +18,25 @@ IMPLEMENTATIONS = {"text_config": "sdpa_with_rows", "vision_config": "flash_or_s
 _plain = AttentionInterface()["sdpa"]
 
 
-def text_attention(module, query, key, value, attention_mask, rows_of=(), rows_at=None, scaling=None, **kwargs):
-    """transformers' `sdpa`; its second result is the attention rows of the positions that are looked at, or None.
+def text_attention(module, query, key, value, attention_mask, look: "Looked | None" = None, scaling=None, **kwargs):
+    """transformers' `sdpa`; the rows that are looked at go into `look`.
 
     Args:
         query, key, value: [B, H, Q, D], [B, Hk, K, D] twice.
         attention_mask: [B, 1, Q, K] True where attended, or None for causal attention.
-        rows_of: layers that are looked at.  A layer that is compiled whole is never one of them.
-        rows_at: [B, R] positions that are looked at; with a mask all queries are.
+        look: given in the layers that are looked at.
 
     Returns:
-        Output [B, Q, H, D], and rows [B, H, R, K] float32, each summing to 1.
+        Output [B, Q, H, D], and None.
     """
     output, _ = _plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # a compiled layer that reads its own index would be compiled once for each layer
-    if torch.compiler.is_compiling() or module.layer_idx not in rows_of:
-        return output, None
-    if attention_mask is None:
-        query = query.take_along_dim(rows_at[:, None, :, None], dim=2)  # [B, H, R, D]
-        attention_mask = torch.arange(key.shape[2], device=key.device) <= rows_at[:, None, :, None]  # [B, 1, R, K]
-    return output, attention_rows(query, key, attention_mask, scaling)
+    if look is not None:
+        if attention_mask is None:
+            query = query.take_along_dim(look.positions[:, None, :, None], dim=2)  # [B, H, R, D]
+            places = torch.arange(key.shape[2], device=key.device)
+            attention_mask = places <= look.positions[:, None, :, None]  # [B, 1, R, K]
+        look.rows.append(attention_rows(query, key, attention_mask, scaling))
+    return output, None
 
 
 def attention_rows(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -78,21 +78,29 @@ AttentionInterface.register(IMPLEMENTATIONS["vision_config"], vision_attention)
 AttentionMaskInterface.register(IMPLEMENTATIONS["text_config"], AttentionMaskInterface()["sdpa"])
 
 
+class Looked(NamedTuple):
+    """What a layer that is looked at is given."""
+
+    positions: torch.Tensor  # [B, R] of the queries; with a mask all queries are looked at
+    rows: list[torch.Tensor]  # gets [B, H, R, K] float32, each row summing to 1
+
+
 @contextmanager
-def rows_of_layers(network, layers: tuple[int, ...]):
-    """Within, passes write the rows [B, H, R, K] of the given layers into the dict that is handed out, layer -> rows.
+def rows_of_layers(network, layers: tuple[int, ...], positions: torch.Tensor):
+    """Within, a pass hands on the attention rows of the given layers: a dict, layer -> list with the rows.
 
-    The hooks are gone afterwards: a backward pass that computes a checkpointed layer again must not meet them.
+    A hook gives each of these layers its `Looked`.  A layer that is computed again in the backward pass, to spare
+    memory, is given the same one.
     """
-    rows: dict[int, torch.Tensor] = {}
+    looked = {i: Looked(positions, []) for i in layers}
 
-    def keep(module, _, output):
-        rows[module.layer_idx] = output[1]
+    def give(look):
+        return lambda _, args, kwargs: (args, {**kwargs, "look": look})
 
-    attention = [network.model.language_model.layers[i].self_attn for i in layers]
-    hooks = [module.register_forward_hook(keep) for module in attention]
+    modules = network.model.language_model.layers
+    hooks = [modules[i].register_forward_pre_hook(give(look), with_kwargs=True) for i, look in looked.items()]
     try:
-        yield rows
+        yield {i: look.rows for i, look in looked.items()}
     finally:
         for hook in hooks:
             hook.remove()

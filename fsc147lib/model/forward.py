@@ -67,13 +67,12 @@ def answer_logits(
     answer = batch["answer_positions"]
     with sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION):
         features = features or encode_images(network, batch, second_derivative=second_derivative)
-        with rows_of_layers(network, rows_of) as rows, narrow_embeddings(network):
+        with rows_of_layers(network, rows_of, answer) as rows, narrow_embeddings(network):
             logits = network(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
                 mm_encoder_outputs={"image": ImageFeatures.of(features)}, logits_to_keep=answer,
-                rows_of=rows_of, rows_at=answer,
             ).logits  # fmt: skip
-    return logits, rows
+    return logits, {layer: found[0] for layer, found in rows.items()}
 
 
 @contextmanager
@@ -120,12 +119,11 @@ class Prompts:
         mask = torch.cat([question, attended.expand(len(tokens), -1, -1)], dim=2)[:, None]
         # layers that are compiled whole would be compiled once for each of their places in the cache
         eager, narrow = torch.compiler.set_stance("force_eager"), narrow_embeddings(self.network)
-        with eager, narrow, rows_of_layers(self.network, rows_of) as rows:
+        with eager, narrow, rows_of_layers(self.network, rows_of, tokens) as rows:
             logits = self.network(
-                input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=True,
-                rows_of=rows_of, **{CACHE: self.cache},
-            ).logits  # fmt: skip
-        return logits, rows
+                input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=True, **{CACHE: self.cache}
+            ).logits
+        return logits, {layer: found[0] for layer, found in rows.items()}
 
     def forget(self, tokens: int) -> None:
         """Drop the keys of the last tokens."""

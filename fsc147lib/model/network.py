@@ -77,15 +77,13 @@ class CountingModel:
 def compile_layers(network: Qwen3VLForConditionalGeneration, rows_of: tuple[int, ...] = ()) -> None:
     """Compile the layers, each kind once for all sizes; a saved or copied network is not compiled.
 
-    The attention rows of layers `rows_of` leave by a hook, so of these layers only the parts around it are compiled.
+    A hook tells the layers `rows_of` to hand on their attention rows, so these are compiled in parts, below the hook.
     Raises torch's public limit of kinds: passes with a gradient and without, of text, images and parts, make a dozen.
     """
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 32)
-    parts = list(network.model.visual.blocks)
+    parts = [*network.model.visual.blocks, network.model.language_model.norm]
     for i, layer in enumerate(network.model.language_model.layers):
-        attention = layer.self_attn
-        norms = layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm
-        parts += [layer.mlp, *norms] if i in rows_of else [layer]
+        parts += layer.children() if i in rows_of else [layer]
     for part in parts:
         part.compile(dynamic=True)
 
