@@ -140,6 +140,7 @@ def evaluate_samples(
     store: PixelStore | None = None,
     training_counts: Sequence[int] = (),
     longest: int | None = None,
+    batch_tokens: int | None = None,
 ) -> Evaluation:
     """Evaluate a model that is already in memory; it is moved to the compute's device, and answers in eval mode.
 
@@ -153,6 +154,7 @@ def evaluate_samples(
             is that of `samples`.
         longest: tokens of an answer at the most; None for those of the longest number that parses, which cuts
             off a model that was never fine-tuned.
+        batch_tokens: of a batch with its padding, in place of `batch_size`.
 
     Returns:
         Metrics: `counting_metrics`, `absurd_answers`, unparsed (rate, 0..1), unparsed_leniently and mae_lenient (the
@@ -168,9 +170,8 @@ def evaluate_samples(
     network.eval()
     heatmap = heatmap or make_heatmap(network)
     collate = Collate(model.tokenizer, model.image_processor, store, pixels=cache is None)
-    lengths = [collate.lengths(sample) for sample in samples]
-    order = sorted(range(len(samples)), key=lambda i: (lengths[i][2], lengths[i]))  # little padding
-    chunks = [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+    places = answering_chunks([collate.lengths(sample)[2] for sample in samples], batch_size, batch_tokens)
+    order, chunks = sum(places, []), [[samples[i] for i in chunk] for chunk in places]
     if cache or store and store.holds(samples):
         workers = 0  # the rest takes less time than starting them and handing it over
     loader = DataLoader(
@@ -204,14 +205,24 @@ def evaluate_samples(
     return _summarise([results[place] for place in range(len(samples))], loss, empty_cost, training_counts)
 
 
-def answering_batch_size(batch_size: int, heatmap: Heatmap, batch_tokens: int | None = None, longest: int = 1) -> int:
-    """How many images to answer at once where `batch_size` of them are trained on, for decoding likes many.
+def answering_tokens(training_tokens: int, heatmap: Heatmap) -> int:
+    """Tokens that have room at once in answering where a training pass has so many.
 
-    Twice as many have room, or as the `batch_tokens` of a pass hold images of `longest` tokens, unless the heatmap
-    needs a backward pass itself.
+    Answers are read without gradients, which leaves room for four times as many, unless the heatmap needs gradients.
     """
-    passed = min(batch_size, max(1, batch_tokens // longest)) if batch_tokens else batch_size
-    return 2 * passed if type(heatmap) is Attention else passed
+    return 4 * training_tokens if isinstance(heatmap, Attention) else training_tokens
+
+
+def answering_chunks(lengths: list[int], batch_size: int, batch_tokens: int | None = None) -> list[list[int]]:
+    """Places of sequences in order of length, in chunks of `batch_size`, or of `batch_tokens` with their padding."""
+    chunks: list[list[int]] = [[]]
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        size = len(chunks[-1]) + 1
+        full = size > batch_size if batch_tokens is None else size * lengths[place] > batch_tokens
+        if chunks[-1] and full:
+            chunks.append([])
+        chunks[-1].append(place)
+    return chunks
 
 
 def _summarise(images: list[ImageResult], loss: float, empty_cost: float, training_counts: Sequence[int]) -> Evaluation:

@@ -20,7 +20,7 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from tqdm import tqdm
 
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
-from ..evaluation.answering import answering_batch_size, evaluate_samples
+from ..evaluation.answering import answering_tokens, evaluate_samples
 from ..evaluation.metrics import constant_baselines
 from ..model.collate import Batch, Collate
 from ..model.device import choose_compute, default_workers
@@ -34,7 +34,7 @@ from .batches import SizeBatches, make_loader, windows
 from .controls import control_targets, with_control
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
-from .memory import memory_of_step
+from .memory import memory_of_step, pass_tokens
 from .run import RunFolder, TrainResult, fingerprint, locked
 from .step import TrainingStep, lazy_weight, learning_rate_factor, make_optimizer
 
@@ -272,11 +272,11 @@ class Run:
 
     def validate(self) -> None:
         """Evaluate the validation split and log it."""
-        config, longest = self.config, max(self.collate.lengths(sample)[2] for sample in self.samples["val"])
-        batch_size = answering_batch_size(config.batch_size, self.heatmap, config.batch_tokens, longest)
+        config = self.config
         self.validation = evaluate_samples(
-            self.model, self.samples["val"], batch_size, self.heatmap, self.compute, self.workers,
+            self.model, self.samples["val"], config.batch_size, self.heatmap, self.compute, self.workers,
             self.training_step.cache, self.store, [sample.count for sample in self.samples["train"]],
+            batch_tokens=answering_tokens(pass_tokens(self), self.heatmap),
         )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
         if self.on_epoch:

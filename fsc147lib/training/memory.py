@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..data import Sample
-from ..evaluation.answering import answering_batch_size, evaluate_samples
+from ..evaluation.answering import answering_tokens, evaluate_samples
 from ..model.collate import to_device
 from ..model.device import free_models, memory_in_use, peak_memory
 from ..model.vision_cache import GPU_SHARE, VisionCache
@@ -34,17 +34,22 @@ def longest_batch(run, size: int) -> list[list[Sample]]:
     return [heaviest] * len(parts)
 
 
-def longest_answers(run, size: int) -> tuple[list[Sample], Callable[[], object]]:
-    """The longest validation images where `size` are trained on, and a function that answers them; three batches, for
-    the next one's pass begins before one's answers are there, and another is about to be let go."""
+def pass_tokens(run) -> int:
+    """Tokens of a run's heaviest training pass, padding included."""
+    longest = max(tokens for *_, tokens in run.batches.lengths)
+    return run.config.batch_tokens or run.config.batch_size * longest
+
+
+def longest_answers(run) -> tuple[list[Sample], Callable[[], object]]:
+    """The longest validation images that are answered at once, and a function that answers them."""
+    tokens = answering_tokens(pass_tokens(run), run.heatmap)
     lengths = [run.collate.lengths(sample)[2] for sample in run.samples["val"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    many = answering_batch_size(size, run.heatmap, run.config.batch_tokens, lengths[order[-1]])
-    samples = [run.samples["val"][i] for i in order[-3 * many :]]
+    samples = [run.samples["val"][i] for i in order[-max(1, tokens // lengths[order[-1]]) :]]
 
     def answer() -> None:
         cache = run.training_step.cache
-        evaluate_samples(run.model, samples, many, run.heatmap, run.compute, cache=cache)
+        evaluate_samples(run.model, samples, 1, run.heatmap, run.compute, cache=cache, batch_tokens=tokens)
 
     return samples, answer
 
@@ -70,7 +75,7 @@ def memory_of_step(run) -> int:
     features, window_features = features_size(run)
     if features > GPU_SHARE * whole or run.accelerator.num_processes > 1:
         return whole
-    parts, (answers, answer) = longest_batch(run, config.batch_size), longest_answers(run, config.batch_size)
+    parts, (answers, answer) = longest_batch(run, config.batch_size), longest_answers(run)
     passes = len(parts) * run.batches.per_step
     before, trained = memory_in_use("cuda"), sum(p.nbytes for p in step.parameters if p.requires_grad)
     moments = 0 if step.optimizer.state else 2 * trained  # a run that goes on has them already

@@ -142,7 +142,7 @@ def _measured(run: Run, plan: Plan, size: int) -> Plan:
     config, step, network = run.config, run.training_step, run.model.network
     device, lengths = run.compute.device, run.batches.lengths
     parts = run.batches.per_step * math.ceil(config.batch_size / size)
-    cut, (answers, answer) = longest_batch(run, size), longest_answers(run, size)
+    cut, (answers, answer) = longest_batch(run, size), longest_answers(run)
     pixels, cache = not config.caches_vision or network.model.visual.pos_embed.weight.requires_grad, ("off", 0)
     collate = Collate(run.model.tokenizer, run.model.image_processor, pixels=pixels)
     if not pixels:
