@@ -11,7 +11,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 
 from ..options import ConfigError
 
@@ -31,6 +31,7 @@ class OwnAccelerator(Accelerator):
 def make_accelerator(precision: str) -> Accelerator:
     """Device and precision; weights keep their type.  fp16 without a GPU is a ConfigError.
 
+    Under `torchrun` the processes are joined, also on a CPU; on GPUs they can reduce tensors of the CPU, too.
     "bf16" or "fp16" is autocast (fp16 with a loss scale), "fp32" none; "auto" is bf16 on a GPU that has it, fp16 on
     an older one, fp32 elsewhere.  Switches cuDNN's attention off, in this whole process.
     """
@@ -45,9 +46,11 @@ def make_accelerator(precision: str) -> Accelerator:
     if on_mac:
         warnings.warn("Apple's MPS was never tried with this library, so it computes on the CPU", stacklevel=2)
     AcceleratorState._shared_state = {}  # not emptied: that would change the precision of who has the one before
+    launched = "LOCAL_RANK" in os.environ  # without processes to join, accelerate takes no backend
     return OwnAccelerator(
-        cpu=on_mac,
+        cpu=not on_gpu,  # else accelerate joins no processes there
         mixed_precision="no" if precision == "fp32" else precision,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if launched and on_gpu else None,
         dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=on_gpu),  # `SizeBatches` does
     )
 
