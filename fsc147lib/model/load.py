@@ -19,7 +19,7 @@ from huggingface_hub import constants, get_session, try_to_load_from_cache
 from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from ..files import read_manifest
 from .device import free_models
@@ -54,18 +54,18 @@ def load_model(
         device: that the weights are read to, and checked on.
 
     Raises:
-        ModelError: missing folder, not a Qwen3-VL, a hub that cannot be reached, or files that are damaged or not of
-            one model: tensors that are missing, left over, misshapen or not finite, a tokenizer without what a
-            prompt needs, an image processor that cuts other patches.
+        ModelError: missing folder, not a Qwen3-VL, quantised weights, an adapter beside the weights, a hub that cannot
+            be reached, or files that are damaged or not of one model: tensors that are missing, left over, misshapen or
+            not finite, a tokenizer without what a prompt needs, an image processor that cuts other patches.
     """
     free_models()  # the one before, of which two may have no room
     found, verbosity = _find(name), logging.get_verbosity()
+    refusal = None
     logging.set_verbosity_error()  # what else is to be said of the weights is said below
     try:
         read_manifest(found)
-        kind = Qwen3VLConfig.get_config_dict(found)[0].get("model_type")
-        if kind != "qwen3_vl":
-            raise ModelError(f"this is a {kind!r} model: this library knows Qwen3-VL (model_type 'qwen3_vl') only")
+        if refusal := _refusal(found):
+            raise ModelError(refusal)
         tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
         if not tokenizer.chat_template:  # older Qwen-VL folders keep it with the processor
             text = Path(cached_file(found, "chat_template.json")).read_text()
@@ -86,10 +86,12 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library below has types of its own
-        cure = "Copy all files of one model's folder anew."
-        if not Path(found).is_dir():
-            cure = f"Is it spelled right, and is the hub reachable? {NO_NETWORK}"
-        raise ModelError(f"cannot load {found}: {' '.join(str(error).split())[:500]}\n{cure}") from error
+        cure = "\nCopy all files of one model's folder anew."
+        if refusal:
+            cure = ""  # it says its own
+        elif not Path(found).is_dir():
+            cure = f"\nIs it spelled right, and is the hub reachable? {NO_NETWORK}"
+        raise ModelError(f"cannot load {found}: {' '.join(str(error).split())[:500]}{cure}") from error
     finally:
         logging.set_verbosity(verbosity)
     recipe = RANDOM_RECIPE if str(name) == RANDOM else Recipe.read(found)
@@ -128,6 +130,23 @@ def _find(name: str | Path) -> str:
 
 
 # --- What is refused
+
+
+def _refusal(found: str) -> str | None:
+    """Why a model is none that this library can train, and what to do; None where it seems to be one."""
+    config = Qwen3VLConfig.get_config_dict(found)[0]
+    kind = config.get("model_type")
+    if kind != "qwen3_vl":
+        return f"this is a {kind!r} model: this library knows Qwen3-VL (model_type 'qwen3_vl') only"
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if (quantised := part.get("quantization_config")) is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            what = f"its weights are quantised ({method or 'no quant_method'}, says quantization_config in config.json)"
+            return f"{what}: give the model in bfloat16 or float32 that they were made from"
+    if find_adapter_config_file(found):  # transformers would apply it in silence
+        what = "an adapter lies beside the weights (adapter_config.json)"
+        return f"{what}: merge it into them (peft's merge_and_unload) and save, or move its files away"
+    return None
 
 
 def _check_weights(network: Qwen3VLForConditionalGeneration, about: dict) -> None:

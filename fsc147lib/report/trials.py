@@ -46,7 +46,7 @@ class Trial:
         self.in_bf16 = run.accelerator.mixed_precision == "bf16"
         if variant.peer:
             torch.backends.cuda.enable_cudnn_sdp(True)  # a peer runs as it comes
-            self.step.loss = run.accelerator.prepare(PlainLoss(self.network))
+            self.step.loss = PlainLoss(self.network)
         self.network.train()
         if variant.peer == "trainer" and self.in_bf16 and not config.lora:  # as Qwen's own fine-tuning has them
             self.network.to(torch.bfloat16)

@@ -1,31 +1,47 @@
 """Controls: heatmaps drawn to what is not in their image, which shows what drawing them anywhere is worth."""
 
 import random
-from typing import cast
+from collections.abc import Iterable, Iterator
+from typing import Literal, cast
 
 import torch
 
 from ..data import Sample
-from ..data.targets import GRID, centre_blob
+from ..data.targets import centre_blob
 from ..model import Batch
+from ..options import ConfigError
+
+AttentionTarget = Literal["objects", "shuffled", "centre"]
 
 
-def control_targets(kind: str, samples: list[Sample], seed: int) -> dict[str, torch.Tensor]:
-    """Targets [14, 14] of a control by the names of the samples that have objects, two or more.
+def need_other_images(kind: AttentionTarget, samples: list[Sample]) -> None:
+    """Raise ConfigError where "shuffled" is wanted, and there is no other image with objects."""
+    if kind == "shuffled" and sum(sample.count > 0 for sample in samples) < 2:
+        few = "fewer than two training images have objects: give objects or centre"
+        raise ConfigError(f"attention_target (--attention-target) is shuffled, but {few}")
 
-    "shuffled": another such sample's, each given once, which the seed chooses; "centre": a blob in the middle.
-    """
+
+def other_targets(samples: list[Sample], seed: str) -> dict[str, torch.Tensor]:
+    """Another's target [14, 14] for each sample with objects, two or more, by its name; each is given once."""
     order = [sample for sample in samples if sample.count]
-    if kind == "centre":
-        return dict.fromkeys((sample.name for sample in order), centre_blob(torch.zeros(1, GRID, GRID))[0])
     random.Random(seed).shuffle(order)  # each one's is that of the one before, in one circle
     return {sample.name: torch.from_numpy(order[i - 1].target) for i, sample in enumerate(order)}
 
 
-def with_control(batch: Batch, targets: dict[str, torch.Tensor]) -> Batch:
-    """The batch with these targets, mirrored where its images are; that of an image without objects stays zeros."""
-    target = torch.zeros(len(batch["names"]), GRID, GRID)
-    for row, name, (_, mirrored) in zip(target, batch["names"], batch["image_keys"], strict=True):
-        if name in targets:
-            row.copy_(targets[name].flip(1) if mirrored else targets[name])
-    return cast(Batch, {**batch, "target": target.to(batch["target"])})
+def controlled(batches: Iterable[Batch], kind: AttentionTarget, samples: list[Sample], seed: str) -> Iterator[Batch]:
+    """An epoch's batches of some samples with a control's targets; "objects" is none.
+
+    "shuffled": each image's is that of another sample with objects, which the seed chooses, mirrored where the image
+    is; "centre": a blob in the middle.  That of an image without objects stays zeros.
+    """
+    others = other_targets(samples, seed) if kind == "shuffled" else {}
+    for batch in batches:
+        target = batch["target"]
+        if kind == "centre":
+            target = centre_blob(target) * (target > 0).any(dim=(1, 2), keepdim=True)
+        elif kind == "shuffled":
+            target = target.cpu().clone()
+            for row, name, (_, mirrored) in zip(target, batch["names"], batch["image_keys"], strict=True):
+                if name in others:
+                    row.copy_(others[name].flip(1) if mirrored else others[name])
+        yield cast(Batch, {**batch, "target": target.to(batch["target"])})

@@ -31,7 +31,7 @@ from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need
 from .batches import SizeBatches, make_loader, windows
-from .controls import control_targets, with_control
+from .controls import AttentionTarget, controlled, need_other_images
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
 from .memory import memory_of_step, pass_tokens
@@ -78,7 +78,7 @@ class TrainConfig:
     """Weight w of the attention loss; 0 trains on counts alone.  Chosen in docs/study.md."""
     attention_loss: Literal["kl", "mse"] = "kl"
     """How heatmap and target are compared: KL(target || heatmap) in nats, or the squared error summed over cells."""
-    attention_target: Literal["objects", "shuffled", "centre"] = "objects"
+    attention_target: AttentionTarget = "objects"
     """What the heatmap is drawn to: the objects, or as a control another image's objects or a blob in the centre."""
     heatmap: str = "attention"
     """What is held against the target: attention, token_gradient, input_gradient, or a method of your own."""
@@ -197,9 +197,7 @@ class Run:
             dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),  # `SizeBatches` is even
         )  # fmt: skip
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
-        others = sum(sample.count > 0 for sample in self.samples["train"]) > 1
-        rule = "objects or centre, where fewer than two training images have objects"
-        need(config, "attention_target", others or config.attention_target != "shuffled", rule)
+        need_other_images(config.attention_target, self.samples["train"])
         start = self.folder.checkpoint if config.resume else config.model
         device = "cpu" if config.lora else self.compute.device  # adapters' frozen weights become narrow first
         self.model = model or load_model(start, seed=config.seed, device=device)
@@ -234,14 +232,11 @@ class Run:
 
     def windows(self, epoch: int, done: int = 0) -> Iterator[list[Batch]]:
         """Each step's batches of an epoch but those done; who reads ahead goes on into the next, which is to follow."""
+        config, cache = self.config, self.training_step.cache
         if self.stream is None:
             self.batches.start(epoch, done)
-            cache = self.training_step.cache
             self.stream = iter(cache.ahead(self.loader) if cache else self.loader)
-        stream, kind, seed = self.stream, self.config.attention_target, self.config.seed
-        if kind != "objects":
-            targets = control_targets(kind, self.samples["train"], seed * 100_003 + epoch)
-            stream = (with_control(batch, targets) for batch in stream)
+        stream = controlled(self.stream, config.attention_target, self.samples["train"], f"{config.seed} {epoch}")
         return windows(stream, self.batches.sizes(epoch, done))
 
     def open(self) -> None:

@@ -55,16 +55,16 @@ class DualLoss(nn.Module):
     def forward(
         self,
         batch: Batch,
-        tokens: int | torch.Tensor | None = None,
-        images: int | torch.Tensor | None = None,
+        tokens: int | None = None,
+        images: int | None = None,
         weight: float | None = None,
     ) -> LossParts:
         """The losses of a batch.  Nothing here waits for the GPU.
 
         Args:
             tokens, images: answer tokens and images with objects, to divide the sums by; None for this batch's own.
-                With gradient accumulation these are the numbers of the whole window, so that every answer token
-                weighs the same and the parts of the window add up.
+                With gradient accumulation these are the numbers of the whole window, of all processes, so that every
+                answer token weighs the same and the parts of the window add up.
             weight: of this step's attention loss; None for the loss's own.
         """
         with_objects = [row for row, count in enumerate(batch["count"]) if count]

@@ -5,10 +5,12 @@ Left out: which batches make a window (`batches`).
 """
 
 import math
+import os
 from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, gather_object
 from torch import nn
 
 from ..model.collate import Batch
@@ -18,6 +20,22 @@ from .losses import LossParts
 
 MOST_SKIPPED = 32
 """Steps skipped one after the other that end a run: the loss scale is 2**-32 of what it was, and no cure."""
+
+
+def make_accelerator(compute: Compute) -> Accelerator:
+    """The processes that `torchrun` or `accelerate launch` started, or this one alone.
+
+    Precision is the compute's: accelerate's would be one for all that is made in a process.  On GPUs the processes
+    can reduce tensors of the CPU, too.
+    """
+    on_gpu = compute.device.type == "cuda"
+    launched = "LOCAL_RANK" in os.environ  # without processes to join, accelerate takes no backend
+    return Accelerator(
+        cpu=not on_gpu,  # else accelerate joins no processes there
+        mixed_precision="no",
+        kwargs_handlers=[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if launched and on_gpu else None,
+        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=on_gpu),  # `SizeBatches` is even
+    )
 
 
 class NonFiniteLoss(ValueError):
@@ -58,6 +76,7 @@ class TrainingStep:
     Nothing in a step waits for the GPU: its numbers stay there until `check` fetches those of many steps at once.
     In fp16 the loss is scaled up before the backward pass, and a step whose gradient overflows then is skipped and
     halves the scale (Micikevicius et al., "Mixed Precision Training", ICLR 2018); the weights stay float32.
+    Several processes with a window each make the step, losses and norm of one process with all these windows.
 
     Args:
         loss: a `DualLoss`, or a module that is called as one; is moved to the accelerator's device.
@@ -79,8 +98,9 @@ class TrainingStep:
         compute: Compute,
         clip: float = 1.0,
     ):
-        self.loss, self.optimizer, self.accelerator = accelerator.prepare(loss), optimizer, accelerator
+        self.loss, self.optimizer, self.accelerator = loss.to(compute.device), optimizer, accelerator
         self.compute, self.clip = compute, clip
+        self.trained: list[bool] = []  # which parameters trained when the loss was last wrapped
         self.cache: VisionCache | None = None
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.skipped, self.in_a_row = 0, 0
@@ -96,8 +116,8 @@ class TrainingStep:
             weight: of this step's attention loss; 0 looks at no heatmap.
 
         Returns:
-            The window's losses (with several processes this one's share), and the gradient's norm before the clip:
-            not finite where the step was skipped.
+            The losses of all processes' windows, attention None where no image was looked at; and the gradient's norm
+            before the clip: not finite where the step was skipped.
         """
         losses = self.gradient(window, weight)
         self.scaler.unscale_(self.optimizer)
@@ -106,15 +126,15 @@ class TrainingStep:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.unchecked.append(([name for batch in window for name in batch["names"]], losses, norm))
-        looked = weight and any(count > 0 for batch in window for count in batch["count"])
-        return losses if looked else losses._replace(attention=None), norm
+        return losses, norm
 
     def gradient(self, window: list[Batch], weight: float) -> LossParts:
-        """Add the window's gradient to the weights' (times the loss scale in fp16); its losses."""
+        """Add the gradient of all processes' windows to the weights' (times the loss scale in fp16); their losses."""
+        self.wrap()
+        answer_tokens = sum(batch["answer_tokens"] for batch in window)
         with_objects = sum(count > 0 for batch in window for count in batch["count"])
-        tokens, images = sum(batch["answer_tokens"] for batch in window), with_objects
-        if self.accelerator.num_processes > 1:  # of all of them
-            tokens, images = self.accelerator.reduce(torch.tensor([tokens, images], device=self.compute.device))
+        # on the CPU, so that nothing waits for the GPU
+        tokens, images = self.accelerator.reduce(torch.tensor([answer_tokens, with_objects]), "sum").tolist()
         losses = LossParts(*torch.zeros(3, device=self.compute.device))
         for i, batch in enumerate(window):
             batch = self.cache.add_to(batch) if self.cache and "image_features" not in batch else batch
@@ -123,22 +143,38 @@ class TrainingStep:
                     parts = self.loss(batch, tokens, images, weight)
                 self.scaler.scale(parts.total * self.accelerator.num_processes).backward()  # processes average it
             losses = LossParts(*(summed + part.detach() for summed, part in zip(losses, parts, strict=True)))
-        return losses
+        losses = LossParts(*self.accelerator.reduce(torch.stack(losses), "sum"))
+        return losses if weight and images else losses._replace(attention=None)
+
+    def wrap(self) -> None:
+        """Wrap the loss, with several processes, in a DDP, which averages their gradients.
+
+        A DDP sees only once which weights train, so it is made anew whenever others do.
+        """
+        trained = [parameter.requires_grad for parameter in self.parameters]
+        if self.trained and (trained == self.trained or self.accelerator.num_processes == 1):
+            return
+        self.loss = self.accelerator.unwrap_model(self.loss, keep_fp32_wrapper=False)
+        self.loss, self.trained = self.accelerator.prepare(self.loss), trained
 
     def check(self) -> None:
         """Look at the losses and gradient norms of the steps since the last time: one wait for many steps.
 
         Raises:
-            NonFiniteLoss: one is NaN or infinite; in fp16 the norm may be, but not in MOST_SKIPPED steps on end.
+            NonFiniteLoss: one is NaN or infinite; each process raises it, with the images of all.  In fp16 the norm
+                may be, but not in MOST_SKIPPED steps on end.
         """
         steps, self.unchecked = self.unchecked, []
-        numbers = [torch.stack([losses.count, losses.attention, norm]) for _, losses, norm in steps]
+        numbers = [
+            torch.stack([losses.count, losses.count if losses.attention is None else losses.attention, norm])
+            for _, losses, norm in steps
+        ]
         for (names, *_), values in zip(steps, torch.stack(numbers).tolist() if steps else [], strict=True):
             skipped = self.scaler.is_enabled() and not math.isfinite(values[2])
             for what, value in zip(("count loss", "attention loss", "gradient's norm"), values, strict=True):
                 if not (math.isfinite(value) or skipped and what == "gradient's norm"):
                     cure = "lower the learning rate, or look at these images with `check`"
-                    raise NonFiniteLoss(f"the {what} is {value} on {', '.join(names)}: {cure}")
+                    raise NonFiniteLoss(f"the {what} is {value} on {', '.join(gather_object(names))}: {cure}")
             self.skipped, self.in_a_row = self.skipped + skipped, (self.in_a_row + 1) * skipped
             if self.in_a_row >= MOST_SKIPPED:
                 raise NonFiniteLoss(

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from fsc147lib.__main__ import main
@@ -40,7 +41,7 @@ def in_json(file, **changes):
             if value is None:
                 content.pop(key)
             else:
-                content[key] = content[key] | value if isinstance(value, dict) else value
+                content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
         (folder / file).write_text(json.dumps(content))
 
     return change
@@ -100,6 +101,11 @@ def custom_tokenizer(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def with_adapter(folder):
+    """What peft saves, into the folder of the model itself."""
+    get_peft_model(load_model("tiny-random").network, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+
+
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DAMAGES = {  # what is done to the folder, and what is said of it
     "no visual tensors": (in_weights(lambda t: {k: v for k, v in t.items() if "visual" not in k}),
@@ -139,6 +145,18 @@ DAMAGES = {  # what is done to the folder, and what is said of it
     "another model": (in_json("config.json", model_type="bert"), "'bert' model"),
     "heads that do not divide": (in_json("config.json", vision_config={"num_heads": 3}), "3 heads do not divide"),
     "custom code": (custom_code, "'evil' model"),
+    "FP8": (in_json("config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+            "weights are quantised (fp8, says quantization_config in config.json): give the model in "
+            "bfloat16 or float32 that they were made from\n"),
+    "bitsandbytes": (in_json("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+                     "weights are quantised (bitsandbytes, says quantization_config in config.json)"),
+    "AWQ": (in_json("config.json", quantization_config={"quant_method": "awq", "bits": 4}), "quantised (awq, says"),
+    "GPTQ of the text alone": (in_json("config.json", text_config={"quantization_config": {"quant_method": "gptq"}}),
+                               "quantised (gptq, says"),
+    "quantised in another way": (in_json("config.json", quantization_config={"load_in_8bit": True}),
+                                 "quantised (no quant_method, says"),
+    "an adapter beside the weights": (with_adapter, "an adapter lies beside the weights (adapter_config.json): merge "
+                                      "it into them (peft's merge_and_unload) and save, or move its files away\n"),
     "recipe": (holding("recipe.json", '{"learning_rate": NaN}'), "recipe.json is damaged"),
 }  # fmt: skip
 
