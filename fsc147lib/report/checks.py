@@ -9,7 +9,6 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 from ..data import GRID, Sample, resample_map
@@ -22,7 +21,7 @@ from ..model.load import RANDOM
 from ..model.network import compile_layers, freeze_vision, merged_weights, save_memory
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..training import DualLoss
-from ..training.step import TrainingStep, make_optimizer
+from ..training.step import TrainingStep, make_accelerator, make_optimizer
 from .shapes import load_or_shape
 
 full_float32 = partial(torch.backends.cudnn.flags, enabled=False)  # cuDNN's convolutions keep 11 bits of 24
@@ -165,7 +164,7 @@ def training_step(subject: Subject):
     network, config = subject.network, subject.config
     freeze_vision(network, config.model != RANDOM)
     save_memory(network, config.lora, config.gradient_checkpointing, subject.compute.precision)
-    loss, accelerator = DualLoss(network), Accelerator(cpu=subject.device.type == "cpu")
+    loss, accelerator = DualLoss(network), make_accelerator(subject.compute)
     if subject.device.type == "cuda":
         compile_layers(network, loss.heatmap.layers)
     step = TrainingStep(loss, make_optimizer(network, 1e-5), accelerator, subject.compute)

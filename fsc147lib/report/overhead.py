@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from ..data import Sample, open_split
 from ..evaluation.metrics import bootstrap_interval
@@ -24,7 +23,7 @@ from ..model.heatmaps import METHODS, make_heatmap, method_names
 from ..model.network import CountingModel, compile_layers, freeze_vision
 from ..options import Precision, need, need_report
 from ..training.losses import DualLoss, LossParts
-from ..training.step import TrainingStep, make_optimizer
+from ..training.step import TrainingStep, make_accelerator, make_optimizer
 from .shapes import drawn_root, load_or_shape
 from .timing import table, write_report
 
@@ -113,7 +112,7 @@ def time_losses(model: CountingModel, samples: list[Sample], config: OverheadCon
     if len(samples) < size:
         raise ValueError(f"{len(samples)} samples make no batch of {size}: give more, or a smaller batch size")
     compute = choose_compute(config.precision)
-    device, accelerator = compute.device.type, Accelerator(cpu=compute.device.type == "cpu")
+    device, accelerator = compute.device.type, make_accelerator(compute)
     network = model.network.to(device).train()
     freeze_vision(network, not model.recipe.train_vision)
     optimizer = make_optimizer(network, 1e-6)  # one for all: less memory

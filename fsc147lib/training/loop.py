@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
@@ -36,7 +35,7 @@ from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
 from .memory import memory_of_step, pass_tokens
 from .run import RunFolder, TrainResult, fingerprint, locked
-from .step import TrainingStep, lazy_weight, learning_rate_factor, make_optimizer
+from .step import TrainingStep, lazy_weight, learning_rate_factor, make_accelerator, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -192,10 +191,7 @@ class Run:
         self.folder = RunFolder(config)
         set_seed(config.seed)
         self.compute = choose_compute(config.precision)
-        self.accelerator = Accelerator(
-            cpu=self.compute.device.type == "cpu", mixed_precision="no",  # `Compute` casts: accelerate's is one for all
-            dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),  # `SizeBatches` is even
-        )  # fmt: skip
+        self.accelerator = make_accelerator(self.compute)
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         need_other_images(config.attention_target, self.samples["train"])
         start = self.folder.checkpoint if config.resume else config.model
