@@ -32,7 +32,8 @@ def text_attention(module, query, key, value, attention_mask, look: "Looked | No
     output, _ = _plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if look is not None:
         if attention_mask is None:
-            query = query.take_along_dim(look.positions[:, None, :, None], dim=2)  # [B, H, R, D]
+            index = look.positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+            query = query.gather(2, index)  # [B, H, R, D]
             places = torch.arange(key.shape[2], device=key.device)
             attention_mask = places <= look.positions[:, None, :, None]  # [B, 1, R, K]
         look.rows.append(attention_rows(query, key, attention_mask, scaling))
