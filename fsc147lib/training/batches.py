@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data import Sample
 from ..model.collate import Batch
+from ..model.device import leave_signals_to_parent
 from ..options import ConfigError
 
 
@@ -173,6 +174,7 @@ def make_loader(samples: list[Sample], batches: SizeBatches, collate: Callable, 
     return DataLoader(
         TrainingImages(samples), batch_sampler=batches, collate_fn=collate, num_workers=workers,
         pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+        worker_init_fn=leave_signals_to_parent,
     )  # fmt: skip
 
 
