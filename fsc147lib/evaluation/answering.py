@@ -22,7 +22,7 @@ from ..data.fsc147 import MAX_PIXELS, open_split, split_counts
 from ..files import write_json, write_text
 from ..model import Batch, Collate, CountingModel, Heatmap, PixelStore, VisionCache, load_model, method_names, to_device
 from ..model.answers import DeferredCopy, agreement, count_loss, greedy_tokens, longest_answer
-from ..model.device import default_workers, make_accelerator
+from ..model.device import default_workers, leave_signals_to_parent, make_accelerator, signals_later
 from ..model.layers import KeysValues
 from ..model.prompt import parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
@@ -167,9 +167,13 @@ def evaluate_samples(
     if cache or store and store.holds(samples):
         workers = 0  # the rest takes less time than starting them and handing it over
     loader = DataLoader(
-        chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available()
-    )
-    passes = forced_passes(tqdm(loader, desc="evaluate", leave=False), heatmap, accelerator, cache, end)
+        chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_parent,
+    )  # fmt: skip
+    with signals_later():  # its processes begin
+        batches = iter(loader)
+    progress = tqdm(batches, desc="evaluate", total=len(chunks), leave=False)
+    passes = forced_passes(progress, heatmap, accelerator, cache, end)
     longest = longest or longest_answer(model.tokenizer)
     found = []  # stays on the device until the end: nothing waits for it
     for batch, logits, looked, past, agreed in one_ahead(passes):
