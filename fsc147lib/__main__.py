@@ -9,6 +9,7 @@ Left out: everything that a command does; each calls one function.
 import gc
 import importlib
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from .files import write_json, write_text
@@ -124,7 +125,8 @@ COMMANDS = {
 def main(words: list[str] | None = None) -> int:
     """Run one command; returns its exit status.
 
-    0: done.  1: faults found.  2: refused, with the reason on stderr.  130, 143: stopped by Ctrl-C or SIGTERM.
+    0: done.  1: faults found.  2: refused, with the reason on stderr.  129, 130, 143: stopped by SIGHUP, Ctrl-C or
+    SIGTERM.
 
     A file of your own that adds a heatmap method first has the same commands: `sys.exit(main())` at its end.
     `words` follow the program's name on the command line; None: those of `sys.argv`.
@@ -145,7 +147,9 @@ def main(words: list[str] | None = None) -> int:
         run = getattr(module, run) if isinstance(run, str) else run
         return 1 if run(parse_options(getattr(module, config), words[1:], f"{program} {words[0]}")) is False else 0
     except (ConnectionResetError, ConnectionRefusedError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        from .model.device import reader_died
+
+        if not reader_died(error):
             raise
         print(f"a process that reads images was killed ({error}): give fewer --workers, or 0", file=sys.stderr)
         return 2
@@ -153,7 +157,8 @@ def main(words: list[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:  # of `train` with a sentence on how to go on
-        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+        with suppress(OSError):  # the terminal was closed
+            print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         return 128 + getattr(stop, "signal", 2)
 
 

@@ -35,6 +35,7 @@ from ..model import (
     to_device,
 )  # fmt: skip
 from ..model.answers import count_loss, longest_answer
+from ..model.device import leave_signals_to_parent, signals_later
 from ..model.prompt import parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
 from .metrics import absolute_errors, absurd_answers, alignment, constant_baselines, counting_metrics, metrics_by_bin
@@ -175,11 +176,14 @@ def evaluate_samples(
     if cache or store and store.holds(samples):
         workers = 0  # the rest takes less time than starting them and handing it over
     loader = DataLoader(
-        chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available()
-    )
+        chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_parent,
+    )  # fmt: skip
+    with signals_later():  # its processes begin
+        batches = iter(loader)
     longest = longest or longest_answer(model.tokenizer)
     found = []  # stays on the device until the end
-    for batch in tqdm(loader, desc="evaluate", leave=False):
+    for batch in tqdm(batches, desc="evaluate", total=len(chunks), leave=False):
         batch = to_device(batch, compute.device)
         batch = cache.add_to(batch) if cache else batch
         with compute.autocast():

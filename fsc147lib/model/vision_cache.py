@@ -25,7 +25,7 @@ from ..files import DamagedFolder, file_lock, new_folder, read_manifest, write_m
 from ..options import ConfigError
 from . import attention, forward, pixels
 from .collate import Batch, Collate, image_key, to_device
-from .device import Compute, free_memory, gpu_memory, memory_in_use
+from .device import Compute, free_memory, gpu_memory, leave_signals_to_parent, memory_in_use, signals_later
 from .forward import encode_images
 from .network import CountingModel
 
@@ -71,7 +71,9 @@ class VisionCache:
         self.shape = (total, 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size)
         self.place = choose_place(math.prod(self.shape) * self.dtype.itemsize, beside) if place == "auto" else place
         by_size = sorted(samples, key=lambda sample: sizes[image_key(sample)])
-        loader = DataLoader(by_size, batch_size, collate_fn=collate, num_workers=workers)
+        loader = DataLoader(
+            by_size, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=leave_signals_to_parent
+        )
         if self.place != "disk":
             on_gpu = self.device.type == "cuda"
             where = {"device": self.device} if self.place == "gpu" else {"pin_memory": on_gpu}
@@ -91,7 +93,9 @@ class VisionCache:
 
     @torch.no_grad()
     def _fill(self, network, compute: Compute, loader: DataLoader) -> None:
-        for batch in tqdm(loader, desc="encode images", leave=False):
+        with signals_later():  # its processes begin
+            batches = iter(loader)
+        for batch in tqdm(batches, desc="encode images", total=len(loader), leave=False):
             with compute.autocast():
                 encoded = encode_images(network, to_device(batch, self.device))
             places = [self.places[key] for key in batch["image_keys"]]

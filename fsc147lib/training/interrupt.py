@@ -1,55 +1,63 @@
-"""Ctrl-C, SIGTERM and a notebook's "interrupt": a run ends between two steps, and not within one.
+"""Ctrl-C, SIGTERM, SIGHUP and a notebook's "interrupt": a run ends between two steps, and not within one.
 
-Left out: what is saved then (`run`).
+Left out: what is saved then (`run`), and the processes that read images (`model.device`).
 """
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from ..model.device import STOP_SIGNALS, reader_died
 
 
 class Interrupted(KeyboardInterrupt):
     """A run was stopped from outside; the message says how to go on.
 
     Attributes:
-        signal: which signal did it.
+        signal: the signal that stopped it.
     """
 
-    def __init__(self, number: int, message: str = ""):
-        super().__init__(message)
+    def __init__(self, number: int, where: str = "before a step was saved: start it again"):
         self.signal = signal.Signals(number)
+        super().__init__(f"{self.signal.name} {where}")
 
 
 class Signals:
-    """SIGINT and SIGTERM, caught: they raise `Interrupted`, at once or at the end of what they may not tear.
+    """The signals that stop a run; they raise `Interrupted`: now, or when `hold` ends.
 
-    A second one is a plain KeyboardInterrupt at once.  Only the main thread can catch signals: elsewhere all stays as
-    it was, and so it does in a run of several processes, which would stop at different steps.
+    Later signals change nothing, for `timeout` sends two; but a Ctrl-C a second later is a plain KeyboardInterrupt.
+    An ignored SIGHUP stays ignored, as `nohup` wants it.  Nothing is caught outside the main thread, or in a run of
+    several processes, which would stop at different steps.
     """
 
     def __init__(self):
-        self.received, self.held = 0, False
+        self.received, self.since, self.held = 0, 0.0, False
 
     @contextmanager
-    def caught(self, processes: int) -> Iterator[None]:
+    def caught(self) -> Iterator["Signals"]:
         """Catch signals until the end of this."""
-        if processes > 1 or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        before = {}
+        if not several and threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, self._note)
         try:
-            yield
+            yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+            if not self.held:
+                raise Interrupted(number)
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
-        self.received = number
-        if not self.held:
-            raise Interrupted(number)
 
     def check(self) -> None:
         """Raise what was held back."""
@@ -58,24 +66,27 @@ class Signals:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Hold signals back until `check` or the end."""
+        """Hold signals back until `check` or the end; a reader that dies of the same signal is no error."""
         self.held = True
         try:
             yield
+        except (RuntimeError, OSError, EOFError) as error:
+            if not (self.received and reader_died(error)):
+                raise
         finally:
             self.held = False
         self.check()
 
 
-def stopped(run, interrupted: Interrupted) -> Interrupted:
-    """Save what a `loop.Run` has not saved yet, and say how to go on."""
-    if run.step > run.saved:
+def stopped(run, number: int) -> Interrupted:
+    """Save the steps of a `loop.Run` that are not saved yet, and say how to go on."""
+    if run.step > run.saved and not run.torn:
         run.training_step.check()
         run.folder.save(run)
-    where = f"after step {run.step} of {run.total_steps}, all of it in {run.folder.out}/last"
-    how = f"{where}: go on with the same command and --resume (in Python: resume=True)"
+    if not run.saved:
+        return Interrupted(number)
+    where = f"after step {run.saved} of {run.total_steps}, all of it in {run.folder.out}/last"
+    how = "go on with the same command and --resume (in Python: resume=True)"
     if run.config.lora:
-        how = f"{where}: its adapters are merged, so it cannot go on, but last/ is a model"
-    if not run.step:
-        how = "before the first step: start it again"
-    return Interrupted(interrupted.signal, f"{interrupted.signal.name} {how}")
+        how = "its adapters are merged, so it cannot go on, but last/ is a model"
+    return Interrupted(number, f"{where}: {how}")

@@ -1,9 +1,7 @@
 """The loop: a run is put together, trains epoch by epoch, validates after each, and leaves a checkpoint.
 
-The same seed on the same machine gives the same run, and a run that was stopped goes on with `resume` to the very
-same end: from the step at which a signal reached it, or from the last whole epoch where it was killed.
-
-Left out: what a loss is (`losses`), what a step does with it (`step`), and what the folder holds (`run`).
+The same seed on the same machine gives the same run.  A stopped run goes on with `resume` to the very same end: from
+the step at which a signal reached it, or from the last whole epoch where it was killed.
 """
 
 import json
@@ -25,7 +23,7 @@ from ..model.collate import Batch, Collate
 from ..model.device import choose_compute, default_workers
 from ..model.heatmaps import METHODS, make_heatmap, method_names
 from ..model.load import load_model
-from ..model.network import CountingModel, Recipe, compile_layers, freeze_vision, save_memory
+from ..model.network import Recipe, compile_layers, freeze_vision, save_memory
 from ..model.pixels import PixelStore
 from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need
@@ -184,10 +182,10 @@ class TrainConfig:
 
 
 class Run:
-    """One training run, put together: images, model (one in memory, or the config's), step and folder."""
+    """One training run, put together: images, model (a `CountingModel`, or the config's), step and folder."""
 
-    def __init__(self, config: TrainConfig, on_log=None, on_epoch=None, model: CountingModel | None = None):
-        self.on_log, self.on_epoch = on_log, on_epoch
+    def __init__(self, config: TrainConfig, on_log=None, on_epoch=None, model=None, signals=None):
+        self.on_log, self.on_epoch, self.signals = on_log, on_epoch, signals or Signals()
         self.folder = RunFolder(config)
         set_seed(config.seed)
         self.compute = choose_compute(config.precision)
@@ -210,7 +208,7 @@ class Run:
         self.open_loader(pixels=not config.caches_vision)
         self.total_steps = self.batches.steps * config.epochs
         self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs done so far, and the checkpoint's steps
-        self.signals = Signals()
+        self.torn = False  # within an update
         train, val = ([sample.count for sample in self.samples[split]] for split in ("train", "val"))
         self.result = TrainResult(config.out, constant_baselines(train, val), {"train": len(train), "val": len(val)})
 
@@ -239,9 +237,10 @@ class Run:
         """Begin in the folder, or go on in it, and fill the vision cache."""
         config, self.fingerprint = self.config, fingerprint(self.samples)
         self.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
-        if config.resume:
-            self.folder.restore(self)
-        self.folder.start(config)
+        with self.signals.hold():
+            if config.resume:
+                self.folder.restore(self)
+            self.folder.start(config)
         freeze_vision(self.model.network, not config.vision_trains(self.epoch))  # what is answered first, too
         if config.caches_vision and not config.vision_trains(self.epoch):
             train = self.samples["train"]
@@ -287,8 +286,9 @@ class Run:
             factor = learning_rate_factor(self.step, self.total_steps, config.warmup, config.schedule)
             for group in step.optimizer.param_groups:
                 group["lr"] = rate = config.learning_rate * factor
+            self.torn = True
             losses, norm = step(window, lazy_weight(config.attention_weight, every, self.step))
-            self.step += 1
+            self.step, self.torn = self.step + 1, False
             images += sum(len(batch["names"]) for batch in window)
             progress.update()
             if self.step % config.log_every == 0 or self.step == 1 or losses.attention is not None and every > 1:
@@ -322,24 +322,24 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
     Raises:
         ConfigError, DataError, ModelError: before the first step, with the cure in the message.
         NonFiniteLoss: during training; `last/` holds the last whole epoch.
-        Interrupted: after Ctrl-C, SIGTERM or a notebook's interrupt; `last/` holds all steps.
+        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or a notebook's interrupt; `last/` holds all steps.
     """
-    with locked(config.out):
-        run = Run(config, on_log, on_epoch)
+    with locked(config.out), Signals().caught() as signals:
+        run = Run(config, on_log, on_epoch, signals=signals)
         try:
-            with run.signals.caught(run.accelerator.num_processes):
-                run.open()
-                if not run.result.epochs:
+            run.open()
+            if not run.result.epochs:
+                run.validate()
+            with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
+                while run.epoch < config.epochs:
+                    with signals.hold():
+                        run.train_epoch(progress)
                     run.validate()
-                with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
-                    while run.epoch < config.epochs:
-                        with run.signals.hold():
-                            run.train_epoch(progress)
-                        run.validate()
-                        with run.signals.hold():
-                            run.folder.save(run)
-        except Interrupted as interrupted:
-            raise stopped(run, interrupted) from None
+                    with signals.hold():
+                        run.folder.save(run)
+        except Interrupted:
+            raise stopped(run, signals.received) from None
         finally:
+            signals.held = True
             run.folder.close()
     return run.result

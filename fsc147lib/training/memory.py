@@ -12,11 +12,12 @@ from ..evaluation.answering import answering_tokens, evaluate_samples
 from ..model.collate import to_device
 from ..model.device import free_models, memory_in_use, peak_memory
 from ..model.vision_cache import GPU_SHARE, VisionCache
+from .batches import Shown
 
 
 def in_parts(run, images: list[int]) -> list[list[Sample]]:
     """Training images of a `Run` by number, in the parts that --batch-tokens cuts a batch of them into."""
-    parts = run.batches.parts([(i, False) for i in images])
+    parts = run.batches.parts([Shown(i, False) for i in images])
     return [[run.samples["train"][i] for i, _ in part] for part in parts]
 
 

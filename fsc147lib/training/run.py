@@ -150,7 +150,7 @@ class RunFolder:
         self.before = self.out.with_name(self.out.name + ".old")  # an earlier run, until this one's first checkpoint
         self.tracker = None
         recover_folder(self.out / "last")
-        started = (self.out / "config.json").is_file() and (self.out / "metrics.jsonl").is_file()
+        started = any((self.out / name).is_file() for name in (RUN_ID, f"{RUN_ID}.writing"))  # written first
         finished_epoch = (self.out / "last").is_dir()
         if config.resume:
             if not finished_epoch:
@@ -169,10 +169,9 @@ class RunFolder:
         if self.writes:
             if not self.config.resume:
                 set_aside(self.out)
+                write_text(self.out / RUN_ID, uuid4().hex)
             write_text(self.out / "config.json", self.config.to_json())
             (self.out / "metrics.jsonl").touch()
-            if not self.config.resume:
-                write_text(self.out / RUN_ID, uuid4().hex)
             if self.config.tracking != "disabled":
                 self.tracker = start_tracker(self.out, self.config.tracking, json.loads(resolved.to_json()))
 
@@ -208,7 +207,7 @@ class RunFolder:
 
         Within an epoch, the one before counts as the last whole one.
         """
-        run.saved, result, step = run.step, run.result, run.training_step
+        result, step = run.result, run.training_step
         if not self.writes:
             return
         state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": run.fingerprint,
@@ -223,6 +222,7 @@ class RunFolder:
         save_checkpoint(last, run.model, step.optimizer, state, (self.out / RUN_ID).read_text(), listed)
         if whole:
             self._publish(result)
+        run.saved = run.step
         shutil.rmtree(self.before, ignore_errors=True)
 
     def _publish(self, result: TrainResult) -> None:

@@ -1,6 +1,7 @@
 """A run that is stopped at any moment ends, once it has gone on, as one that was not: `best/` included."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -13,14 +14,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fsc147lib.model.device import signals_later
+from fsc147lib.model.network import CountingModel
 from fsc147lib.training import loop as training
-from fsc147lib.training.interrupt import Interrupted
+from fsc147lib.training import run as folders
+from fsc147lib.training.batches import SizeBatches, make_loader
+from fsc147lib.training.interrupt import Interrupted, Signals
 from fsc147lib.training.loop import TrainConfig, train
+from fsc147lib.training.run import RunFolder
+from fsc147lib.training.step import TrainingStep
 
 pytestmark = pytest.mark.medium
 
 KILLS = int(os.environ.get("FSC147_KILLS", 3))
 """How many runs are killed; 20 are asked for before a release."""
+
+
+@pytest.fixture(autouse=True)
+def hang_up_is_not_ignored():
+    """Not even where the tests run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
@@ -125,6 +140,136 @@ def test_a_tie_leaves_best_with_the_first(config, monkeypatch):
     assert state["epoch"] == 1
 
 
+READER_DIED = "DataLoader worker (pid 12) is killed by signal: Terminated."
+
+
+def send_to_all(number, times=1):
+    """As `timeout` or SLURM do: to this process and to its readers, from outside; a SIGTERM of the parent ends them."""
+    processes = [*multiprocessing.active_children(), multiprocessing.current_process()]
+    words = ["kill", f"-{signal.Signals(number).name[3:]}", *(str(process.pid) for process in processes)]
+    for _ in range(times):
+        subprocess.run(words, check=True)
+
+
+def test_readers_outlive_signals_to_all_and_end_with_their_parent(root):
+    """A signal to all processes of a run leaves the parent its readers; a parent that exits ends them by SIGTERM."""
+    before = multiprocessing.active_children()
+    samples = training.open_split(root, "train")
+    batches = SizeBatches([(2, 2, 4)] * len(samples), 1, 0, flip=False)
+    loader = iter(make_loader(samples, batches, lambda part: [sample.name for sample in part], workers=2))
+    read = next(loader) + next(loader)  # one of each reader
+    readers = [process for process in multiprocessing.active_children() if process not in before]
+    for name in ("INT", "HUP", "TERM"):
+        subprocess.run(["kill", f"-{name}", *(str(reader.pid) for reader in readers)], check=True)
+    time.sleep(0.2)
+    for _ in range(len(samples) - 2):
+        read += next(loader)
+    assert sorted(read) == sorted(sample.name for sample in samples)
+    for reader in readers:
+        reader.terminate()
+        reader.join(10)
+    assert [reader.exitcode for reader in readers] == [0, 0]
+
+
+def test_two_signals_to_all_processes_save_the_step(config):
+    """`timeout` sends two; the step is saved, and the run goes on from there."""
+    train(config("whole"))
+    with pytest.raises(Interrupted, match="SIGHUP after step 2 of 6"):
+        train(config(workers=2), lambda line: line["step"] == 2 and send_to_all(signal.SIGHUP, times=2))
+    train(config(resume=True))
+    ends_equal(config("whole").out, config().out)
+
+
+def test_nohup_is_left_alone():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals().caught() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not signals.received and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_while_readers_begin_comes_after_it():
+    """A hook of a fork would drop the exception and print it; the signal is sent again, and only once."""
+    with Signals().caught() as signals:
+        with pytest.raises(Interrupted, match="SIGTERM"), signals_later():
+            os.kill(os.getpid(), signal.SIGTERM)
+            begun = not signals.received
+        assert begun and signals.received == signal.SIGTERM
+
+
+def test_an_error_of_a_reader_is_none_during_a_stop_alone():
+    with Signals().caught() as signals:
+        with pytest.raises(RuntimeError, match="is killed by signal"), signals.hold():
+            raise RuntimeError(READER_DIED)
+        with pytest.raises(RuntimeError, match="out of memory"), signals.hold():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("out of memory")
+    with Signals().caught() as signals, pytest.raises(Interrupted, match="SIGTERM"), signals.hold():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError(READER_DIED)
+
+
+def fails_at(call, monkeypatch, owner, name):
+    """The method's n-th call is stopped in its midst by a signal that kills a reader, too."""
+    method, calls = getattr(owner, name), []
+
+    def wrapped(self, *args):
+        result = method(self, *args)
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError(READER_DIED)
+        return result
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def test_a_reader_that_dies_in_a_save_costs_nothing(config, monkeypatch):
+    train(config("whole"))
+    fails_at(1, monkeypatch, CountingModel, "write_into")
+    with pytest.raises(Interrupted, match="SIGTERM after step 3 of 6"):
+        train(config())
+    train(config(resume=True))
+    ends_equal(config("whole").out, config().out)
+
+
+def test_a_reader_that_dies_in_an_update_leaves_the_checkpoint_before(config, monkeypatch):
+    """What is half updated is not saved."""
+    fails_at(5, monkeypatch, TrainingStep, "__call__")
+    with pytest.raises(Interrupted, match="SIGTERM after step 3 of 6"):
+        train(config())
+    assert json.loads((config().out / "last" / "training_state.json").read_text())["step"] == 3
+
+
+def test_a_start_is_written_whole(config, monkeypatch):
+    """A signal in the midst of it leaves no draft, and the next start takes the folder."""
+
+    def interrupted(path, text):
+        draft = path.with_name(path.name + ".writing")
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text)
+        os.kill(os.getpid(), signal.SIGTERM)
+        draft.replace(path)
+
+    monkeypatch.setattr(folders, "write_text", interrupted)
+    with pytest.raises(Interrupted, match="start it again"):
+        train(config())
+    assert sorted(path.name for path in config().out.iterdir()) == ["config.json", "metrics.jsonl", "run_id"]
+    RunFolder(config())
+
+
+@pytest.mark.parametrize("left", [["run_id.writing"], ["run_id"], ["run_id", "config.json.writing"]])
+def test_a_start_that_was_killed_is_taken_over(config, left):
+    config().out.mkdir()
+    for name in left:
+        (config().out / name).touch()
+    folder = RunFolder(config())
+    folder.start(config())
+    assert sorted(path.name for path in config().out.iterdir()) == ["config.json", "metrics.jsonl", "run_id"]
+
+
 def command(config, *more):
     words = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in
              ("data", "model", "out", "batch_size", "log_every", "tracking", "epochs", "learning_rate")]  # fmt: skip
@@ -189,3 +334,73 @@ def test_killed_at_random_moments(config):
         ends_equal(whole.out, settings.out)
         print(f"kill {kill + 1} after step {step}: {left}, {'resumed' if resume else 'started again'}, equal")
         shutil.rmtree(settings.out)
+
+
+def logged(step, seconds=0.0):
+    """A moment: after a step's line of the log, and some seconds."""
+
+    def reached(out):
+        if f'"step": {step},' not in text_of(out / "metrics.jsonl"):
+            return False
+        time.sleep(seconds)
+        return True
+
+    return reached
+
+
+MOMENTS = {
+    "as the folder is begun": (signal.SIGTERM, lambda out: out.exists()),
+    "in the first validation": (signal.SIGHUP, lambda out: (out / "metrics.jsonl").exists()),
+    "after the first step": (signal.SIGTERM, logged(1)),
+    "within the first epoch": (signal.SIGINT, logged(2)),
+    "in the validation of the first epoch": (signal.SIGTERM, logged(3, 0.2)),
+    "in the first save": (signal.SIGTERM, lambda out: (out / "last.writing").exists()),
+    "within the second epoch": (signal.SIGHUP, logged(5)),
+    "in the validation of the second epoch": (signal.SIGINT, logged(6, 0.1)),
+    "in the second save": (signal.SIGHUP, lambda out: (out / "last.writing").exists() and (out / "last").exists()),
+    "as the first save ends": (signal.SIGTERM, lambda out: (out / "best").exists()),
+}
+
+
+@pytest.mark.slow
+def test_signals_to_the_whole_group(config):
+    """Each saves what there is, ends all processes with the signal's status, and resumes to the same bytes."""
+    whole = config("whole", epochs=3)
+    assert fresh_process(whole, "--workers=2").wait() == 0
+    for name, (number, reached) in MOMENTS.items():
+        settings = config(name.replace(" ", "-"), epochs=3)
+        process = subprocess.Popen(
+            command(settings, "--workers=2"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+        wait_for(lambda out=settings.out, reached=reached: reached(out), process)
+        os.killpg(process.pid, number)
+        _, printed = process.communicate(timeout=120)
+        print(f"{name}: {printed.strip()}")
+        assert process.returncode == 128 + number and printed.count("\n") == 1, (name, printed)
+        with pytest.raises(ProcessLookupError):  # no reader is left
+            os.killpg(process.pid, 0)
+        assert not list(settings.out.glob("*.writing"))
+        resume = (settings.out / "last").is_dir()
+        assert ("--resume" in printed) == resume
+        assert fresh_process(settings, "--workers=2", *["--resume"] * resume).wait() == 0, name
+        ends_equal(whole.out, settings.out)
+        shutil.rmtree(settings.out)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "login_tty"), reason="no terminals here")
+def test_a_closed_terminal(config):
+    """The kernel signals the whole session, and whatever is printed then is an error."""
+    settings = config(epochs=50)
+    terminal, end = os.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    process = subprocess.Popen(
+        command(settings, "--workers=2"), env=environment, pass_fds=[end], preexec_fn=lambda: os.login_tty(end)
+    )
+    os.close(end)
+    wait_for(lambda: logged(2)(settings.out), process)
+    os.close(terminal)
+    assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    state = json.loads((settings.out / "last" / "training_state.json").read_text())
+    assert state["step"] >= 2

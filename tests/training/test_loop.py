@@ -322,9 +322,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(config
 
     run, make = [], training.Run.__init__
 
-    def remember(self, *args):
+    def remember(self, *args, **more):
         run.append(self)
-        make(self, *args)
+        make(self, *args, **more)
 
     monkeypatch.setattr(training.Run, "__init__", remember)
     with pytest.raises(NonFiniteLoss, match="the count loss is nan on .*jpg"):
