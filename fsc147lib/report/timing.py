@@ -4,6 +4,7 @@ Left out: what is timed (`overhead`, `throughput`), and drawing (`figures`).
 """
 
 import json
+import os
 import platform
 import sys
 import time
@@ -27,13 +28,9 @@ COLUMNS = {
     "overhead_lazy": ("on each K-th step", "{overhead_lazy:.1%} (K = {every})"),
     "batch_size": ("batch", "{batch_size}"),
     "images_per_second": ("images/s", "{images_per_second:.1f}"),
-    "spread": ("spread over 10 %", "{spread:.0%}"),
-    "speedup": ("of the plain loop", "{speedup:.2f}x"),
-    "over_trainer": ("of Trainer", "{over_trainer:.2f}x"),
-    "peak_share": ("of peak", "{peak_share:.1%}"),
+    "over_best_peer": ("of the best peer", "{over_best_peer:.2f}x"),
     "peak_memory": ("peak GiB", "{peak_memory:.2f}"),
     "retries": ("retries", "{retries}"),
-    "padding": ("padding", "{padding:.1%}"),
     "waiting": ("waiting", "{waiting:.1%}"),
     "startup": ("first step, s", "{startup:.0f}"),
     "validation_per_second": ("validation images/s", "{validation_per_second:.1f}"),
@@ -77,6 +74,7 @@ def machine() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
     }
 
 
