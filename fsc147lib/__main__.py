@@ -147,7 +147,7 @@ def main(words: list[str] | None = None) -> int:
         run = getattr(module, run) if isinstance(run, str) else run
         return 1 if run(parse_options(getattr(module, config), words[1:], f"{program} {words[0]}")) is False else 0
     except (ConnectionResetError, ConnectionRefusedError, EOFError, RuntimeError) as error:
-        from .model.device import reader_died
+        from .readers import reader_died
 
         if not reader_died(error):
             raise

@@ -24,8 +24,8 @@ from ..model import (
     Compute,
     CountingModel,
     Heatmap,
+    KeptFeatures,
     PixelStore,
-    VisionCache,
     choose_compute,
     default_workers,
     load_model,
@@ -35,9 +35,9 @@ from ..model import (
     to_device,
 )  # fmt: skip
 from ..model.answers import count_loss, longest_answer
-from ..model.device import leave_signals_to_parent, signals_later
 from ..model.prompt import parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
+from ..readers import leave_signals_to_parent, read
 from .metrics import absolute_errors, absurd_answers, alignment, constant_baselines, counting_metrics, metrics_by_bin
 
 
@@ -137,7 +137,7 @@ def evaluate_samples(
     heatmap: Heatmap | None = None,
     compute: Compute | None = None,
     workers: int = 0,
-    cache: VisionCache | None = None,
+    cache: KeptFeatures | None = None,
     store: PixelStore | None = None,
     training_counts: Sequence[int] = (),
     longest: int | None = None,
@@ -179,11 +179,9 @@ def evaluate_samples(
         chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_parent,
     )  # fmt: skip
-    with signals_later():  # its processes begin
-        batches = iter(loader)
     longest = longest or longest_answer(model.tokenizer)
     found = []  # stays on the device until the end
-    for batch in tqdm(batches, desc="evaluate", total=len(chunks), leave=False):
+    for batch in tqdm(read(loader), desc="evaluate", total=len(chunks), leave=False):
         batch = to_device(batch, compute.device)
         batch = cache.add_to(batch) if cache else batch
         with compute.autocast():

@@ -7,6 +7,7 @@ Left out: whether answer and heatmap are right (`evaluation`), and how they beco
 from .answers import count_loss
 from .collate import Batch, Collate, select_rows, to_device
 from .device import Compute, choose_compute, default_workers
+from .features import KeptFeatures
 from .forward import answer_logits, read_prompts
 from .heatmaps import METHODS, Attention, Heatmap, default_layers, digits_mass, make_heatmap, method_names, register
 from .load import load_model
@@ -15,11 +16,10 @@ from .network import CountingModel, ModelError
 from .occlusion import Occlusion, occlude
 from .pixels import PixelStore
 from .prediction import Prediction, count_without, predict, predict_samples
-from .vision_cache import VisionCache
 
 __all__ = [
     "Attention", "Batch", "Collate", "Compute", "CountingModel", "Heatmap", "Look", "METHODS", "ModelError",
-    "Occlusion", "PixelStore", "Prediction", "VisionCache", "answer_logits", "choose_compute", "corner_share",
+    "Occlusion", "PixelStore", "Prediction", "KeptFeatures", "answer_logits", "choose_compute", "corner_share",
     "count_loss", "count_without", "default_layers", "default_workers", "digits_mass", "load_model", "look",
     "make_heatmap", "mean_map", "method_names", "occlude", "predict", "predict_samples", "read_prompts", "register",
     "select_rows", "to_device",

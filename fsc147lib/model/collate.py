@@ -36,7 +36,7 @@ class Batch(TypedDict, total=False):
     image_sizes: Annotated[list[tuple[int, int]], "B"]  # rows and columns of each image's patches
     image_grid_thw: Annotated[torch.Tensor, "B 3"]  # the same after a 1, as transformers wants it
     image_keys: Annotated[list[tuple[str, bool]], "B"]  # which image, and whether mirrored
-    image_features: Annotated[torch.Tensor, "V 1+D C"]  # in place of pixels, where `vision_cache` holds them
+    image_features: Annotated[torch.Tensor, "V 1+D C"]  # in place of pixels, where `features` keeps them
     position_ids: Annotated[torch.Tensor, "3 B T"]  # M-RoPE: time, height, width; 0 on padding
     labels: Annotated[torch.Tensor, "B T"]  # the token at each answer position, -100 elsewhere
     answer_positions: Annotated[torch.Tensor, "B A"]  # whose next token belongs to the answer (0 where unused)
@@ -80,6 +80,11 @@ class Collate:
         if key not in self._tokens:
             self._tokens[key] = tokenize(self.tokenizer, *key)
         return self._tokens[key]
+
+    def visual_tokens(self, sample: Sample) -> int:
+        """Visual tokens of a sample's image."""
+        rows, columns, _ = self.lengths(sample)
+        return rows * columns // self.image_processor.merge_size**2
 
     def lengths(self, sample: Sample, tokens: Tokens | None = None) -> tuple[int, int, int]:
         """Patch rows and columns of a sample's image, and the length of its whole sequence."""

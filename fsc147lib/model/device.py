@@ -2,12 +2,9 @@
 
 import gc
 import os
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,56 +51,6 @@ def choose_compute(precision: Precision = "auto") -> Compute:
 def default_workers() -> int:
     """Processes that read images: one less than there are cores, up to 8, beside a GPU; else none."""
     return min(8, max(1, (os.cpu_count() or 1) - 1)) if torch.cuda.is_available() else 0
-
-
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that end a run between two steps; Windows has no SIGHUP."""
-
-
-@contextmanager
-def signals_later() -> Iterator[None]:
-    """Send the signals that stop a run again at the end of this, in the main thread.
-
-    Python drops an exception that a signal raises while a process forks.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for number in received:
-        signal.raise_signal(number)
-
-
-def leave_signals_to_parent(_worker: int) -> None:
-    """In a process that reads images: ignore the signals that stop a run; the `worker_init_fn` of a DataLoader.
-
-    `timeout`, SLURM and a closed shell signal all processes of a run, and the parent needs its readers to the end of
-    a step.  A SIGTERM of the parent itself still ends the process: Python stops its readers so when it exits.
-    """
-    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell the sender: SIGTERM ends readers there
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def reader_died(error: BaseException) -> bool:
-    """Whether an error says that a process that reads images was killed."""
-    if isinstance(error, RuntimeError):
-        return "DataLoader worker" in str(error)
-    return isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
 
 
 def free_models() -> None:

@@ -26,7 +26,7 @@ from ..options import need, need_report
 from ..training.batches import make_loader
 from ..training.loop import Run, TrainConfig
 from ..training.losses import LossParts
-from ..training.memory import longest_batch
+from ..training.memory import heaviest_parts
 from .shapes import load_or_shape
 from .timing import table, write_report
 
@@ -138,7 +138,7 @@ def measure(name: str, config: ThroughputConfig) -> dict:
     run.open()
     run.model.network.train()
     collate = PlainCollate(run.model) if name == PLAIN else run.collate
-    heaviest = [to_device(collate(part), device) for part in longest_batch(run, config.batch_size)]
+    heaviest = [to_device(collate(part), device) for part in heaviest_parts(run, config.batch_size)]
     reserve = partial(run.training_step, heaviest, config.attention_weight)  # the memory that all others then find
     startup, peak = seconds_of(reserve, device), peak_memory(reserve, device)
     windows = chain.from_iterable(map(run.windows, count()))  # one epoch after the other

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data import Sample
 from ..model.collate import Batch
-from ..model.device import leave_signals_to_parent
 from ..options import ConfigError
+from ..readers import leave_signals_to_parent
 
 
 class Shown(NamedTuple):

@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM, SIGHUP and a notebook's "interrupt": a run ends between two steps, and not within one.
 
-Left out: what is saved then (`run`), and the processes that read images (`model.device`).
+Left out: what is saved then (`run`), and the processes that read images (`readers`).
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..model.device import STOP_SIGNALS, reader_died
+from ..readers import STOP_SIGNALS, reader_died
 
 
 class Interrupted(KeyboardInterrupt):

@@ -21,17 +21,17 @@ from ..evaluation.answering import answering_tokens, evaluate_samples
 from ..evaluation.metrics import constant_baselines
 from ..model.collate import Batch, Collate
 from ..model.device import choose_compute, default_workers
+from ..model.features import KeptFeatures
 from ..model.heatmaps import METHODS, make_heatmap, method_names
 from ..model.load import load_model
 from ..model.network import Recipe, compile_layers, freeze_vision, save_memory
 from ..model.pixels import PixelStore
-from ..model.vision_cache import VisionCache
 from ..options import ConfigError, Precision, need
 from .batches import SizeBatches, make_loader, windows
 from .controls import AttentionTarget, controlled, need_other_images
 from .interrupt import Interrupted, Signals, stopped
 from .losses import DualLoss
-from .memory import memory_of_step, pass_tokens
+from .memory import pass_tokens, place_of_features
 from .run import RunFolder, TrainResult, fingerprint, locked
 from .step import TrainingStep, lazy_weight, learning_rate_factor, make_accelerator, make_optimizer
 
@@ -226,10 +226,10 @@ class Run:
 
     def windows(self, epoch: int, done: int = 0) -> Iterator[list[Batch]]:
         """Each step's batches of an epoch but those done; who reads ahead goes on into the next, which is to follow."""
-        config, cache = self.config, self.training_step.cache
+        config, features = self.config, self.training_step.features
         if self.stream is None:
             self.batches.start(epoch, done)
-            self.stream = iter(cache.ahead(self.loader) if cache else self.loader)
+            self.stream = iter(features.ahead(self.loader) if features else self.loader)
         stream = controlled(self.stream, config.attention_target, self.samples["train"], f"{config.seed} {epoch}")
         return windows(stream, self.batches.sizes(epoch, done))
 
@@ -245,11 +245,9 @@ class Run:
         if config.caches_vision and not config.vision_trains(self.epoch):
             train = self.samples["train"]
             mirrored = [sample.flipped() for sample in train] if config.flip else []
-            on_gpu = self.compute.device.type == "cuda"
-            beside = memory_of_step(self) if on_gpu and config.vision_cache == "auto" else 0
-            self.training_step.cache = VisionCache(
-                self.model, [*train, *mirrored, *self.samples["val"]], self.compute, config.vision_cache,
-                config.out.parent / "vision-cache", self.workers, beside=beside,
+            self.training_step.features = KeptFeatures.encode(
+                self.model, [*train, *mirrored, *self.samples["val"]], self.compute, place_of_features(self),
+                config.out.parent / "vision-cache", self.workers,
             )  # fmt: skip
 
     def log(self, line: dict) -> None:
@@ -265,7 +263,7 @@ class Run:
         config = self.config
         self.validation = evaluate_samples(
             self.model, self.samples["val"], config.batch_size, self.heatmap, self.compute, self.workers,
-            self.training_step.cache, self.store, [sample.count for sample in self.samples["train"]],
+            self.training_step.features, self.store, [sample.count for sample in self.samples["train"]],
             batch_tokens=answering_tokens(pass_tokens(self), self.heatmap),
         )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
@@ -278,7 +276,7 @@ class Run:
         trains_vision = config.vision_trains(self.epoch)
         freeze_vision(self.model.network, not trains_vision)
         if trains_vision and self.store is None:  # kept image features are about to be wrong
-            step.cache = None
+            step.features = None
             self.open_loader(pixels=True)
         step.loss.train()
         images, started, every = 0, time.perf_counter(), config.heatmap_every

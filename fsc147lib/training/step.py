@@ -15,7 +15,7 @@ from torch import nn
 
 from ..model.collate import Batch
 from ..model.device import Compute
-from ..model.vision_cache import VisionCache
+from ..model.features import KeptFeatures
 from .losses import LossParts
 
 MOST_SKIPPED = 32
@@ -86,7 +86,7 @@ class TrainingStep:
         clip: largest norm of the gradient.
 
     Attributes:
-        cache: gives each batch its image features; None where the batches bring them, or pixels.
+        features: gives each batch its image features; None where the batches bring them, or pixels.
         skipped: steps so far without an update, as of the last `check`.
     """
 
@@ -101,7 +101,7 @@ class TrainingStep:
         self.loss, self.optimizer, self.accelerator = loss.to(compute.device), optimizer, accelerator
         self.compute, self.clip = compute, clip
         self.trained: list[bool] = []  # which parameters trained when the loss was last wrapped
-        self.cache: VisionCache | None = None
+        self.features: KeptFeatures | None = None
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.skipped, self.in_a_row = 0, 0
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -137,7 +137,7 @@ class TrainingStep:
         tokens, images = self.accelerator.reduce(torch.tensor([answer_tokens, with_objects]), "sum").tolist()
         losses = LossParts(*torch.zeros(3, device=self.compute.device))
         for i, batch in enumerate(window):
-            batch = self.cache.add_to(batch) if self.cache and "image_features" not in batch else batch
+            batch = self.features.add_to(batch) if self.features and "image_features" not in batch else batch
             with self.accelerator.no_sync(self.loss) if i + 1 < len(window) else nullcontext():
                 with self.compute.autocast():
                     parts = self.loss(batch, tokens, images, weight)

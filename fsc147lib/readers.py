@@ -1,0 +1,62 @@
+"""Processes that read images for a DataLoader: they leave the signals that stop a run to their parent."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that end a run between two steps; Windows has no SIGHUP."""
+
+
+def read(loader) -> Iterator:
+    """The batches of a DataLoader; its processes begin while signals wait."""
+    with signals_later():
+        return iter(loader)
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Send the signals that stop a run again at the end of this, in the main thread.
+
+    Python drops an exception that a signal raises while a process forks.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in received:
+        signal.raise_signal(number)
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """The `worker_init_fn` of a DataLoader: ignore the signals that stop a run.
+
+    `timeout`, SLURM and a closed shell signal all processes of a run, and the parent needs its readers to the end of
+    a step.  A SIGTERM of the parent itself still ends the process: Python stops its readers so when it exits.
+    """
+    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell the sender: SIGTERM ends readers there
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def reader_died(error: BaseException) -> bool:
+    """Whether an error says that a process that reads images was killed."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error)
+    return isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
