@@ -90,15 +90,10 @@ def features_bytes(run: "Run") -> int:
 
 def measure(run: "Run", size: int) -> Measured:
     """A step's passes forward and back, and a validation's batch, of the heaviest images; OutOfMemoryError."""
-    step, device, parts, answers = (
-        run.training_step,
-        run.compute.device,
-        heaviest_parts(run, size),
-        heaviest_answers(run),
-    )
-    found, tokens = Measured(), answering_tokens(pass_tokens(run), run.heatmap)
-    frozen = run.config.caches_vision and not run.config.vision_trains(run.epoch)
-    if frozen:
+    step, device, found = run.training_step, run.compute.device, Measured()
+    parts, answers = heaviest_parts(run, size), heaviest_answers(run)
+    tokens = answering_tokens(pass_tokens(run), run.heatmap)
+    if run.config.caches_vision and not run.config.vision_trains(run.epoch):
         kept = [*(sample for part in parts for sample in part), *answers]
         step.features = KeptFeatures.encode(run.model, kept, run.compute, "host", Path(), run.workers)
         found.window = sum(run.collate.visual_tokens(sample) for part in parts for sample in part) * bytes_of_token(run)

@@ -83,7 +83,7 @@ def largest_that_fits(config: TrainConfig) -> Plan | None:
 
 
 def make_plan(config: TrainConfig) -> Plan:
-    """Measure a run as it is asked for.  States without room are counted: 4 bytes a weight, four times where it trains."""
+    """Measure a run as it is asked for; where its states have no room, count them."""
     free_models()
     on_gpu = torch.cuda.is_available()
     room = gpu_memory()[1] if on_gpu else free_memory()
@@ -108,17 +108,15 @@ def make_plan(config: TrainConfig) -> Plan:
     except torch.OutOfMemoryError:
         parts["activations"] = room
         return plan
-    activations = max(needs.step - trained, needs.answers)
-    images = max(map(len, heaviest_parts(run, size)))
-    parts["activations"] = max(0, activations if on_gpu else activations * images)
+    images = 1 if on_gpu else max(map(len, heaviest_parts(run, size)))
+    parts["activations"] = max(0, images * (needs.step - trained), needs.answers)
     if run.config.caches_vision:
-        size = features_bytes(run)
-        place = run.config.vision_cache
+        kept, place = features_bytes(run), str(run.config.vision_cache)
         if place == "auto":
-            place = choose_place(size, max(needs.step, needs.answers) + 2 * trained + needs.window)
-        plan.features = place, size
+            place = choose_place(kept, max(needs.step, needs.answers) + 2 * trained + needs.window)
+        plan.features = place, kept
         if place == "gpu":
-            parts["image features"] = size
+            parts["image features"] = kept
     lengths = [tokens for *_, tokens in run.batches.lengths]
     plan.first, plan.step = needs.first, needs.seconds * (1 if on_gpu else config.batch_size)
     plan.epoch = plan.step * run.batches.steps * sum(lengths) / len(lengths) / max(lengths)
