@@ -1,14 +1,16 @@
-"""What a step needs of a GPU's memory, measured before image features take their place there; here on a CPU."""
+"""What a step needs of memory, measured before image features take their place; and what `train --dry-run` tells."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fsc147lib.evaluation import answering
-from fsc147lib.model import Heatmap, load_model
-from fsc147lib.training import TrainConfig, loop, memory
+from fsc147lib.__main__ import main
+from fsc147lib.model import KeptFeatures, choose_compute, load_model, make_heatmap
+from fsc147lib.model.network import freeze_vision
+from fsc147lib.training import TrainConfig, loop, memory, plan
 from fsc147lib.training.loop import Run
+from fsc147lib.training.plan import describe, make_plan, plan_training
 
 GIB = 2**30
 
@@ -21,87 +23,70 @@ def config(root, tmp_path):
 @pytest.fixture
 def run(config):
     run = Run(config)
-    loop.freeze_vision(run.model.network, True)
+    freeze_vision(run.model.network, True)
     return run
 
 
-def as_on_a_gpu(monkeypatch, peaks: list[int], whole: int = GIB):
-    """A GPU with 100 bytes in use, on which each thing that is measured has the next of some peaks, in MiB."""
-    monkeypatch.setattr(memory, "memory_in_use", lambda _: 100)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (whole, whole))
-    monkeypatch.setattr(memory, "peak_memory", lambda use, _: (use(), peaks.pop(0))[1])
+def test_the_place_goes_by_size(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [memory.choose_place(size, 0) for size in (500, 501)] == ["host", "disk"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "gpu_memory", lambda: (1000, 900))
+    monkeypatch.setattr(memory, "memory_in_use", lambda _: 100)  # and a twentieth of 1000 stays empty
+    assert [memory.choose_place(size, 0) for size in (250, 251)] == ["gpu", "host"]
+    assert [memory.choose_place(size, 600) for size in (150, 151)] == ["gpu", "host"]
 
 
-def trained_bytes(run) -> int:
-    return sum(weight.nbytes for weight in run.model.network.parameters() if weight.requires_grad)
+def test_features_of_an_80_gb_card_wait_on_the_host_where_a_step_needs_its_memory(monkeypatch):
+    """2,323 images' features, 17.3 GiB, beside passes of 20,000 tokens: on an H100 these had room for 32 images."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "free_memory", lambda: 120 * 2**30)
+    monkeypatch.setattr(memory, "gpu_memory", lambda: (int(79.2 * 2**30), int(78.6 * 2**30)))
+    monkeypatch.setattr(memory, "memory_in_use", lambda _: 8 * 2**30)
+    places = [memory.choose_place(18_609_930_240, int(beside * 2**30)) for beside in (58, 45)]
+    assert places == ["host", "gpu"]
 
 
-def left_as_it_was(run) -> bool:
-    step = run.training_step
-    return step.cache is None and not any(p.grad is not None for p in step.parameters) and not step.unchecked
+@pytest.mark.medium
+def test_nothing_moves_while_it_is_measured(run):
+    before = [weight.detach().clone() for weight in run.model.network.parameters()]
+    found, step = memory.measure(run, 4), run.training_step
+    assert found.step > 0 and found.seconds > 0 and found.first > 0
+    assert all(torch.equal(p, was) for p, was in zip(run.model.network.parameters(), before, strict=True))
+    assert step.features is None and not any(p.grad is not None for p in step.parameters) and not step.unchecked
+    assert not step.optimizer.state
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("peaks", [[7, 5], [5, 7]])
-def test_the_larger_of_step_and_validation_counts_and_nothing_moves(run, monkeypatch, peaks):
-    as_on_a_gpu(monkeypatch, peaks)
-    seen, gradient = [], run.training_step.gradient
-
-    def watched(window, weight):
-        losses = gradient(window, weight)
-        seen.append((len(window), run.model.network.training, float(losses.attention)))
-        return losses
-
-    monkeypatch.setattr(run.training_step, "gradient", watched)
-    before = [weight.detach().clone() for weight in run.model.network.parameters()]
-    window = memory.features_size(run)[1]
-    assert memory.memory_of_step(run) == 7 * 2**20 - 100 + 2 * trained_bytes(run) + window
-    assert len(seen) == 2 and all(passes == 1 and trains and loss > 0 for passes, trains, loss in seen)
-    assert all(torch.equal(p, was) for p, was in zip(run.model.network.parameters(), before, strict=True))
-    assert left_as_it_was(run) and not run.training_step.optimizer.state
-
-
-@pytest.mark.medium
-def test_a_run_that_goes_on_has_its_moments_already(run, monkeypatch):
-    as_on_a_gpu(monkeypatch, [7, 5])
+def test_the_larger_of_step_and_validation_stands_beside_the_features(run, monkeypatch, peaks):
+    asked: list = []
+    monkeypatch.setattr(memory, "gpu_memory", lambda: (GIB, GIB))
+    monkeypatch.setattr(memory, "choose_place", lambda size, beside: asked.append((size, beside)) or "host")
+    found = memory.Measured(step=peaks[0], answers=peaks[1], window=3)
+    monkeypatch.setattr(memory, "measure", lambda *_: found)
+    object.__setattr__(run.compute, "device", torch.device("cuda"))
+    trained = sum(weight.nbytes for weight in run.model.network.parameters() if weight.requires_grad)
+    memory.place_of_features(run)
     run.training_step.optimizer.state[run.training_step.parameters[0]] = {"step": torch.tensor(1.0)}
-    assert memory.memory_of_step(run) == 7 * 2**20 - 100 + memory.features_size(run)[1]
+    memory.place_of_features(run)  # a run that goes on has its moments already
+    assert asked == [(memory.features_bytes(run), 7 + 2 * trained + 3), (memory.features_bytes(run), 7 + 3)]
 
-
-@pytest.mark.medium
-@pytest.mark.parametrize("where", ["gradient", "evaluate_samples"])
-def test_without_room_the_whole_gpu_is_the_step_s(run, monkeypatch, where):
-    as_on_a_gpu(monkeypatch, [1, 1])
-
-    def full(*_, **__):
+    def full(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(run.training_step if where == "gradient" else memory, where, full)
-    assert memory.memory_of_step(run) == GIB and left_as_it_was(run)
+    monkeypatch.setattr(memory, "measure", full)
+    memory.place_of_features(run)
+    assert asked[-1][1] == GIB
 
 
 @pytest.mark.medium
-def test_features_without_room_are_not_measured_for(run, monkeypatch):
-    features, _ = memory.features_size(run)
+def test_features_take_what_is_foretold(run):
     train, val = run.samples.values()
     kept = [*train, *(sample.flipped() for sample in train), *val]
-    assert features == memory.VisionCache(run.model, kept, run.accelerator, "host").features.nbytes
-    as_on_a_gpu(monkeypatch, [1, 1], whole=4 * features - 4)
-    monkeypatch.setattr(memory, "VisionCache", None)
-    assert memory.memory_of_step(run) == 4 * features - 4
-
-
-@pytest.mark.medium
-def test_a_run_tells_the_cache_what_the_step_needs(run, monkeypatch):
-    made: list = []
-    monkeypatch.setattr(loop, "memory_of_step", lambda _: 123)
-    monkeypatch.setattr(loop, "VisionCache", lambda *args, beside, **kwargs: made.append(beside))
-    monkeypatch.setattr(loop, "freeze_vision", lambda *_: None)
-    run.folder.start = lambda _: None
-    run.open()
-    monkeypatch.setattr(run.accelerator.state, "device", torch.device("cuda"))
-    run.open()
-    assert made == [0, 123]
+    features = KeptFeatures.encode(run.model, kept, choose_compute("fp32"), "host", run.config.out, 0).features
+    assert memory.features_bytes(run) == features.nbytes
 
 
 @pytest.mark.medium
@@ -109,24 +94,78 @@ def test_the_heaviest_pass_need_not_hold_the_longest_images(config):
     """Of lengths 100, 90 ... in passes of 270 tokens: two of 100 are 200, three of 90 are 270."""
     run = Run(replace(config, batch_tokens=270))
     run.batches.lengths = [(1, 1, tokens) for tokens in (60, 100, 90, 70, 90, 80, 90, 100)]
-    parts = memory.longest_batch(run, 4)
+    parts = memory.heaviest_parts(run, 4)
     assert [[run.samples["train"].index(sample) for sample in part] for part in parts] == [[2, 4, 6]] * 2
     run = Run(config)
-    assert [len(part) for part in memory.longest_batch(run, 4)] == [4]
+    assert [len(part) for part in memory.heaviest_parts(run, 4)] == [4]
 
 
 @pytest.mark.medium
-def test_answers_keep_to_twice_the_tokens_of_a_pass(root, tmp_path, monkeypatch):
-    """With batches of 256 in parts of 20,000 tokens, 512 images at once would be 135,000."""
-    heatmap = Heatmap(load_model("tiny-random").network)
-    sizes = [answering.answering_batch_size(256, heatmap, tokens, 264) for tokens in (None, 20_000, 100)]
-    assert sizes == [512, 150, 2]
-    run = Run(TrainConfig(root, tmp_path / "run", "tiny", batch_size=8, batch_tokens=150, limit=8))
-    seen: list = []
-    monkeypatch.setattr(loop, "evaluate_samples", lambda model, samples, size, *_: seen.append(size) or 1 / 0)
+def test_answers_keep_to_four_times_the_tokens_of_a_pass(root, tmp_path, monkeypatch):
+    run, seen = Run(TrainConfig(root, tmp_path / "run", "tiny", batch_size=8, batch_tokens=150, limit=8)), []
+    monkeypatch.setattr(loop, "evaluate_samples", lambda *_, batch_tokens, **__: seen.append(batch_tokens) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.validate()
-    lengths = {sample.name: run.collate.lengths(sample)[2] for sample in run.samples["val"]}
-    assert seen == [2] and max(lengths.values()) <= 150 < 2 * max(lengths.values())
-    answers, _ = memory.longest_answers(run, 8)
-    assert [lengths[sample.name] for sample in answers] == sorted(lengths.values())[-6:]  # three batches
+    run.heatmap = make_heatmap(run.model.network, "token_gradient")  # which needs a backward pass itself
+    with pytest.raises(ZeroDivisionError):
+        run.validate()
+    assert seen == [600, 150]
+    assert sum(run.collate.lengths(sample)[2] for sample in memory.heaviest_answers(run)) <= 150
+
+
+# --- The dry run
+
+
+@pytest.mark.medium
+def test_states_are_those_of_the_weights_that_train(config, capsys):
+    words = ["train", "--data", str(config.data), "--out", str(config.out), "--model", "tiny-random", "--dry-run"]
+    assert main([*words, "--batch-size", "4", "--limit", "8"]) == 0
+    printed = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines()}
+    size = sum(weight.numel() for weight in load_model("tiny-random").network.parameters()) * 4 / GIB
+    assert float(printed["weights"][0]) == pytest.approx(size, abs=0.01)
+    assert float(printed["AdamW's two moments"][0]) == pytest.approx(2 * size, abs=0.01)
+    assert "it fits" in printed and "that are free" in " ".join(printed["together"])
+    assert not config.out.exists()  # nothing was begun
+
+
+@pytest.mark.medium
+def test_a_plan_tells_the_features_of_a_frozen_encoder(config):
+    found = make_plan(config)
+    model = load_model("tiny").network
+    vision = sum(weight.nbytes for weight in model.model.visual.parameters())
+    assert found.features == ("host", memory.features_bytes(Run(config)))
+    assert found.parts["gradients"] == found.parts["weights"] - vision
+
+
+@pytest.mark.medium
+def test_what_does_not_fit_is_told_what_does(config, monkeypatch, capsys):
+    """Room for two images, and not for four."""
+
+    def needs(run, size):
+        trained = sum(p.nbytes for p in run.training_step.parameters if p.requires_grad)
+        return memory.Measured(step=trained + 100, first=1.0, seconds=1.0)
+
+    states = sum(list(make_plan(config).parts.values())[:3])
+    monkeypatch.setattr(plan, "measure", needs)
+    monkeypatch.setattr(plan, "free_memory", lambda: states + 200)
+    plans = plan_training(config)
+    assert [found.config.batch_size for found in plans] == [4, 2, 2, 4]  # adapters have small states
+    assert not plans[0].fits and all(found.fits for found in plans[1:])
+    text = describe(plans)
+    assert "it does not fit; what does:\n  --batch-size 2 --accumulation 2: 0." in text
+    assert "--lora 16 --gradient-checkpointing" in text.splitlines()[-1]
+    monkeypatch.setattr(plan, "free_memory", lambda: 100)
+    assert "nothing that was tried: take a smaller model" in describe(plan_training(config))
+    words = ["train", "--data", str(config.data), "--out", str(config.out), "--model", "tiny-random", "--dry-run"]
+    assert main([*words, "--limit", "8", "--batch-size", "4"]) == 1
+
+
+@pytest.mark.medium
+def test_weights_without_room_are_no_traceback(config, monkeypatch):
+    def full(config):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(plan, "Run", full)
+    monkeypatch.setattr(plan, "free_memory", lambda: 2**20)
+    plans = plan_training(config)
+    assert len(plans) == 1 and "it does not fit" in describe(plans) and "take a smaller model" in describe(plans)
