@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.model import vision_cache
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.device import make_accelerator
+from fsc147lib.model.device import choose_compute
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import Recipe, freeze_vision
 from fsc147lib.model.vision_cache import VisionCache
@@ -31,7 +31,7 @@ def frozen(tiny):
 
 
 def make(model, samples, folder, place="disk"):
-    return VisionCache(model, samples, make_accelerator("fp32"), place, folder, batch_size=3)
+    return VisionCache(model, samples, choose_compute("fp32"), place, folder, batch_size=3)
 
 
 def kept_files(folder):
