@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain import plain_network
 from teaching import teach
 from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
@@ -63,6 +64,20 @@ def untouched_tiny():
 def tiny(untouched_tiny):
     """A fresh tiny model: a test may change its weights."""
     return deepcopy(untouched_tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(untouched_tiny, tmp_path_factory):
+    """Its folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    untouched_tiny.save(folder)
+    return folder
+
+
+@pytest.fixture
+def plain(tiny_folder):
+    """Its network as transformers alone loads it, with eager attention."""
+    return plain_network(tiny_folder, "eager")
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,28 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATIONS = {"text_config": "sdpa_with_rows", "vision_config": "flash_or_sdpa_by_image"}
 """What a network is loaded with.  A vision implementation with "flash" in its name gets all images in one call."""
 
+FAST_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Without cuDNN's, which plans anew for each length: 0.26 of the 0.6 s of a step of 64 images on an H100."""
+
 _plain = AttentionInterface()["sdpa"]
 
 
-def text_attention(module, query, key, value, attention_mask, look: "Looked | None" = None, scaling=None, **kwargs):
+def backends(second_derivative: bool):
+    """Within, attention is fast, or has a second derivative; also in a layer that a backward pass computes again."""
+    return sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION)
+
+
+def text_attention(
+    module, query, key, value, attention_mask, look: "Looked | None" = None, scaling=None, second_derivative=False,
+    **kwargs,
+):  # fmt: skip
     """transformers' `sdpa`; the rows that are looked at go into `look`.
 
     Args:
@@ -29,7 +41,8 @@ def text_attention(module, query, key, value, attention_mask, look: "Looked | No
     Returns:
         Output [B, Q, H, D], and None.
     """
-    output, _ = _plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    with backends(second_derivative):
+        output, _ = _plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if look is not None:
         if attention_mask is None:
             index = look.positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
@@ -69,7 +82,8 @@ def vision_attention(
         return varlen_attn(*tokens, bounds, bounds, max_length_q, max_length_q, scale=scaling)[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     images = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    outputs = [F.scaled_dot_product_attention(*image, scale=scaling) for image in images]
+    with backends(second_derivative):
+        outputs = [F.scaled_dot_product_attention(*image, scale=scaling) for image in images]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
@@ -23,9 +22,6 @@ CACHE = (
     "cache" if "cache" in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters else "past_key_values"
 )
 """transformers 5.24 gave this argument a new name."""
-
-FAST_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Without cuDNN's, which plans anew for each length: 0.26 of the 0.6 s of a step of 64 images on an H100."""
 
 Rows = dict[int, torch.Tensor]
 """Layer -> [B, H, A, K] float32 attention probabilities at the answer's positions, each row summing to 1."""
@@ -65,13 +61,13 @@ def answer_logits(
     """
     need_right_padding(batch)  # padding is on the right, where causal attention keeps it out of sight
     answer = batch["answer_positions"]
-    with sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION):
-        features = features or encode_images(network, batch, second_derivative=second_derivative)
-        with rows_of_layers(network, rows_of, answer) as rows, narrow_embeddings(network):
-            logits = network(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
-                mm_encoder_outputs={"image": ImageFeatures.of(features)}, logits_to_keep=answer,
-            ).logits  # fmt: skip
+    features = features or encode_images(network, batch, second_derivative=second_derivative)
+    with rows_of_layers(network, rows_of, answer) as rows, narrow_embeddings(network):
+        logits = network(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
+            mm_encoder_outputs={"image": ImageFeatures.of(features)}, logits_to_keep=answer,
+            second_derivative=second_derivative,
+        ).logits  # fmt: skip
     return logits, {layer: found[0] for layer, found in rows.items()}
 
 

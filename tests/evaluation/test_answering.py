@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from plain import generated, plain_network
 
 from fsc147lib.__main__ import main
 from fsc147lib.data.faults import SPLITS
@@ -13,19 +14,17 @@ from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation import answering as evaluation
 from fsc147lib.evaluation.answering import (
     EvaluateConfig,
+    answering_chunks,
+    answering_tokens,
     evaluate,
     evaluate_samples,
-    forced_passes,
-    one_ahead,
     to_csv,
 )
 from fsc147lib.evaluation.metrics import counting_metrics
-from fsc147lib.model import forward
-from fsc147lib.model.answers import greedy_tokens, longest_answer
+from fsc147lib.model.answers import longest_answer
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.device import make_accelerator
-from fsc147lib.model.forward import normalised_pixels
-from fsc147lib.model.heatmaps import Heatmap
+from fsc147lib.model.heatmaps import METHODS, make_heatmap
+from fsc147lib.model.load import SHIPPED, load_model
 from fsc147lib.model.pixels import PixelStore
 from fsc147lib.model.prompt import answer
 
@@ -52,72 +51,42 @@ def test_images_that_are_kept_need_no_processes(tiny, root, monkeypatch):
     assert started == [2, 0] and first == second
 
 
-@pytest.mark.slow
-def test_batched_answers_are_greedy_ones(taught, mixed_samples):
-    """Token by token, image by image, without a cache: the arg max of a full forward pass."""
-    check_greedy(taught(12), mixed_samples)  # half taught: answers differ between images
+def test_answers_are_generate_s_whatever_the_order_of_work(mixed_samples):
+    """In batches by length, of plain transformers' `generate` image by image."""
+    dual, plain = load_model("tiny-dual"), plain_network(SHIPPED / "tiny-dual")
+    collate, longest = Collate(dual.tokenizer, dual.image_processor), longest_answer(dual.tokenizer)
+    expected = [generated(plain, collate([sample]), dual.tokenizer, longest)[0] for sample in mixed_samples]
+    for sizes in ({"batch_size": 3}, {"batch_tokens": 400}):
+        images = evaluate_samples(dual, mixed_samples, **sizes).images
+        assert [image.answer for image in images] == dual.tokenizer.batch_decode(expected, skip_special_tokens=True)
 
 
-@pytest.mark.slow
-def test_what_the_forced_pass_has_shown_is_not_decoded_again(taught, mixed_samples, monkeypatch):
-    """A taught model says "COUNT: " as it was told to: only what follows is decoded token by token."""
-    tiny = taught(40)
-    decoded, layer = [], forward.text_layer
-
-    def counted(module, hidden, *args, **kwargs):
-        decoded.append(hidden.shape[1] == 1)
-        return layer(module, hidden, *args, **kwargs)
-
-    monkeypatch.setattr(forward, "text_layer", counted)
-    check_greedy(tiny, mixed_samples)
-    width = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)["answer_labels"].shape[1]
-    prefix = len(tiny.tokenizer.encode("COUNT: ", add_special_tokens=False))
-    assert 0 < sum(decoded) <= (width - 1 - prefix) * len(tiny.network.model.language_model.layers)
+def test_chunks_are_in_order_of_length():
+    assert answering_chunks([5, 9, 4, 7], 3) == [[2, 0, 3], [1]]
+    assert answering_chunks([5, 9, 4, 7], 1, batch_tokens=15) == [[2, 0], [3], [1]], "with padding, whatever the size"
+    assert answering_chunks([50], 1, batch_tokens=15) == [[0]], "one that is too long has a chunk of its own"
 
 
-@torch.no_grad()
-def check_greedy(tiny, mixed_samples):
-    collate = Collate(tiny.tokenizer, tiny.image_processor)
-    network = tiny.network.eval()
-    end = tiny.tokenizer.eos_token_id
-    passes = forced_passes([collate(mixed_samples)], Heatmap(network), make_accelerator("fp32"), None, end)
-    batch, logits, _, past, agreed = next(passes)
-    tokens = greedy_tokens(network, batch, logits, past, agreed, longest_answer(tiny.tokenizer), end)
-    batched = tiny.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-    for sample, got in zip(mixed_samples, batched, strict=True):
-        alone = collate([sample])
-        start = int(alone["answer_positions"][0, 0]) + 1
-        inputs = {key: alone[key] for key in keys} | {"pixel_values": normalised_pixels(alone)}
-        inputs |= {key: inputs[key][:, :start] for key in keys[:3]}
-        for _ in range(10):
-            token = network(**inputs).logits[:, -1:].argmax(dim=-1)
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
-            for key, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-                more = torch.full_like(inputs[key][:, :1], value)
-                inputs[key] = torch.cat([inputs[key], more], dim=1)
-            if token.item() == tiny.tokenizer.eos_token_id:
-                break
-        expected = tiny.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True)
-        assert got == expected
-
-
-def test_a_gradient_heatmap_s_graph_is_let_go(tiny, mixed_samples):
-    """Three batches' graphs would be in memory while answers are decoded."""
-    batches, heatmap = (
-        [Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)],
-        Heatmap(tiny.network, "token_gradient"),
-    )
-    ((_, logits, looked, past, _),) = forced_passes(batches, heatmap, make_accelerator("fp32"), None, 0)
-    assert looked.any() and not any(x.requires_grad for x in (logits, looked, *(x for pair in past for x in pair)))
+def test_answers_without_a_gradient_have_room_for_four_times_as_many(tiny):
+    of = {name: answering_tokens(1000, make_heatmap(tiny.network, name)) for name in METHODS}
+    assert of == {
+        "attention": 4000, "relative_attention": 4000,
+        "token_gradient": 1000, "input_gradient": 1000, "occlusion": 1000,
+    }  # fmt: skip
 
 
 def let_it_say(said, samples, model, monkeypatch):
     """Have a model answer each sample with a text."""
     ids = model.tokenizer(said, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
     by_name = dict(zip([sample.name for sample in samples], ids, strict=True))
-    answers = lambda network, batch, *_: torch.stack([by_name[name] for name in batch["names"]])  # noqa: E731
-    monkeypatch.setattr(evaluation, "greedy_tokens", answers)
+    read = evaluation.read_prompts
+
+    def read_prompts(network, batch):
+        prompts = read(network, batch)
+        prompts.greedy = lambda *_: torch.stack([by_name[name] for name in batch["names"]])
+        return prompts
+
+    monkeypatch.setattr(evaluation, "read_prompts", read_prompts)
 
 
 def test_unparsed_answers_cost_the_true_count(tiny, root, monkeypatch):
@@ -231,14 +200,6 @@ def test_training_mode_is_given_back(tiny, root):
 def test_workers_read_the_same(tiny, root):
     samples = list(FSC147(root, "val"))
     assert evaluate_samples(tiny, samples, workers=2).metrics == evaluate_samples(tiny, samples).metrics
-
-
-def test_one_ahead_is_one_ahead():
-    """Each item is handed out after the next one was made, and none is lost."""
-    made = []
-    for item in one_ahead(made.append(i) or i for i in range(4)):
-        assert item == len(made) - 2 or made == [0, 1, 2, 3]
-    assert list(one_ahead(iter("abc"))) == ["a", "b", "c"] and list(one_ahead(iter(""))) == []
 
 
 def test_a_cell_of_a_csv_is_no_formula():

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from fsc147lib.data import Picture, resample_map
 from fsc147lib.evaluation import alignment, faithfulness_table, measure_maps
 from fsc147lib.evaluation.faithfulness import CHANCE, rank_correlation, redrawn_networks, token_curves
-from fsc147lib.model import Collate, Heatmap, load_model
+from fsc147lib.model import Collate, load_model, make_heatmap
 from fsc147lib.model.answers import digits_score
 from fsc147lib.model.forward import answer_logits
 from fsc147lib.options import ConfigError
@@ -96,7 +96,7 @@ def test_measures_of_methods_and_of_chance(dual, mixed_samples):
     assert list(found) == ["attention", "token_gradient", "target", *CHANCE, "random order"]
     target = torch.from_numpy(np.stack([sample.target for sample in samples]))
     batch = Collate(dual.tokenizer, dual.image_processor)(samples)
-    attention = Heatmap(dual.network)(batch).detach()
+    attention = make_heatmap(dual.network)(batch).detach()
     np.testing.assert_allclose(found["attention"].alignment["kl"], alignment(attention, target)["kl"], rtol=1e-3)
     np.testing.assert_allclose(found["target"].alignment["kl"], 0, atol=1e-4)
     other = alignment(target.flip(0), target)["mass_on_objects"]
@@ -110,7 +110,7 @@ def test_measures_of_methods_and_of_chance(dual, mixed_samples):
         np.testing.assert_allclose(curves[:, :, [0, 2]], random[:, :, [0, 2]], atol=1e-4)
     assert len(one.similarity) == 5 and not found["token_gradient"].similarity
     (network,) = [network for layer, network in redrawn_networks(dual.network) if layer == "vision"]
-    again = Heatmap(network)(batch).detach()
+    again = make_heatmap(network)(batch).detach()
     expected = [spearmanr(a.flatten(), b.flatten()).statistic for a, b in zip(attention, again, strict=True)]
     np.testing.assert_allclose(one.measures()["redrawn"], expected, atol=0.02)
     table = faithfulness_table(found)

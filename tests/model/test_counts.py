@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fsc147lib.data import Picture
-from fsc147lib.model import Collate, ModelError, answer_logits, count_loss, predict_samples
+from fsc147lib.model import Collate, ModelError, answer_logits, count_loss, predict_samples, read_prompts
 from fsc147lib.model.counts import count_log_probabilities, follow_numbers, number_tokens
 from fsc147lib.model.forward import normalised_pixels
 
@@ -42,8 +42,7 @@ def half_taught(taught, mixed_samples):
 
 @torch.no_grad()
 def log_probabilities(model, batch, **choices):
-    logits, trace = answer_logits(model.network, batch, keep_keys=True)
-    return count_log_probabilities(model, batch, logits, trace.keys_values, **choices)[0]
+    return count_log_probabilities(model, read_prompts(model.network, batch), **choices)[0]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The fast pass is the library's pass: outputs, gradients, greedy answers; compiled or not."""
+"""The pass is transformers' own: outputs and gradients, images at once or one by one, compiled or not."""
 
 import copy
 import pickle
@@ -7,68 +7,109 @@ import shutil
 import pytest
 import torch
 import torch._dynamo
-import torch.nn.functional as F
-from torch._inductor.utils import fresh_cache
+from plain import plain_inputs
+from torch import nn
+from torch.nn.attention import SDPBackend
+from transformers import AttentionInterface
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from fsc147lib.model.answers import agreement, greedy_tokens
+from fsc147lib.model import attention, forward
+from fsc147lib.model.attention import IMPLEMENTATIONS, vision_attention
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels
-from fsc147lib.model.heatmaps import Heatmap
-from fsc147lib.model.layers import attention_by_size
-from fsc147lib.model.load import load_model
-from fsc147lib.model.network import freeze_vision
+from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels, read_prompts
+from fsc147lib.model.heatmaps import make_heatmap
+from fsc147lib.model.network import compile_layers
 from fsc147lib.training.losses import DualLoss
 
 
-@pytest.mark.parametrize("lengths", [(6, 6, 6), (4, 4, 9, 1, 4), (7,)])
-def test_attention_by_size_is_attention_image_by_image(lengths):
-    query, key, value = (torch.randn(4, sum(lengths), 16, requires_grad=True) for _ in range(3))
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
-    got = attention_by_size(query, key, value, bounds, scaling=0.3)
-    parts = [x.split(lengths, dim=1) for x in (query, key, value)]
-    each = [F.scaled_dot_product_attention(*one, scale=0.3) for one in zip(*parts, strict=True)]
-    expected = torch.cat(each, dim=1).transpose(0, 1)
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
-    weights = torch.randn_like(expected)
-    for ours, theirs in zip(*(torch.autograd.grad((x * weights).sum(), (query, key, value)) for x in (got, expected)),
-                            strict=True):  # fmt: skip
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-
-
-@pytest.fixture
-def library():
-    """The same tiny model, for transformers' own forward methods."""
-    return load_model("tiny-random").network
-
-
-@pytest.mark.medium
 @pytest.mark.parametrize("form", ["bytes", "numbers"])
-def test_image_features_are_the_library_s(tiny, library, mixed_samples, form):
+def test_image_features_are_the_library_s(tiny, plain, mixed_samples, form):
     """Of images of four sizes, with the gradients of the encoder's weights."""
     made = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
     pixels = normalised_pixels(made)
     embeddings, *deepstack = encode_images(tiny.network, made if form == "bytes" else {**made, "pixel_values": pixels})
-    theirs = library.model.visual(pixels, grid_thw=made["image_grid_thw"])
+    theirs = plain.model.visual(pixels, grid_thw=made["image_grid_thw"])
     pairs = [(embeddings, theirs.pooler_output), *zip(deepstack, theirs.deepstack_features, strict=True)]
     for got, expected in pairs:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     sum((got**2).sum() for got, _ in pairs).backward()
     sum((expected**2).sum() for _, expected in pairs).backward()
-    for name in ("patch_embed.proj.weight", "pos_embed.weight", "blocks.1.attn.qkv.weight", "merger.linear_fc2.weight"):
-        got, expected = (network.model.visual.get_parameter(name).grad for network in (tiny.network, library))
-        torch.testing.assert_close(got, expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3)
+    for (name, ours), other in zip(
+        tiny.network.model.visual.named_parameters(), plain.model.visual.parameters(), strict=True
+    ):
+        bound = 1e-3 * float(other.grad.abs().max())
+        torch.testing.assert_close(ours.grad, other.grad, atol=bound, rtol=1e-3, msg=name)
 
 
-def test_gradients_of_the_language_model_are_the_library_s(tiny, library, batch):
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw", "labels")
-    library(**{key: batch[key] for key in keys}).loss.backward()
+def test_gradients_of_every_weight_are_the_library_s(tiny, plain, batch):
+    """Of the count loss: transformers' own loss over its own eager attention."""
+    plain(**plain_inputs(batch), labels=batch["labels"]).loss.backward()
     DualLoss(tiny.network, weight=0)(batch).total.backward()
-    for (name, ours), theirs in zip(tiny.network.named_parameters(), library.parameters(), strict=True):
+    for (name, ours), theirs in zip(tiny.network.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-2, msg=name)
 
 
+def test_places_of_patches_are_transformers_own(tiny, batch):
+    """Tables of one size each, put together, are those of all images at once."""
+    tower, grid = tiny.network.model.visual, batch["image_grid_thw"]
+    found = forward._patch_positions(tiny.network, batch["image_sizes"], torch.device("cpu"))
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid, tower.num_grid_per_side, "bilinear", align_corners=True, spatial_merge_size=tower.spatial_merge_size
+    )
+    expected = {"interp_indices": indices, "interp_weights": weights}
+    expected["position_ids"] = get_vision_position_ids(grid, tower.spatial_merge_size)
+    assert found.keys() == expected.keys()
+    for name, table in expected.items():
+        assert torch.equal(found[name], table), name
+
+
+def test_places_of_patches_are_what_the_encoder_would_compute(tiny, plain, batch):
+    """What it takes by these names is what it makes without them."""
+    made = encode_images(tiny.network, batch)
+    grid, pixels = batch["image_grid_thw"], normalised_pixels(batch)
+    places = forward._patch_positions(tiny.network, batch["image_sizes"], torch.device("cpu"))
+    with_them, without = (plain.model.get_image_features(pixels, grid, return_dict=True, **x) for x in (places, {}))
+    assert torch.equal(torch.cat(with_them.pooler_output), torch.cat(without.pooler_output))
+    torch.testing.assert_close(made[0], torch.cat(without.pooler_output), atol=1e-5, rtol=1e-4)
+    moved = {**places, "position_ids": places["position_ids"].flip(0)}
+    other = plain.model.get_image_features(pixels, grid, return_dict=True, **moved)
+    assert not torch.allclose(torch.cat(other.pooler_output), made[0], atol=1e-3), "the tables are not looked at"
+
+
+def test_a_name_with_flash_gets_all_images_in_one_call(tiny, batch):
+    """No contract of transformers says so: a release that drops it would attend image by image, or across images."""
+    calls = []
+
+    def watched(module, query, *args, **kwargs):
+        calls.append((query.shape[2], kwargs["cu_seq_lens_q"].tolist(), kwargs["max_length_q"]))
+        return vision_attention(module, query, *args, **kwargs)
+
+    AttentionInterface.register(IMPLEMENTATIONS["vision_config"], watched)
+    try:
+        encode_images(tiny.network, batch)
+        tiny.network.model.visual(normalised_pixels(batch), grid_thw=batch["image_grid_thw"])  # as `generate` does
+    finally:
+        AttentionInterface.register(IMPLEMENTATIONS["vision_config"], vision_attention)
+    lengths = batch["image_grid_thw"].prod(dim=1)
+    bounds = [0, *lengths.cumsum(0).tolist()]
+    assert calls == [(bounds[-1], bounds, int(lengths.max()))] * 2 * len(tiny.network.model.visual.blocks)
+
+
+@pytest.mark.parametrize("method", ["attention", "token_gradient", "input_gradient"])
+def test_only_what_is_differentiated_twice_leaves_the_fast_backend(tiny, batch, monkeypatch, method):
+    """Flash and memory-efficient attention have no second derivative.  Language model and encoder have four layers."""
+    chosen, real = [], attention.sdpa_kernel
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda backends: chosen.append(backends) or real(backends))
+    heatmap = make_heatmap(tiny.network, method)
+    heatmap(batch, create_graph=True)
+    assert chosen.count(SDPBackend.MATH) == {"attention": 0, "token_gradient": 4, "input_gradient": 8}[method]
+    chosen.clear()
+    heatmap(batch)
+    assert len(chosen) == 8 and SDPBackend.MATH not in chosen
+
+
 def test_a_deep_copy_computes_with_its_own_weights(tiny, batch):
-    """Also after the original's patch embedding, attention and head have moved on."""
+    """Also after the original has moved on."""
     expected, _ = answer_logits(tiny.network, batch)
     copied = copy.deepcopy(tiny)
     with torch.no_grad():
@@ -85,71 +126,63 @@ def test_a_model_is_pickled_whole(tiny, batch):
     assert again.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_the_right_answer_is_hidden_from_free_answers(taught, mixed_samples):
-    """The keys of the forced answer stand behind each prompt: another forced answer must change nothing."""
-    tiny = taught(12)
-    spoken = []
-    for change in (0, 1):
-        batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
-        forced = batch["answer_positions"] + 1
-        other = (batch["input_ids"].gather(1, forced) + change) % 200  # other tokens in the answer's place
-        batch["input_ids"] = batch["input_ids"].scatter(1, forced, other)
-        batch["answer_labels"] = batch["answer_labels"].where(batch["answer_labels"] < 0, other)
-        logits, trace = answer_logits(tiny.network, batch, keep_keys=True)
-        end = tiny.tokenizer.eos_token_id
-        agreed = agreement(batch, logits, end)
-        spoken.append(greedy_tokens(tiny.network, batch, logits, trace.keys_values, agreed, 9, end))
-    assert torch.equal(*spoken)
+# --- Compiled layers
 
 
-def test_the_trace_holds_what_enters_a_layer(tiny, batch):
-    caught = {}
-    for layer in (0, 2):
-        norm = tiny.network.model.language_model.layers[layer].input_layernorm
-        hook = norm.register_forward_pre_hook(lambda module, args: caught.update(state=args[0]))
-        logits, trace = answer_logits(tiny.network, batch, gradient_from=layer)
-        hook.remove()
-        assert torch.equal(trace.inputs[0], caught["state"])
-        assert len(trace.inputs) == 1 + (layer == 0)  # and the features of the one deepstack layer, 0
-        assert torch.equal(logits, answer_logits(tiny.network, batch)[0])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_layers_do_the_same_with_few_graphs(tiny, mixed_samples):
-    """Two batches of other shapes: the same losses and gradients, and no graph for each layer or each width."""
-    collate = Collate(tiny.tokenizer, tiny.image_processor)
-    batches = [collate(mixed_samples[:3]), collate(mixed_samples[2:])]
-    freeze_vision(tiny.network, True)
+@pytest.fixture
+def eager_graphs(monkeypatch):
+    """Layers are traced and guarded as ever, but each graph runs as it is: no C++ compiler, seconds for minutes."""
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: compile_(module, backend="aot_eager", **how))
+    limit = torch.compiler.config.recompile_limit
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    found = []
-    for compiled in (False, True):
-        tiny.network.zero_grad()
-        loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, compiled=compiled))
-        parts = [loss(batch) for batch in batches]
-        sum(part.total for part in parts).backward()
-        gradients = [p.grad.clone() for p in tiny.network.parameters() if p.grad is not None]
-        found.append(([part.attention.item() for part in parts], gradients))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for plain, compiled in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(plain, compiled, atol=1e-5, rtol=1e-3)
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+    yield torch._dynamo.utils.counters
+    torch.compiler.config.recompile_limit = limit
+    torch._dynamo.reset()
+
+
+def losses_and_gradients(network, batches, rows_of):
+    network.zero_grad()
+    loss = DualLoss(network, heatmap=make_heatmap(network, layers=rows_of))
+    parts = [loss(batch) for batch in batches]
+    sum(part.total for part in parts).backward()
+    return [part.attention.item() for part in parts], [p.grad.clone() for p in network.parameters()]
+
+
+def check_compiled(tiny, mixed_samples):
+    """Losses and gradients of batches of other widths and numbers of images; which passes the layers were made for."""
+    collate, rows_of = Collate(tiny.tokenizer, tiny.image_processor), (1, 3)
+    batches = [collate(mixed_samples[:3]), collate(mixed_samples[2:])]
+    plain = losses_and_gradients(tiny.network, batches, rows_of)
+    compile_layers(tiny.network, rows_of)
+    compiled = losses_and_gradients(tiny.network, batches, rows_of)
+    assert plain[0] == pytest.approx(compiled[0], rel=1e-5)
+    for one, other in zip(plain[1], compiled[1], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+    return collate, rows_of
+
+
+@pytest.mark.medium
+def test_compiled_layers_make_few_graphs_and_none_for_a_width_or_a_layer(tiny, mixed_samples, eager_graphs):
+    collate, rows_of = check_compiled(tiny, mixed_samples)
+    graphs = eager_graphs["stats"]["unique_graphs"]
+    assert graphs <= 12 and not eager_graphs["graph_break"], eager_graphs
+    others = [collate(mixed_samples[1:]), collate(mixed_samples), collate(mixed_samples[:2])]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        losses_and_gradients(tiny.network, others, rows_of)
+    with torch.no_grad():  # a kind of its own
+        answer_logits(tiny.network, others[0], rows_of=rows_of)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch in others[1:]:
+                answer_logits(tiny.network, batch, rows_of=rows_of)
+        made = eager_graphs["stats"]["unique_graphs"]
+        read_prompts(tiny.network, others[0]).greedy(3, tiny.tokenizer.eos_token_id)  # not compiled
+    assert made <= 2 * graphs and eager_graphs["stats"]["unique_graphs"] == made
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@torch.no_grad()
-def test_a_second_start_finds_every_graph(tiny, batch):
-    """Those that leave autocast for their rows as well, and none is traced twice."""
-    found, heatmap = torch._dynamo.utils.counters, Heatmap(tiny.network, compiled=True)
-    with fresh_cache(), torch.autocast("cpu", torch.bfloat16):
-        for start in ("first", "second"):
-            torch._dynamo.reset()
-            found.clear()
-            heatmap(batch)
-            hits = found["aot_autograd"]["autograd_cache_hit"]
-            assert hits == (found["stats"]["unique_graphs"] if start == "second" else 0)
+def test_compiled_layers_do_the_same(tiny, mixed_samples):
+    """With torch's own compiler."""
+    check_compiled(tiny, mixed_samples)

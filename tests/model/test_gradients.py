@@ -4,18 +4,16 @@ import pytest
 import torch
 
 from fsc147lib.data.targets import resample_map
-from fsc147lib.model import forward, gradient_difference, layers
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.forward import answer_logits, normalised_pixels
-from fsc147lib.model.heatmaps import METHODS, Heatmap
+from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels
+from fsc147lib.model.heatmaps import METHODS, make_heatmap
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import freeze_vision
-from fsc147lib.options import ConfigError
 from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss
 from fsc147lib.training.step import lazy_weight
 
-TRAINABLE = [("attention", 0), ("token_gradient", 0), ("token_gradient", 2), ("input_gradient", 0)]
+TRAINABLE = ("attention", "token_gradient", "input_gradient")
 
 
 def in_float64(batch):
@@ -30,10 +28,9 @@ def exact(float64, mixed_samples):
     return model.network, in_float64(Collate(model.tokenizer, model.image_processor)(mixed_samples[1:3]))
 
 
-@torch.no_grad()
-def score(network, batch):
-    """Log-probability of each answer's digits, read off the logits of a plain forward pass: [B]."""
-    logits = answer_logits(network, batch)[0].log_softmax(dim=-1)
+def score(network, batch, **choices):
+    """Log-probability of each answer's digits, read off the logits: [B]."""
+    logits = answer_logits(network, batch, **choices)[0].log_softmax(dim=-1)
     picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
     return (picked * (batch["digit_weights"] > 0)).sum(dim=1)
 
@@ -49,56 +46,26 @@ def on_grid(tokens, batch):
     return torch.stack(maps)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("state_layer", [0, 1, 3])
-def test_token_gradient_is_the_hidden_states_finite_difference(exact, state_layer, monkeypatch):
-    """A dozen channels of random tokens, hidden and deepstack, by differences; the map is their |g * e| summed."""
+def test_token_gradient_is_the_features_finite_difference(exact):
+    """A dozen channels of random tokens, embedded and deepstack, by differences; the map is their |g * e| summed."""
     network, batch = exact
-    visual = batch["mm_token_type_ids"].bool()
-    caught, added = {}, {}
-
-    def watch(name, value):
-        """Keep what the network uses under a name, moved by what was asked for."""
-        caught[name] = value = value + added.get(name, 0)
-        if value.requires_grad:
-            value.retain_grad()
-        return value
-
-    def watched_layer(layer, hidden, *args, **kwargs):
-        if layer is network.model.language_model.layers[state_layer]:
-            hidden = watch("hidden", hidden)
-        return plain_layer(layer, hidden, *args, **kwargs)
-
-    def watched_images(*args, **kwargs):
-        images = plain_images(*args, **kwargs)
-        for i in range(state_layer, len(images) - 1):
-            images[1 + i] = watch(f"deepstack {i}", images[1 + i])
-        return images
-
-    plain_images, plain_layer = forward.encode_images, forward.text_layer
-    monkeypatch.setattr(forward, "encode_images", watched_images)
-    monkeypatch.setattr(forward, "text_layer", watched_layer)
-    logits = answer_logits(network, batch)[0].log_softmax(dim=-1)
-    picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
-    (picked * (batch["digit_weights"] > 0)).sum().backward()
-    states = {name: (value.detach(), value.grad) for name, value in caught.items()}
+    with torch.no_grad():
+        features = encode_images(network, batch)
+    leaves = [feature.clone().requires_grad_() for feature in features]
+    score(network, batch, features=leaves).sum().backward()
     generator = torch.Generator().manual_seed(0)
-    for name, (value, gradient) in states.items():
-        used = visual.nonzero() if name == "hidden" else torch.arange(len(value))[:, None]
-        for row in torch.randint(len(used), (4,), generator=generator):
-            place = (*used[row].tolist(), int(torch.randint(value.shape[-1], (), generator=generator)))
-            sides = []
+    for kind, leaf in enumerate(leaves):
+        for index in torch.randint(leaf.numel(), (6,), generator=generator).tolist():
+            place, sides = divmod(index, leaf.shape[1]), []
             for step in (1e-5, -1e-5):
-                added[name] = torch.zeros_like(value)
-                added[name][place] = step
-                sides.append(score(network, batch).sum().item())
-            added.clear()
-            assert gradient[place].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4, abs=1e-8), name
-    monkeypatch.setattr(forward, "encode_images", plain_images)
-    monkeypatch.setattr(forward, "text_layer", plain_layer)
-    parts = {name: (value * gradient).abs().sum(dim=-1) for name, (value, gradient) in states.items()}
-    tokens = parts.pop("hidden")[visual] + sum(parts.values())
-    got = Heatmap(network, "token_gradient", state_layer=state_layer)(batch)
+                moved = [feature.clone() for feature in features]
+                moved[kind][place] += step
+                with torch.no_grad():
+                    sides.append(score(network, batch, features=moved).sum().item())
+            assert leaf.grad[place].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4, abs=1e-8), kind
+    assert len(leaves) == 2
+    tokens = sum((feature * leaf.grad).abs().sum(dim=-1) for feature, leaf in zip(features, leaves, strict=True))
+    got = make_heatmap(network, "token_gradient")(batch)
     torch.testing.assert_close(got, on_grid(tokens, batch), atol=1e-9, rtol=1e-6)
 
 
@@ -106,20 +73,18 @@ def test_token_gradient_is_the_hidden_states_finite_difference(exact, state_laye
 def test_input_gradient_is_the_pixels_finite_difference(exact):
     """Each pixel of two visual tokens of one image; the rest of that image follows from a ratio of the map."""
     network, batch = exact
-    heatmap = Heatmap(network, "input_gradient")
+    heatmap = make_heatmap(network, "input_gradient")
     pixels = normalised_pixels(batch)
-    with torch.enable_grad():
-        leaf = pixels.clone().requires_grad_()
-        logits = answer_logits(network, {**batch, "pixel_values": leaf})[0].log_softmax(dim=-1)
-        picked = logits.gather(-1, batch["answer_labels"].clamp_min(0)[..., None])[..., 0]
-        (picked * (batch["digit_weights"] > 0)).sum().backward()
+    leaf = pixels.clone().requires_grad_()
+    score(network, {**batch, "pixel_values": leaf}).sum().backward()
     generator = torch.Generator().manual_seed(0)
     for index in torch.randint(pixels.numel(), (12,), generator=generator).tolist():
         place, sides = divmod(index, pixels.shape[1]), []
         for step in (1e-4, -1e-4):
             moved = pixels.clone()
             moved[place] += step
-            sides.append(score(network, {**batch, "pixel_values": moved}).sum())
+            with torch.no_grad():
+                sides.append(score(network, {**batch, "pixel_values": moved}).sum())
         assert float(leaf.grad[place]) == pytest.approx(float(sides[0] - sides[1]) / 2e-4, rel=1e-4, abs=1e-9)
     tokens = leaf.grad.abs().sum(dim=1).reshape(-1, 4).sum(dim=1)
     torch.testing.assert_close(heatmap(batch), on_grid(tokens, batch), atol=1e-9, rtol=1e-6)
@@ -127,13 +92,14 @@ def test_input_gradient_is_the_pixels_finite_difference(exact):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["vision trains", "vision frozen"])
-@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE[1:])
-def test_gradient_of_the_attention_loss_is_its_finite_difference(exact, method, state_layer, frozen):
+@pytest.mark.parametrize("method", TRAINABLE)
+def test_gradient_of_the_attention_loss_is_its_finite_difference(exact, method, frozen):
     network, batch = exact
     freeze_vision(network, frozen)
-    loss = DualLoss(network, heatmap=Heatmap(network, method, state_layer=state_layer))
+    loss = DualLoss(network, heatmap=make_heatmap(network, method))
     loss(batch).attention.backward()
-    names = ["embed_tokens.weight", "layers.0.mlp.down_proj.weight", "layers.2.self_attn.k_proj.weight", "norm.weight"]
+    names = ["embed_tokens.weight", "layers.0.mlp.down_proj.weight", "layers.2.self_attn.k_proj.weight"]
+    names += ["norm.weight"] if method != "attention" else []  # nothing is attended to behind it
     names = [f"model.language_model.{name}" for name in names]
     if not frozen:
         names += ["model.visual.patch_embed.proj.weight", "model.visual.blocks.1.attn.qkv.weight"]
@@ -154,61 +120,40 @@ def test_gradient_of_the_attention_loss_is_its_finite_difference(exact, method, 
         assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(slope, rel=5e-3, abs=1e-6), name
 
 
-def test_attention_x_gradient_is_that_of_eager_attention(tiny, batch):
-    """transformers' eager attention holds its weights in the graph; autograd gives their gradients."""
-    got = Heatmap(tiny.network, "attention_x_gradient", layers=(1, 2))(batch)
-    tiny.network.set_attn_implementation("eager")
-    keys = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw")
-    out = tiny.network(**{key: batch[key] for key in keys}, output_attentions=True)
-    logits = out.logits.log_softmax(dim=-1)
-    total = 0
-    for i in range(len(batch["count"])):
-        digits = batch["answer_positions"][i, batch["digit_weights"][i] > 0]
-        total = total + logits[i, digits, batch["input_ids"][i, digits + 1]].sum()
-    attentions = [out.attentions[layer] for layer in (1, 2)]
-    helpful = [(a * g).relu() for a, g in zip(attentions, torch.autograd.grad(total, attentions), strict=True)]
-    for i in range(len(batch["count"])):
-        digits = batch["answer_positions"][i, batch["digit_weights"][i] > 0]
-        rows = torch.stack([part[i][:, digits] for part in helpful]).mean(dim=(0, 1, 2))
-        visual = rows[batch["mm_token_type_ids"][i].bool()].detach()
-        one = {"image_grid_thw": batch["image_grid_thw"][i : i + 1]}
-        torch.testing.assert_close(got[i].double(), on_grid(visual, one)[0].double(), atol=1e-5, rtol=1e-3)
-
-
 @pytest.mark.medium
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "occlusion"])  # hides bytes: test_occlusion
 def test_every_method_is_a_distribution_and_leaves_no_trace(tiny, batch, method):
     """Also with gradients off, with a plain dict, and without hooks or gradients left behind."""
-    heatmap = Heatmap(tiny.network, method)
+    heatmap = make_heatmap(tiny.network, method)
     with torch.no_grad():
         result = heatmap(dict(batch))
     assert not result.requires_grad and (result >= 0).all()
     torch.testing.assert_close(result.sum(dim=(1, 2)), torch.ones(4))
     assert all(p.grad is None for p in tiny.network.parameters())
-    assert not any(m._forward_pre_hooks for m in tiny.network.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in tiny.network.modules())
     logits, *_ = heatmap.with_logits(batch)
     torch.testing.assert_close(logits, answer_logits(tiny.network, batch)[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
-def test_one_pass_serves_both_losses(tiny, batch, method, state_layer):
+@pytest.mark.parametrize("method", TRAINABLE)
+def test_one_pass_serves_both_losses(tiny, batch, method):
     """The count loss beside a heatmap has the gradient that it has alone."""
     DualLoss(tiny.network, weight=0)(batch).count.backward()
     alone = [p.grad.clone() for p in tiny.network.parameters()]
     for create_graph in (False, True):
         tiny.network.zero_grad()
-        logits, *_ = Heatmap(tiny.network, method, state_layer=state_layer).with_logits(batch, create_graph)
+        logits, *_ = make_heatmap(tiny.network, method).with_logits(batch, create_graph)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["answer_labels"].flatten()).backward()
         for expected, parameter in zip(alone, tiny.network.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
-def test_twelve_steps_bring_the_loss_down(tiny, mixed_samples, method, state_layer):
+@pytest.mark.parametrize("method", TRAINABLE)
+def test_twelve_steps_bring_the_loss_down(tiny, mixed_samples, method):
     batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples[1:3])
-    loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, state_layer=state_layer))
+    loss = DualLoss(tiny.network, heatmap=make_heatmap(tiny.network, method))
     optimizer, losses = torch.optim.AdamW(tiny.network.parameters(), lr=3e-3), []
     for _ in range(13):
         optimizer.zero_grad()
@@ -220,9 +165,9 @@ def test_twelve_steps_bring_the_loss_down(tiny, mixed_samples, method, state_lay
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
-def test_checkpointing_gives_the_same_gradients(tiny, batch, method, state_layer):
-    heatmap, gradients = Heatmap(tiny.network, method, state_layer=state_layer), []
+@pytest.mark.parametrize("method", TRAINABLE)
+def test_checkpointing_gives_the_same_gradients(tiny, batch, method):
+    heatmap, gradients = make_heatmap(tiny.network, method), []
     for checkpointing in (False, True):
         if checkpointing:
             tiny.network.activation_checkpointing_enable({"use_reentrant": False})
@@ -235,9 +180,9 @@ def test_checkpointing_gives_the_same_gradients(tiny, batch, method, state_layer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "state_layer"), TRAINABLE)
-def test_bf16_autocast_trains(tiny, batch, method, state_layer):
-    loss = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, method, state_layer=state_layer))
+@pytest.mark.parametrize("method", TRAINABLE)
+def test_bf16_autocast_trains(tiny, batch, method):
+    loss = DualLoss(tiny.network, heatmap=make_heatmap(tiny.network, method))
     exact = loss(batch).attention.item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         parts = loss(batch)
@@ -247,42 +192,11 @@ def test_bf16_autocast_trains(tiny, batch, method, state_layer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "state_layer", "number"),
-    [("attention", 0, 0), ("token_gradient", 0, 3), ("token_gradient", 3, 0), ("input_gradient", 0, 3 + 4)],
-)
-def test_only_what_is_differentiated_twice_leaves_the_fast_backend(
-    tiny, batch, monkeypatch, method, state_layer, number
-):
-    """The language model has 4 layers, so has the vision encoder; the last layer's few rows are plain products."""
-    slow, real = [], layers.sdpa_kernel
-    monkeypatch.setattr(layers, "sdpa_kernel", lambda backend: slow.append(backend) or real(backend))
-    heatmap = Heatmap(tiny.network, method, state_layer=state_layer)
-    heatmap(batch, create_graph=True)
-    assert len(slow) == number
-    slow.clear()
-    heatmap(batch)
-    assert not slow
-
-
-def test_attention_x_gradient_does_not_train(tiny, batch):
-    with pytest.raises(ConfigError, match="for looking.*train with one of attention, token_gradient, input_gradient"):
-        Heatmap(tiny.network, "attention_x_gradient")(batch, create_graph=True)
-
-
-def test_unknown_methods_and_layers_are_named(tiny):
-    with pytest.raises(ConfigError, match="heatmap is 'saliency', but must be one of attention, relative_attention"):
-        Heatmap(tiny.network, "saliency")
-    with pytest.raises(ConfigError, match="heatmap_layer is 4, but this model has 0 to 3"):
-        Heatmap(tiny.network, "token_gradient", state_layer=4)
-
-
-@pytest.mark.slow
 def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
     """K steps, one of them with weight K w: their mean gradient is that of every step with weight w."""
     weights = [lazy_weight(0.1, 4, step) for step in range(8)]
     assert weights == pytest.approx([0.4, 0, 0, 0] * 2)
-    loss, sums = DualLoss(tiny.network, heatmap=Heatmap(tiny.network, "token_gradient")), []
+    loss, sums = DualLoss(tiny.network, heatmap=make_heatmap(tiny.network, "token_gradient")), []
     for plan in (weights[:4], [0.1] * 4):
         tiny.network.zero_grad()
         for weight in plan:
@@ -295,7 +209,7 @@ def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
 @pytest.mark.slow
 def test_a_lazy_run_logs_what_it_looked_at(root, tmp_path):
     config = TrainConfig(data=root, model="tiny-random", out=tmp_path / "run", batch_size=4, epochs=1,
-                         heatmap="token_gradient", heatmap_layer=2, heatmap_every=3, attention_weight=0.1,
+                         heatmap="token_gradient", heatmap_every=3, attention_weight=0.1,
                          log_every=1, tracking="disabled")  # fmt: skip
     result = train(config)
     seen = [line["attention_loss"] is not None for line in result.steps]
@@ -320,39 +234,3 @@ def test_accumulation_is_one_large_batch(root, tmp_path, method):
         results.append(train(config).steps[0])
     for key in ("count_loss", "attention_loss", "total", "gradient_norm"):
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-3)
-
-
-@pytest.mark.medium
-def test_training_by_difference_errs_by_the_square_of_its_step(exact, monkeypatch):
-    """Every weight's gradient, of text and vision, against autograd's own second derivative."""
-    network, batch = exact
-
-    def gradients(how, step):
-        monkeypatch.setattr(gradient_difference, "STEP", step)
-        heatmap = Heatmap(network, "token_gradient", state_layer=1, gradient_method=how)
-        network.zero_grad()
-        parts = DualLoss(network, weight=3, heatmap=heatmap)(batch)
-        parts.total.backward()
-        return parts.total.item(), torch.cat([p.grad.flatten() for p in network.parameters()])
-
-    total, right = gradients("exact", None)
-    errors = []
-    for step in (1e-2, 1e-3):
-        other, found = gradients("difference", step)
-        assert other == pytest.approx(total, rel=1e-9)
-        errors.append(float((found - right).norm() / right.norm()))
-    assert errors[0] < 1e-2 and errors[1] < 1e-4 and 50 < errors[0] / errors[1] < 200
-
-
-def test_training_by_difference_looks_at_some_images_beside_a_frozen_encoder(exact):
-    network, batch = exact
-    freeze_vision(network, True)
-    found = []
-    for how in ("exact", "difference"):
-        network.zero_grad()
-        loss = DualLoss(network, weight=3, heatmap_images=1, heatmap=Heatmap(network, "token_gradient",
-                                                                             gradient_method=how))  # fmt: skip
-        loss(batch).total.backward()
-        found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
-    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.1
-    assert all(p.requires_grad for p in network.model.language_model.parameters())

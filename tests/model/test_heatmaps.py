@@ -9,40 +9,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain import plain_inputs
 
 from fsc147lib.data.targets import resample_map
 from fsc147lib.evaluation import EvaluateConfig
 from fsc147lib.model import heatmaps
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.forward import answer_logits, normalised_pixels
-from fsc147lib.model.heatmaps import Heatmap, default_layers, layer_head_maps, visual_mass
+from fsc147lib.model.forward import answer_logits, read_prompts
+from fsc147lib.model.heatmaps import (
+    METHODS,
+    Attention,
+    RelativeAttention,
+    default_layers,
+    layer_head_maps,
+    make_heatmap,
+    visual_mass,
+    with_neutral_question,
+)
 from fsc147lib.model.looking import corner_share, look, mean_map
 from fsc147lib.model.prompt import IMAGE_TOKEN, NEUTRAL
 from fsc147lib.options import ConfigError
 from fsc147lib.training import TrainConfig
 
 
-def eager_attentions(network, batch):
-    """Every layer's full attention matrix, from transformers' eager attention: [B, H, T, T] each."""
-    network.set_attn_implementation("eager")
-    keys = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw")
-    with torch.no_grad():
-        return network(**{key: batch[key] for key in keys}, output_attentions=True).attentions
+@torch.no_grad()
+def eager_attentions(plain, batch):
+    """Every layer's full attention matrix in transformers' eager attention, from ids, mask and pixels: [B, H, T, T]."""
+    return plain(**plain_inputs(batch), output_attentions=True).attentions
 
 
 @torch.no_grad()
-def test_traced_rows_are_eager_attention(tiny, batch):
+def test_rows_are_eager_attention(tiny, plain, batch):
     """For every layer and head, on a padded batch of mixed sizes."""
     layers = tuple(range(tiny.network.config.text_config.num_hidden_layers))
-    _, trace = answer_logits(tiny.network, batch, rows_of=layers)
-    eager = eager_attentions(tiny.network, batch)
+    _, rows = answer_logits(tiny.network, batch, rows_of=layers)
+    assert list(rows) == list(layers)
+    eager = eager_attentions(plain, batch)
     for layer in layers:
         for i in range(len(batch["count"])):
             used = batch["answer_labels"][i] != -100
             positions = batch["answer_positions"][i, used]
-            torch.testing.assert_close(
-                trace.rows[layer][i][:, used], eager[layer][i][:, positions], atol=1e-6, rtol=1e-5
-            )
+            torch.testing.assert_close(rows[layer][i][:, used], eager[layer][i][:, positions], atol=1e-6, rtol=1e-5)
 
 
 def digit_maps(eager, batch, layers, heads):
@@ -58,16 +65,16 @@ def digit_maps(eager, batch, layers, heads):
 
 
 @torch.no_grad()
-def test_heatmap_from_eager_attention_by_hand(tiny, batch):
+def test_heatmap_from_eager_attention_by_hand(tiny, plain, batch):
     """Layers 1 and 3, heads 0 and 2, image by image: cut out the visual tokens, fold them, move them to 14x14."""
-    got = Heatmap(tiny.network, layers=(1, 3), heads=(0, 2))(batch)
-    for i, moved in enumerate(digit_maps(eager_attentions(tiny.network, batch), batch, (1, 3), (0, 2))):
+    got = Attention(tiny.network, (1, 3), (0, 2))(batch)
+    for i, moved in enumerate(digit_maps(eager_attentions(plain, batch), batch, (1, 3), (0, 2))):
         torch.testing.assert_close(got[i].double(), moved / moved.sum(), atol=1e-6, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_heatmap_is_a_distribution(tiny, batch):
-    result = Heatmap(tiny.network)(batch)
+    result = Attention(tiny.network)(batch)
     assert result.shape == (4, 14, 14) and (result >= 0).all()
     torch.testing.assert_close(result.sum(dim=(1, 2)), torch.ones(4))
 
@@ -75,15 +82,13 @@ def test_heatmap_is_a_distribution(tiny, batch):
 @torch.no_grad()
 def test_layer_and_head_maps_add_up_to_the_heatmap(tiny, batch):
     layers = (0, 2, 3)
-    _, trace = answer_logits(tiny.network, batch, rows_of=layers)
-    maps = layer_head_maps(trace, batch, layers)
+    _, rows = answer_logits(tiny.network, batch, rows_of=layers)
+    maps = layer_head_maps(rows, batch, layers)
     assert maps.shape == (4, 3, 4, 14, 14)
     mean = maps.mean(dim=(1, 2))
-    torch.testing.assert_close(mean / mean.sum(dim=(1, 2), keepdim=True), Heatmap(tiny.network, layers=layers)(batch))
+    torch.testing.assert_close(mean / mean.sum(dim=(1, 2), keepdim=True), Attention(tiny.network, layers)(batch))
     one = maps[:, 1, 3]
-    torch.testing.assert_close(
-        one / one.sum(dim=(1, 2), keepdim=True), Heatmap(tiny.network, layers=(2,), heads=(3,))(batch)
-    )
+    torch.testing.assert_close(one / one.sum(dim=(1, 2), keepdim=True), Attention(tiny.network, (2,), (3,))(batch))
 
 
 def test_mass_on_text_is_left_out(batch):
@@ -98,38 +103,36 @@ def test_a_plain_dict_batch_works(tiny, mixed_samples):
     """The first script of this project died here: 'dict' object has no attribute 'pixel_values'."""
     batch = dict(Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples))
     assert type(batch) is dict
-    assert Heatmap(tiny.network)(batch).isfinite().all()
+    assert Attention(tiny.network)(batch).isfinite().all()
 
 
 @torch.no_grad()
 def test_looking_changes_no_logits(tiny, batch):
     plain, _ = answer_logits(tiny.network, batch)
     assert torch.equal(answer_logits(tiny.network, batch, rows_of=(0, 1, 2, 3))[0], plain)
-    through_rows, _ = answer_logits(tiny.network, batch, rows_of=(0, 1, 2, 3), rows_in_output=True)
-    torch.testing.assert_close(through_rows, plain, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_autocast_does_not_touch_the_map(tiny, batch):
-    _, trace = answer_logits(tiny.network, batch, rows_of=(2, 3))
-    plain = layer_head_maps(trace, batch, (2, 3))
+    _, rows = answer_logits(tiny.network, batch, rows_of=(2, 3))
+    plain = layer_head_maps(rows, batch, (2, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer_head_maps(trace, batch, (2, 3)), plain)
+        assert torch.equal(layer_head_maps(rows, batch, (2, 3)), plain)
 
 
 @torch.no_grad()
 def test_padding_changes_no_heatmap(tiny, mixed_samples, batch):
     collate = Collate(tiny.tokenizer, tiny.image_processor)
     for i, sample in enumerate(mixed_samples):
-        alone = Heatmap(tiny.network)(collate([sample]))[0]
-        torch.testing.assert_close(Heatmap(tiny.network)(batch)[i], alone, atol=1e-6, rtol=1e-4)
+        alone = Attention(tiny.network)(collate([sample]))[0]
+        torch.testing.assert_close(Attention(tiny.network)(batch)[i], alone, atol=1e-6, rtol=1e-4)
 
 
 def test_looking_at_samples_is_the_heatmap_of_each(tiny, mixed_samples, batch):
     seen = look(tiny, mixed_samples, layers=(1, 2, 3), batch_size=3, answer="true")
     assert seen.maps.shape == (4, 3, 4, 14, 14)
     with torch.no_grad():
-        torch.testing.assert_close(mean_map(seen, [1, 2]).maps, Heatmap(tiny.network)(batch), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(mean_map(seen, [1, 2]).maps, Attention(tiny.network)(batch), atol=1e-6, rtol=1e-4)
 
 
 def test_corner_share():
@@ -147,7 +150,7 @@ def test_default_layers(depth, layers):
 def readme_example():
     """A user's own file with a method, as the README shows it."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "register(" in code]
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "@register" in code]
     return textwrap.dedent(code)
 
 
@@ -156,7 +159,7 @@ def test_the_readme_s_example_is_a_method(tiny, batch, monkeypatch):
     """It looks at the first digit: as `attention` where there is one digit, and else not."""
     monkeypatch.setattr(heatmaps, "METHODS", dict(heatmaps.METHODS))
     exec(readme_example(), {"__name__": "my_method"})
-    got, attention = Heatmap(tiny.network, "first_digit")(batch), Heatmap(tiny.network)(batch)
+    got, attention = make_heatmap(tiny.network, "first_digit")(batch), Attention(tiny.network)(batch)
     single = torch.tensor(batch["count"]) < 10
     assert single.any() and not single.all()
     torch.testing.assert_close(got[single], attention[single])
@@ -188,30 +191,74 @@ def test_a_user_s_own_file_trains_and_evaluates_with_its_method(root, tmp_path):
     assert kl["first_digit"] != pytest.approx(kl["attention"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("config", "absent"), [(TrainConfig, "attention_x_gradient"), (EvaluateConfig, "saliency")])
+@pytest.mark.parametrize(("config", "absent"), [(TrainConfig, "relative_attention"), (EvaluateConfig, "saliency")])
 def test_a_method_that_a_command_cannot_use_is_refused(config, absent):
     with pytest.raises(ConfigError, match=rf"heatmap \(--heatmap\) is {absent}, but must be one of attention, "):
         config(data=Path("root"), heatmap=absent)
 
 
 @torch.no_grad()
-def test_relative_attention_from_eager_attention_by_hand(tiny, mixed_samples, batch):
+def test_relative_attention_from_eager_attention_by_hand(tiny, plain, mixed_samples, batch):
     """Two whole sequences of transformers' own: with the question, and with a neutral one."""
-    got = Heatmap(tiny.network, "relative_attention", layers=(1, 3), heads=(0, 2))(batch)
-    attention = digit_maps(eager_attentions(tiny.network, batch), batch, (1, 3), (0, 2))
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": NEUTRAL}]}]
-    text = tiny.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    got = RelativeAttention(tiny.network, (1, 3), (0, 2))(batch)
+    attention = digit_maps(eager_attentions(plain, batch), batch, (1, 3), (0, 2))
     for i, sample in enumerate(mixed_samples):
         alone = Collate(tiny.tokenizer, tiny.image_processor)([sample])
-        visual = int(alone["mm_token_type_ids"].sum())
-        ids = tiny.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * visual), return_tensors="pt").input_ids
-        on_image = ids[0] == tiny.network.config.image_token_id
-        eager = tiny.network(
-            input_ids=ids, pixel_values=normalised_pixels(alone), image_grid_thw=alone["image_grid_thw"],
-            mm_token_type_ids=on_image[None].int(), output_attentions=True,
-        ).attentions  # fmt: skip
+        inputs = {**plain_inputs(alone), **neutral_question(tiny, int(alone["mm_token_type_ids"].sum()))}
+        eager = plain(**inputs, output_attentions=True).attentions
         rows = torch.stack([eager[layer][0, [0, 2], -1] for layer in (1, 3)]).mean(dim=(0, 1))
         _, height, width = (alone["image_grid_thw"][0] // 2).tolist()
-        neutral = resample_map(rows[on_image].double().reshape(height, width).numpy(), (14, 14))
+        visual = rows[inputs["mm_token_type_ids"][0].bool()].double()
+        neutral = resample_map(visual.reshape(height, width).numpy(), (14, 14))
         ratio = attention[i] / torch.from_numpy(neutral)
         torch.testing.assert_close(got[i].double(), ratio / ratio.sum(), atol=1e-6, rtol=1e-3)
+
+
+def neutral_question(model, visual):
+    """The neutral question about an image of so many tokens, encoded in one piece."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": NEUTRAL}]}]
+    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = model.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * visual), return_tensors="pt").input_ids
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == model.network.config.image_token_id).int(),
+    }
+
+
+def test_the_neutral_question_stands_where_transformers_would_write_it(tiny, plain, mixed_samples, batch):
+    """Ids and M-RoPE positions up to the place where an answer begins, for images of four sizes."""
+    neutral = with_neutral_question(batch)
+    for i in range(len(mixed_samples)):
+        written = neutral_question(tiny, int(batch["mm_token_type_ids"][i].sum()))
+        length = int(neutral["answer_positions"][i, 0]) + 1
+        assert neutral["input_ids"][i, :length].tolist() == written["input_ids"][0].tolist()
+        positions, _ = plain.model.get_rope_index(**written, image_grid_thw=batch["image_grid_thw"][i : i + 1])
+        assert torch.equal(neutral["position_ids"][:, i, :length], positions[:, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "occlusion"])  # hides bytes: test_occlusion
+def test_a_question_that_was_read_already_changes_no_map(tiny, batch, method):
+    """`look`, `evaluate` and `predict` hand it on; logits are the same, too."""
+    heatmap = make_heatmap(tiny.network.eval(), method)
+    (logits, whole), (read, behind) = (
+        heatmap.with_logits(batch, prompts=prompts) for prompts in (None, read_prompts(tiny.network, batch))
+    )
+    used = batch["answer_labels"] != -100
+    torch.testing.assert_close(read[used], logits[used], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(behind, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_what_a_method_or_a_model_does_not_have_is_refused(tiny):
+    for name in ("token_gradient", "input_gradient", "occlusion"):
+        for choice in ({"layers": (1,)}, {"heads": (0,)}):
+            with pytest.raises(ConfigError, match=f"{name} has no layers and heads to choose: leave attention_layers"):
+                make_heatmap(tiny.network, name, **choice)
+    for name, choice, last in (("layers", (1, 4), 3), ("heads", (-1,), 3), ("layers", (), 3)):
+        with pytest.raises(ConfigError, match=f"attention_{name} is .*, but this model has 0 to {last}"):
+            make_heatmap(tiny.network, "relative_attention", **{name: choice})
+    with pytest.raises(ConfigError, match="heatmap is 'saliency', but must be one of attention, relative_attention"):
+        make_heatmap(tiny.network, "saliency")
+    with pytest.raises(ConfigError, match="for looking.*train with one of attention, token_gradient, input_gradient"):
+        make_heatmap(tiny.network, "relative_attention").with_logits({}, create_graph=True)

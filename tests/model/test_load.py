@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, BertConfig, Qwen3VLForConditionalGeneration
+from plain import plain_inputs, plain_network
+from transformers import BertConfig, Qwen3VLForConditionalGeneration
 
 from fsc147lib.model.collate import Collate, to_device
-from fsc147lib.model.device import make_accelerator
-from fsc147lib.model.forward import answer_logits
+from fsc147lib.model.forward import answer_logits, read_prompts
 from fsc147lib.model.load import count_parameters, load_model
 from fsc147lib.model.network import ModelError, freeze_vision
 from fsc147lib.model.prompt import answer, question
@@ -44,19 +44,17 @@ def test_tiny_weights_depend_on_the_seed_alone():
 
 
 @torch.no_grad()
-def test_positions_and_logits_are_transformers_own(tiny, batch):
+def test_positions_and_logits_are_transformers_own(tiny, plain, batch):
     """transformers gets ids, mask and pixels alone, and walks the images itself."""
-    network = tiny.network
-    positions, _ = network.model.get_rope_index(
+    positions, _ = plain.model.get_rope_index(
         batch["input_ids"],
         mm_token_type_ids=batch["mm_token_type_ids"],
         image_grid_thw=batch["image_grid_thw"],
         attention_mask=batch["attention_mask"],
     )
     assert torch.equal(positions, batch["position_ids"])
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-    expected = network(**{key: batch[key] for key in keys}).logits
-    got, _ = answer_logits(network, batch)
+    expected = plain(**plain_inputs(batch)).logits
+    got, _ = answer_logits(tiny.network, batch)
     used = batch["answer_labels"] != -100
     for i in range(len(got)):
         torch.testing.assert_close(
@@ -109,9 +107,7 @@ def test_visual_tokens_cover_the_grid_once(batch):
 def test_saved_folder_is_plain_transformers(tiny, batch, tmp_path):
     torch.nn.init.normal_(tiny.network.lm_head.weight, std=0.1)  # not what a seed could give again
     tiny.save(tmp_path / "model")
-    network = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-    inputs = {key: batch[key] for key in keys}
+    network, inputs = plain_network(tmp_path / "model"), plain_inputs(batch)
     with torch.no_grad():
         torch.testing.assert_close(network(**inputs).logits, tiny.network(**inputs).logits, atol=1e-5, rtol=1e-5)
     assert not list((tmp_path / "model").glob("*.bin")) and (tmp_path / "model" / "model.safetensors").is_file()
@@ -218,25 +214,15 @@ def test_a_failed_save_keeps_the_old_folder(tiny, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "model")
 
 
-def test_accelerators_keep_their_precision():
-    """A `look` within a run makes a second one; the first goes on in bfloat16, what it prepares later too."""
-    first = make_accelerator("bf16")
-    second = make_accelerator("fp32")
-    x = torch.ones(2, 2)
-    for accelerator, dtype, precision in ((first, torch.bfloat16, "bf16"), (second, torch.float32, "no")) * 2:
-        with accelerator.autocast():
-            assert (x @ x).dtype == dtype
-        seen = []
-        module = torch.nn.Sequential(torch.nn.Linear(2, 2))
-        module[0].register_forward_hook(lambda *args, seen=seen: seen.append(args[2].dtype))
-        accelerator.prepare(module)(x)
-        assert accelerator.mixed_precision == precision and seen == [dtype]
-
-
 def test_a_batch_padded_on_the_left_is_refused(tiny, mixed_samples):
     batch = Collate(tiny.tokenizer, tiny.image_processor)(mixed_samples)
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         batch[name] = batch[name].flip(1)
-    for use in (lambda: answer_logits(tiny.network, batch), lambda: to_device(batch, "cpu")):
+    network = tiny.network
+    for use in (
+        lambda: answer_logits(network, batch),
+        lambda: read_prompts(network, batch),
+        lambda: to_device(batch, "cpu"),
+    ):
         with pytest.raises(ValueError, match="padded on the left: pad on the right"):
             use()

@@ -1,16 +1,26 @@
 """What is counted without a part of the picture is what is counted in a picture edited by hand."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain import plain_inputs, plain_network
 
 from fsc147lib.data import DataError, Picture, hide
-from fsc147lib.model import Collate, count_without, heatmaps, load_model, look, occlude, predict, predict_samples
-from fsc147lib.model.forward import normalised_pixels
-from fsc147lib.model.occlusion import hide_in_batch, occlusion_mass, windows
+from fsc147lib.model import (
+    METHODS,
+    Collate,
+    count_without,
+    heatmaps,
+    load_model,
+    look,
+    occlude,
+    predict,
+    predict_samples,
+    register,
+)
+from fsc147lib.model.load import SHIPPED
+from fsc147lib.model.occlusion import OcclusionMap, hide_in_batch, windows
 from fsc147lib.options import ConfigError
 
 CELLS = np.zeros((14, 14), bool)
@@ -76,6 +86,11 @@ def test_windows():
 
 
 @pytest.fixture(scope="module")
+def plain_dual():
+    return plain_network(SHIPPED / "tiny-dual")
+
+
+@pytest.fixture(scope="module")
 def whole(mixed_samples):
     """Two drawn pictures of multiples of 32 pixels, which the network gets as they are, of 3 and 12 dots."""
     sizes, rng = ((256, 192), (224, 224)), np.random.default_rng(0)
@@ -85,13 +100,12 @@ def whole(mixed_samples):
     return made
 
 
-def log_probability_by_hand(model, image, text):
+def log_probability_by_hand(model, image, text, plain):
     """Of the digits of an answer to "How many apples ...", by transformers' own forward pass."""
-    batch = Collate(model.tokenizer, model.image_processor)([Picture(image, "apples")],
-                                                            [model.tokenizer.encode(text)])  # fmt: skip
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+    said = [model.tokenizer.encode(text)]
+    batch = Collate(model.tokenizer, model.image_processor)([Picture(image, "apples")], said)
     with torch.no_grad():
-        logits = model.network(**{key: batch[key] for key in keys}, pixel_values=normalised_pixels(batch)).logits[0]
+        logits = plain(**plain_inputs(batch)).logits[0]
     log_p = logits.log_softmax(dim=-1)
     tokens = model.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
     digits = [place for place, token in enumerate(tokens) if token.isdigit()]
@@ -100,28 +114,26 @@ def log_probability_by_hand(model, image, text):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("fill", ["grey", "blur"])
-def test_occlusion_is_the_fall_in_pictures_edited_by_hand(dual, whole, fill):
+def test_occlusion_is_the_fall_in_pictures_edited_by_hand(dual, plain_dual, whole, fill, monkeypatch):
     """A user's own window and filling, registered; image by image and window by window."""
-    heatmaps.METHODS["mine"] = heatmaps.Method(partial(occlusion_mass, fill=fill, window=7), False, 1, None)
-    try:
-        seen = look(dual, whole, answer="true", method="mine").maps
-    finally:
-        del heatmaps.METHODS["mine"]
+    monkeypatch.setattr(heatmaps, "METHODS", dict(METHODS))
+    register(type("Mine", (OcclusionMap,), {"name": "mine", "fill": fill, "window": 7}))
+    seen = look(dual, whole, answer="true", method="mine").maps
     for sample, got in zip(whole, seen, strict=True):
         text = f"COUNT: {sample.count}"
-        before, falls = log_probability_by_hand(dual, sample.image, text), np.zeros((14, 14))
+        before, falls = log_probability_by_hand(dual, sample.image, text, plain_dual), np.zeros((14, 14))
         for rows in (slice(0, 7), slice(7, 14)):
             for columns in (slice(0, 7), slice(7, 14)):
                 cells = np.zeros((14, 14), bool)
                 cells[rows, columns] = True
-                after = log_probability_by_hand(dual, hide(sample, cells, fill).image, text)
+                after = log_probability_by_hand(dual, hide(sample, cells, fill).image, text, plain_dual)
                 falls[rows, columns] = max(0.0, before - after)
         assert falls.std() > 0, "no window of this picture matters, so nothing is tested"
         np.testing.assert_allclose(got, falls / falls.sum(), atol=1e-5)
 
 
 @pytest.mark.medium
-def test_the_count_s_fall_is_that_of_predictions(dual, whole):
+def test_the_count_s_fall_is_that_of_predictions(dual, plain_dual, whole):
     found = occlude(dual, whole, window=6, step=4)
     assert found.windows.shape == (9, 14, 14) and found.count.shape == found.objects.shape == (2, 9)
     for i, sample in enumerate(whole):
@@ -131,8 +143,8 @@ def test_the_count_s_fall_is_that_of_predictions(dual, whole):
             after = count_without(dual, sample, found.windows[w])
             assert found.count[i, w] == pytest.approx(before.mean - after.mean, abs=1e-3)
             assert found.objects[i, w] == sample.count - after.sample.count
-            fall = log_probability_by_hand(dual, sample.image, before.answer)
-            fall -= log_probability_by_hand(dual, after.sample.image, before.answer)
+            fall = log_probability_by_hand(dual, sample.image, before.answer, plain_dual)
+            fall -= log_probability_by_hand(dual, after.sample.image, before.answer, plain_dual)
             assert found.log_probability[i, w] == pytest.approx(fall, abs=1e-3)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fsc147lib import load_model, predict
 from fsc147lib.data import DataError, Picture
-from fsc147lib.model import Collate, Heatmap, look, predict_samples
+from fsc147lib.model import Collate, look, make_heatmap, predict_samples
 from fsc147lib.model.prediction import Prediction
 from fsc147lib.model.prompt import answer, parse_count
 
@@ -23,7 +23,7 @@ def test_a_taught_model_predicts_what_it_has_learnt(taught, mixed_samples):
         assert prediction.distribution.sum() == pytest.approx(1) and 0.3 < prediction.covered <= 1
         assert prediction.map_title == f"own answer {sample.count}"
         with torch.no_grad():  # it is right, so the map is that of the true answer too
-            expected = Heatmap(tiny.network)(Collate(tiny.tokenizer, tiny.image_processor)([sample]))[0]
+            expected = make_heatmap(tiny.network)(Collate(tiny.tokenizer, tiny.image_processor)([sample]))[0]
         np.testing.assert_allclose(prediction.heatmap, expected, atol=1e-5)
 
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain import plain_network
 from teaching import teach
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from fsc147lib.evaluation.answering import evaluate_samples
@@ -88,7 +89,7 @@ def test_a_category_cannot_smuggle_in_a_control_token(tokenizer, category):
 
 @torch.no_grad()
 def test_logits_are_plain_transformers(qwen_folder, parts, qwen, mixed_samples):
-    plain = AutoModelForImageTextToText.from_pretrained(qwen_folder)
+    plain = plain_network(qwen_folder)
     logits, _ = answer_logits(qwen.network, Collate(qwen.tokenizer, qwen.image_processor)(mixed_samples))
     for sample, ours in zip(mixed_samples, logits, strict=True):
         answer = f"COUNT: {sample.count}<|im_end|>"
@@ -98,14 +99,16 @@ def test_logits_are_plain_transformers(qwen_folder, parts, qwen, mixed_samples):
 
 
 @torch.no_grad()
-def test_answers_are_generated_ones_and_parse(parts, qwen, mixed_samples):
+def test_answers_are_generated_ones_and_parse(parts, qwen, mixed_samples, tmp_path):
     qwen.network.lm_head.weight.requires_grad_(False)  # the vocabulary's matrix, most of the time of a step
     with torch.enable_grad():
         teach(qwen, mixed_samples, 40)
     images = evaluate_samples(qwen, mixed_samples).images
+    qwen.save(tmp_path / "taught")
+    plain = plain_network(tmp_path / "taught")
     for sample, image in zip(mixed_samples, images, strict=True):
         inputs = as_one_string(*parts, sample)
-        said = qwen.network.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        said = plain.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert image.answer == qwen.tokenizer.decode(said, skip_special_tokens=True)
     assert [image.predicted for image in images] == [sample.count for sample in mixed_samples]
 
