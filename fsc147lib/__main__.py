@@ -85,7 +85,7 @@ def run_predict(config) -> None:
 
 def run_sweep(config) -> bool:
     from . import training
-    from .report.sweeps import sweep_figure, sweep_table
+    from .report.comparison import sweep_figure, sweep_table
 
     rows = training.run_sweep(config)
     print(sweep_table(rows))

@@ -9,7 +9,6 @@ __all__ = [
     "figures",
     "overhead",
     "predictions",
-    "sweeps",
     "throughput",
     "timing",
     "viewer",

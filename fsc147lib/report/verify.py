@@ -1,42 +1,35 @@
-"""Does this model work on this machine?  A list of lines that passed, and of lines that failed with their cure.
+"""`verify`: whether a model works on this machine, held against plain transformers, which get inputs of their own.
 
-Left out: what a check does (`checks`), faults of the data (`check`), how well the model counts (`evaluate`), and speed.
+A check returns whether it passed, and a sentence; or None where there is nothing to check.
 """
 
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-from ..data import Sample, make_dataset, open_split
-from ..model.device import free_models
+from ..data import GRID, Sample, make_dataset, open_split, resample_map
+from ..files import DamagedFolder, read_manifest
+from ..model import Batch, Collate, choose_compute, make_heatmap, to_device
+from ..model.answers import own_answers
+from ..model.attention import IMPLEMENTATIONS
+from ..model.device import free_models, peak_memory, seconds_of
+from ..model.load import RANDOM
+from ..model.network import compile_layers, freeze_vision, merged_weights, save_memory
+from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
-from . import checks
+from ..training import DualLoss
+from ..training.step import TrainingStep, make_accelerator, make_optimizer
+from .shapes import load_or_shape
 from .timing import machine, write_report
 
-TRIED = {"torch": ("2.11", "2.13"), "transformers": ("5.23",)}  # what the tests, or this command, were run with
-_VERSIONS = "install the versions of requirements.lock: transformers may compute something else by now"
-CHECKS = (  # a check, and what to do where it fails
-    (checks.files_as_written, "copy the folder anew, or go on from another checkpoint: its bytes have changed on disk"),
-    (checks.special_tokens, "take all files of one model's folder: tokenizer and weights are of different models"),
-    (checks.rendered_prompt, "take the tokenizer and the chat template that lie beside a Qwen3-VL's weights"),
-    (checks.answer_tokens, "take the tokenizer of a Qwen3-VL: each digit must be a token of its own"),
-    (checks.attention_heatmap, f"train with --attention-weight 0, or {_VERSIONS}"),
-    (checks.greedy_answers, _VERSIONS),
-    (checks.raw_answers, "look at the prompt above: the model, perhaps no Instruct model, says nothing at all"),
-    (
-        checks.training_step,
-        "out of memory: --lora 16, --gradient-checkpointing; no compiler: train with --no-compile; a loss that is "
-        "not finite, or weights that stand still: --precision fp32",
-    ),
-    (
-        checks.saved_model,
-        "lm_head: set tie_word_embeddings in config.json to whether it is the embedding's own matrix; no room: let "
-        f"TMPDIR name a disk that holds the model once more; else {_VERSIONS}",
-    ),
-)
+TRIED = {"torch": ("2.11", "2.13"), "transformers": ("5.23",)}  # versions that the tests ran with
+VERSIONS = "install the versions of requirements.lock: transformers may compute other numbers by now"
 
 
 @dataclass(frozen=True)
@@ -75,13 +68,12 @@ def verify_model(config: VerifyConfig) -> list[dict]:
         tried[name] = any(about[name].startswith(f"{version}.") for version in known)
         print(f"{name} {about[name]}: {'tried' if tried[name] else 'NOT tried; tried were ' + ', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
-        samples = eight_samples(config.data or make_dataset(Path(folder) / "root", 8, 1, 1))
-        subject = checks.Subject(config, samples)
-        for check, cure in CHECKS:
+        subject = Subject(config, eight_samples(config.data or make_dataset(Path(folder) / "root", 8, 1, 1)))
+        for check, cure in CHECKS.items():
             name, started = check.__name__.replace("_", " "), time.perf_counter()
             try:
                 outcome = check(subject)
-            except Exception as error:  # is what this line has to say; the other lines are wanted all the same
+            except Exception as error:  # an error is this line's finding; the other checks still run
                 outcome = False, f"{type(error).__name__}: {error}"
             if outcome is not None:
                 row = {"name": name, "passed": outcome[0], "sentence": outcome[1], "cure": "" if outcome[0] else cure}
@@ -98,10 +90,203 @@ def verify_model(config: VerifyConfig) -> list[dict]:
 
 
 def eight_samples(root: Path) -> list[Sample]:
-    """Eight training images (or all, of a root with fewer), the first four of sizes as different as there are."""
-    samples = open_split(root, "train", 64)
-    of_size = {sample.size: sample for sample in samples}
-    by_shape = sorted(of_size.values(), key=lambda sample: sample.size[0] / sample.size[1])
-    places = np.linspace(0, len(by_shape) - 1, 4).round().astype(int)
-    chosen = {by_shape[place].name: by_shape[place] for place in places}
-    return list((chosen | {sample.name: sample for sample in samples}).values())[:8]
+    """Eight training images, or all of a smaller root, from tall to wide; those of every second place come first."""
+    by_shape = sorted(open_split(root, "train", 64), key=lambda sample: sample.size[0] / sample.size[1])
+    places = np.unique(np.linspace(0, len(by_shape) - 1, 8).round().astype(int))
+    return [by_shape[place] for place in (*places[::2], *places[1::2])]
+
+
+class Subject:
+    """A model under check, and samples of different sizes."""
+
+    def __init__(self, config: VerifyConfig, samples: list[Sample]):
+        self.config, self.samples = config, samples
+        self.compute = choose_compute(config.precision)
+        self.device = self.compute.device
+        self.model = load_or_shape(config.model, self.device.type)
+        self.network, self.tokenizer = self.model.network.to(self.device).eval(), self.model.tokenizer
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        return to_device(Collate(self.tokenizer, self.model.image_processor)(samples), self.device)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The first four samples, made by the library."""
+        return self.collate(self.samples[:4])
+
+    @cached_property
+    def plain(self) -> list[tuple[dict[str, torch.Tensor], int]]:
+        """The same samples for plain transformers: inputs with the right answer, and the prompt's length in tokens."""
+        processor, found = self.model.image_processor, []
+        for sample in self.samples[:4]:
+            images = processor(images=[sample.image], return_tensors="pt")
+            visual = int(images["image_grid_thw"].prod()) // processor.merge_size**2
+            prompt = chat_text(self.tokenizer, sample.category).replace(IMAGE_TOKEN, IMAGE_TOKEN * visual)
+            texts = prompt, prompt + answer(sample.count) + self.tokenizer.eos_token
+            start, ids = (self.tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"] for x in texts)
+            on_image = ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+            inputs = {"input_ids": ids, "mm_token_type_ids": on_image.int(), **images}
+            found.append(({key: value.to(self.device) for key, value in inputs.items()}, start.shape[1]))
+        return found
+
+
+def files_as_written(subject: Subject):
+    try:
+        manifest = read_manifest(subject.config.model, whole=True)  # loading compares the start of each file alone
+    except DamagedFolder as error:
+        return False, str(error)
+    return manifest and (True, f"{len(manifest['files'])} files have the SHA-256 that they were written with")
+
+
+def special_tokens(subject: Subject):
+    tokenizer, config = subject.tokenizer, subject.network.config
+    ends = np.atleast_1d(subject.network.generation_config.eos_token_id).tolist()
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    image, start = (tokenizer.encode(x, add_special_tokens=False) for x in (IMAGE_TOKEN, "<|vision_start|>"))
+    rows = subject.network.get_input_embeddings().num_embeddings
+    passed = image == [config.image_token_id] and start == [config.vision_start_token_id] and end in ends
+    return passed and pad not in (None, config.image_token_id) and len(tokenizer) <= rows, (
+        f"tokenizer: image {image}, end {end} {tokenizer.eos_token}, pad {pad} {tokenizer.pad_token}, "
+        f"{len(tokenizer)} tokens; model: image [{config.image_token_id}], ends {ends}, {rows} rows"
+    )
+
+
+def rendered_prompt(subject: Subject):
+    text = chat_text(subject.tokenizer, subject.samples[0].category)
+    rows = zip(subject.batch["input_ids"], subject.batch["attention_mask"], subject.plain, strict=True)
+    same = [torch.equal(ids[mask > 0], inputs["input_ids"][0]) for ids, mask, (inputs, _) in rows]
+    return all(same), f"{text!r}: ids are those of the text encoded in one piece on {sum(same)} of {len(same)} pictures"
+
+
+def answer_tokens(subject: Subject):
+    passed = True
+    for count in (1234567890, 37):
+        ids = subject.tokenizer.encode(answer(count), add_special_tokens=False)
+        tokens, digits = [subject.tokenizer.decode([token]) for token in ids], list(str(count))
+        passed &= "".join(tokens) == answer(count) and [token for token in tokens if token.isdigit()] == digits
+    return passed, f"{answer(count)!r} is {tokens}"
+
+
+@torch.backends.cudnn.flags(enabled=False)  # cuDNN's convolutions keep 11 bits of 24
+@torch.no_grad()
+def attention_heatmap(subject: Subject, allowed: float = 1e-3):
+    network, merge, errors = subject.network, subject.model.image_processor.merge_size, []
+    heatmap = make_heatmap(network)
+    for ours, (inputs, start) in zip(heatmap(subject.batch).cpu().numpy(), subject.plain, strict=True):
+        network.set_attn_implementation("eager")
+        try:
+            attentions = network(**inputs, logits_to_keep=1, output_attentions=True).attentions
+        finally:
+            network.set_attn_implementation(IMPLEMENTATIONS)
+        rows = torch.stack([attentions[layer][0, :, start - 1 : -1] for layer in heatmap.layers])  # [L, H, A, T]
+        digits = [subject.tokenizer.decode([token]).isdigit() for token in inputs["input_ids"][0, start:]]
+        mass = rows[:, :, digits].mean(dim=(0, 1, 2))[inputs["mm_token_type_ids"][0] == 1].cpu().numpy()
+        height, width = (inputs["image_grid_thw"][0, 1:] // merge).tolist()
+        expected = resample_map(mass.reshape(height, width), (GRID, GRID)) / mass.sum()
+        errors.append(float(np.abs(ours - expected).max() / expected.max()))
+    return max(errors) <= allowed, (
+        f"largest difference to eager attention {max(errors):.1e} of the map's largest cell, layers {heatmap.layers}; "
+        f"{allowed:.0e} is allowed"
+    )
+
+
+@torch.backends.cudnn.flags(enabled=False)
+@torch.no_grad()
+def greedy_answers(subject: Subject, longest: int = 12):
+    tokenizer, different = subject.tokenizer, []
+    how = GenerationConfig(
+        max_new_tokens=longest, do_sample=False, repetition_penalty=1.0,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    ours, _ = own_answers(subject.model, subject.batch, longest)
+    for row, (inputs, start) in zip(ours, subject.plain, strict=True):
+        prompts = inputs | {key: inputs[key][:, :start] for key in ("input_ids", "mm_token_type_ids")}
+        generated = subject.network.generate(**prompts, generation_config=how)[0, start:].tolist()
+        if row != generated:
+            different.append(f"{tokenizer.decode(row)!r} is {tokenizer.decode(generated)!r} there")
+    return not different, "; ".join(different) or f"{len(ours)} answers as `generate` has them, token by token"
+
+
+@torch.no_grad()
+def raw_answers(subject: Subject, longest: int = 64):
+    with subject.compute.autocast():
+        rows, _ = own_answers(subject.model, subject.collate(subject.samples), longest)
+    texts, end = subject.tokenizer.batch_decode(rows, skip_special_tokens=True), subject.tokenizer.eos_token_id
+    strict = sum(parse_count(text) is not None for text in texts)
+    numbers = [parse_count_leniently(text, complete=end in row) for text, row in zip(texts, rows, strict=True)]
+    lenient = sum(number is not None for number in numbers)
+    sentence = f"{strict} of {len(rows)} parse, {lenient} leniently, in at most {longest} tokens"
+    for sample, text, number in zip(subject.samples, texts, numbers, strict=True):
+        sentence += f"\n        {sample.count} {sample.category}: {text!r:.160}, read leniently as {number}"
+    return any(row[0] != end for row in rows), sentence
+
+
+def training_step(subject: Subject):
+    network, config, device = subject.network, subject.config, subject.device.type
+    freeze_vision(network, config.model != RANDOM)
+    save_memory(network, config.lora, config.gradient_checkpointing, subject.compute.precision)
+    loss = DualLoss(network)
+    if device == "cuda":
+        compile_layers(network, loss.heatmap.layers)
+    step = TrainingStep(loss, make_optimizer(network, 1e-5), make_accelerator(subject.compute), subject.compute)
+    before, run = norms(network), partial(step, [subject.batch], loss.weight)
+    network.train()
+    (_, count, attention), _ = run()  # compiles
+    peak = peak_memory(run, device)
+    seconds = seconds_of(run, device)
+    step.check()  # raises where a loss is not finite
+    network.eval()
+    moved = sum(norm != before[name] for name, norm in norms(network).items())
+    memory = "unknown" if peak is None else f"{peak / 1024:.1f} GiB"
+    return moved == len(before), (
+        f"count loss {float(count):.3f}, attention loss {float(attention):.3f}, both finite; {moved} of {len(before)} "
+        f"tensors moved at learning rate 1e-5; peak memory {memory}; {seconds:.2f} s for "
+        f"{len(subject.batch['names'])} pictures"
+    )
+
+
+def norms(network) -> dict[str, float]:
+    """Norm of each tensor that trains."""
+    trained = {name: weight.detach() for name, weight in network.named_parameters() if weight.requires_grad}
+    return {name: float(torch.linalg.vector_norm(x, dtype=torch.float64)) for name, x in trained.items()}
+
+
+def saved_model(subject: Subject):
+    expected = merged_weights(subject.network) or subject.network.state_dict()
+    with tempfile.TemporaryDirectory() as parent:
+        folder, how = f"{parent}/model", {"dtype": subject.network.dtype, "trust_remote_code": False}
+        subject.model.save(folder)
+        plain, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **how)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    found, head, first = plain.state_dict(), plain.get_output_embeddings(), plain.get_input_embeddings()
+    wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
+    for name in expected.keys() & found.keys():
+        if not torch.equal(expected[name].cpu(), found[name].to(expected[name].dtype)):
+            wrong.add(name)
+    if tokenizer.get_vocab() != subject.tokenizer.get_vocab():
+        wrong.add("the tokenizer")
+    if plain.config.tie_word_embeddings != (head.weight is first.weight):
+        wrong.add("lm_head.weight, tied or not")
+    return not wrong, (
+        f"of {len(expected)} tensors and the tokenizer, plain transformers reads {len(wrong) or 'none'} otherwise than "
+        f"they were written {', '.join(sorted(wrong)[:5])}".rstrip()
+    )
+
+
+CHECKS = {  # in their order, each with its cure
+    files_as_written: "copy the folder anew, or go on from another checkpoint: its bytes have changed on disk",
+    special_tokens: "take all files of one model's folder: tokenizer and weights are of different models",
+    rendered_prompt: "take the tokenizer and the chat template that lie beside a Qwen3-VL's weights",
+    answer_tokens: "take the tokenizer of a Qwen3-VL: each digit must be a token of its own",
+    attention_heatmap: f"train with --attention-weight 0, or {VERSIONS}",
+    greedy_answers: VERSIONS,
+    raw_answers: "look at the prompt above: the model says nothing, perhaps it is no Instruct model",
+    training_step: (
+        "out of memory: --lora 16, --gradient-checkpointing; no compiler: train with --no-compile; a loss that is "
+        "not finite, or weights that stand still: --precision fp32"
+    ),
+    saved_model: (
+        "lm_head: set tie_word_embeddings in config.json to whether it is the embedding's own matrix; no room: let "
+        f"TMPDIR name a disk that holds the model once more; otherwise {VERSIONS}"
+    ),
+}

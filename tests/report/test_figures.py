@@ -13,7 +13,7 @@ import pytest
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation.answering import ImageResult
-from fsc147lib.report import figures, sweeps
+from fsc147lib.report import figures
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +61,6 @@ def test_histogram_counts_every_image_on_log_axes():
     assert (axes.get_xscale(), axes.get_yscale()) == ("symlog", "log")
     assert 0 < axes.get_xlim()[0] < 5
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train (4 images)", "val (2 images)"]
-
-
-def test_epoch_curves_are_the_logs():
-    epochs = [{"epoch": epoch, "val": {"mae": mae, "kl": kl}} for epoch, mae, kl in ((0, 6.0, 0.4), (1, 5.0, 0.3))]
-    mae, kl = sweeps.epoch_curves({"both": epochs}, baseline=12.0).axes
-    assert mae.get_ylim()[0] == 0 and mae.get_ylim()[1] > 12.0  # the yardstick is named, so it must be seen
-    np.testing.assert_array_equal(mae.lines[0].get_xydata(), [[0, 6], [1, 5]])
-    np.testing.assert_array_equal(kl.lines[0].get_xydata(), [[0, 0.4], [1, 0.3]])
-    assert list(mae.lines[1].get_ydata()) == [12, 12] and len(kl.lines) == 1
 
 
 def test_predictions_and_lost_answers():

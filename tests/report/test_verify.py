@@ -9,7 +9,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from fsc147lib.__main__ import main
 from fsc147lib.model import forward
-from fsc147lib.report import checks
+from fsc147lib.report import verify
 from fsc147lib.report.verify import VerifyConfig, verify_model
 
 pytestmark = pytest.mark.medium
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.medium
 
 def failed(model, monkeypatch, root, **options):
     """The names of the lines that fail for a model; all others pass."""
-    monkeypatch.setattr(checks, "load_or_shape", lambda name, device: model)
+    monkeypatch.setattr(verify, "load_or_shape", lambda name, device: model)
     return [row["name"] for row in verify_model(VerifyConfig(data=root, **options)) if not row["passed"]]
 
 
@@ -25,11 +25,11 @@ def test_all_lines_pass_on_tiny(tmp_path, capsys):
     """On drawn pictures; the lines are printed and recorded."""
     assert main(["verify", "--json", str(tmp_path / "verify.json")]) == 0
     printed = capsys.readouterr().out
-    assert "all 9 passed" in printed and "FAILED" not in printed and f"torch {torch.__version__}: tried" in printed
+    assert "all 8 passed" in printed and "FAILED" not in printed and f"torch {torch.__version__}: tried" in printed
     for shown in ("['COUNT', ':', ' ', '3', '7']", "<|vision_start|><|image_pad|><|vision_end|>How many", "GiB"):
         assert shown in printed
     recorded = json.loads((tmp_path / "verify.json").read_text())
-    assert [row["passed"] for row in recorded["rows"]] == [True] * 9 and recorded["tried"]["torch"]
+    assert [row["passed"] for row in recorded["rows"]] == [True] * 8 and recorded["tried"]["torch"]
 
 
 @pytest.mark.slow
@@ -39,15 +39,14 @@ def test_all_lines_pass_over_qwen_s_vocabulary(qwen_folder, root, capsys):
 
 
 @pytest.mark.slow
-def test_training_in_bfloat16_with_adapters(tiny, monkeypatch, root, capsys):
-    """Its logits are a line more; the narrow weights, adapters added in, are read as they were written."""
+def test_training_in_bfloat16_with_adapters(tiny, monkeypatch, root):
+    """The narrow weights, adapters added in, are read as they were written."""
     assert not failed(tiny, monkeypatch, root, precision="bf16", lora=4, gradient_checkpointing=True)
-    assert "bf16: RMS error against float32" in capsys.readouterr().out
 
 
 def test_a_wrong_image_token(tiny, monkeypatch, root, capsys):
     tiny.network.config.image_token_id += 1
-    monkeypatch.setattr(checks, "load_or_shape", lambda name, device: tiny)
+    monkeypatch.setattr(verify, "load_or_shape", lambda name, device: tiny)
     assert main(["verify", "--data", str(root)]) == 1
     printed = capsys.readouterr().out
     assert printed.split("FAILED")[1].startswith("  special tokens: tokenizer: image [5]")
@@ -86,6 +85,10 @@ def test_a_head_that_is_not_tied(tiny, monkeypatch, root, capsys):
 
 @pytest.mark.slow
 def test_a_pass_that_is_not_transformers_own(tiny, monkeypatch, root):
-    embed = forward._embed_patches
-    monkeypatch.setattr(forward, "_embed_patches", lambda tower, batch: embed(tower, batch) * 1.01)
-    assert failed(tiny, monkeypatch, root)[0] == "logits in float32"
+    embed = forward.encode_images
+
+    def brighter(network, batch, **options):
+        return [1.3 * features for features in embed(network, batch, **options)]
+
+    monkeypatch.setattr(forward, "encode_images", brighter)
+    assert failed(tiny, monkeypatch, root)[0] == "attention heatmap"

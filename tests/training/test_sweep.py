@@ -1,11 +1,12 @@
 """A grid of runs: every combination, each at most once, and a failure is a row."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from fsc147lib.options import ConfigError
-from fsc147lib.report.sweeps import splits_table, sweep_figure, sweep_groups, sweep_table
 from fsc147lib.training import sweep
 from fsc147lib.training.sweep import SweepConfig, grid_runs, run_sweep
 
@@ -38,7 +39,7 @@ def test_presets_are_defaults_that_options_override(config):
 
 @pytest.mark.parametrize("axis", ["seeds=0,1", "epochs=0"])
 def test_a_grid_that_cannot_be_costs_no_run(config, axis, monkeypatch, capsys):
-    monkeypatch.setattr(sweep.GridRun, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(sweep, "start", lambda *_: pytest.fail("started"))
     with pytest.raises(SystemExit):
         run_sweep(config(axis))
     assert axis.split("=")[0] in capsys.readouterr().err
@@ -68,44 +69,22 @@ def test_an_unfinished_run_goes_on(config, tmp_path, monkeypatch):
     (run,) = grid_runs(config("seed=0"))
     commands = []
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, **_: commands.append(command))
-    run.start(tmp_path / "logs" / "log.txt", 1)
+    sweep.start(run, tmp_path / "logs" / "log.txt", 1)
     (run.config.out / "last").mkdir(parents=True)
-    run.start(tmp_path / "logs" / "log.txt", 1)
+    sweep.start(run, tmp_path / "logs" / "log.txt", 1)
     assert [command[-1] == "--resume" for command in commands] == [False, True]
 
 
-def row(weight, seed, maes, kl, **changes):
-    curve = [{"epoch": epoch, "mae": mae, "kl": kl} for epoch, mae in enumerate(maes)]
-    best = min(curve[1:], key=lambda line: line["mae"])
-    return {"name": f"{weight},{seed}", "options": {"attention_weight": weight, "seed": seed}, "finished": True,
-            "error": None, "seconds": 10.0, "best": best, "last": curve[-1], "curve": curve, **changes}  # fmt: skip
+def test_an_interrupted_sweep_ends_its_runs(config, monkeypatch):
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    started = []
 
+    def start(*_):
+        started.append(subprocess.Popen(sleeper))
+        return started[-1]
 
-def test_seeds_are_put_together():
-    rows = [row(0, 0, [9, 3, 4], 0.8), row(0, 1, [9, 5, 6], 0.9), row(1, 0, [9, 2, 1], 0.3),
-            {"name": "1,1", "options": {"attention_weight": 1, "seed": 1}, "finished": False, "error": "out of memory",
-             "seconds": 1.0}]  # fmt: skip
-    without, weighted = sweep_groups(rows)
-    assert without["name"] == "attention_weight 0" and without["runs"] == 2
-    assert (
-        without["best"] == (4, 3, 5)
-        and without["last"] == (5, 4, 6)
-        and without["kl"] == pytest.approx((0.85, 0.8, 0.9))
-    )
-    assert weighted["runs"] == 1 and weighted["best"] == (1, 1, 1) and weighted["error"] == "out of memory"
-    text = sweep_table(rows)
-    assert "4.00 (3.00 to 5.00)" in text and "out of memory" in text
-    lines = sweep_figure(rows).axes[0].get_lines()
-    assert [line.get_ydata().tolist() for line in lines] == [[9, 4, 5], [9, 2, 1]]
-
-
-def test_splits_are_compared_seed_by_seed_and_picture_by_picture():
-    def answered(weight, seed, errors):
-        metrics = {"mae": sum(errors) / len(errors), "exact": 0.25, "kl": 0.5}
-        return row(weight, seed, [9, 2], 0.5, splits={"test": {"metrics": metrics, "error": errors, "kl": [0.5] * 4}})
-
-    rows = [answered(0, 0, [2, 3, 4, 5]), answered(0, 1, [3, 4, 5, 6]), answered(1, 0, [1, 2, 3, 4]),
-            answered(1, 2, [9, 9, 9, 9]), row(1, 3, [9, 2], 0.5)]  # fmt: skip
-    head, without, weighted = splits_table(rows, "test").splitlines()
-    assert "4.00 (3.50 to 4.50)" in without and without.split()[2] == "2"
-    assert "5.75 (2.50 to 9.00)" in weighted and "1.00 (1.00 to 1.00)" in weighted  # of seed 0, which both have
+    monkeypatch.setattr(sweep, "start", start)
+    monkeypatch.setattr(sweep.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(config("seed=0,1,2", parallel=2))
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
