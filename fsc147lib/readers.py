@@ -1,10 +1,13 @@
-"""Processes that read images for a DataLoader: they leave the signals that stop a run to their parent."""
+"""Processes that read images for a DataLoader leave the signals that stop a run to their parent; a progress bar."""
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tqdm import tqdm
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that end a run between two steps; Windows has no SIGHUP."""
@@ -60,3 +63,8 @@ def reader_died(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):
         return "DataLoader worker" in str(error)
     return isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
+
+
+def progress_bar(items=None, **options) -> tqdm:
+    """A bar of tqdm; in a notebook on stdout, because a finished bar on stderr leaves a red box."""
+    return tqdm(items, file=sys.stdout if "ipykernel" in sys.modules else None, **options)

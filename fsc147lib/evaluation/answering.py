@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..data import Sample
 from ..data.fsc147 import MAX_PIXELS, open_split, split_counts
@@ -37,7 +36,7 @@ from ..model import (
 from ..model.answers import count_loss, longest_answer
 from ..model.prompt import parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
-from ..readers import leave_signals_to_parent, read
+from ..readers import leave_signals_to_parent, progress_bar, read
 from .metrics import absolute_errors, absurd_answers, alignment, constant_baselines, counting_metrics, metrics_by_bin
 
 
@@ -181,7 +180,7 @@ def evaluate_samples(
     )  # fmt: skip
     longest = longest or longest_answer(model.tokenizer)
     found = []  # stays on the device until the end
-    for batch in tqdm(read(loader), desc="evaluate", total=len(chunks), leave=False):
+    for batch in progress_bar(read(loader), desc="evaluate", total=len(chunks), leave=False):
         batch = to_device(batch, compute.device)
         batch = cache.add_to(batch) if cache else batch
         with compute.autocast():

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..data import Sample, kl_divergence, resample_map
 from ..data.targets import centre_blob
@@ -22,6 +21,7 @@ from ..model import Batch, CountingModel, choose_compute, look, make_heatmap, me
 from ..model.looking import Whose, answered_batches
 from ..model.occlusion import hidden_log_probabilities
 from ..options import ConfigError
+from ..readers import progress_bar
 from .metrics import alignment, bootstrap_interval, correlation
 from .tables import aligned
 
@@ -85,7 +85,7 @@ def measure_maps(
     batches = [batch for batch, _ in answered_batches(model, samples, compute, answer=answer)]
     target = torch.stack([torch.from_numpy(sample.target) for sample in samples])
     with compute.autocast():
-        maps = {name: _maps(model.network, batches, name) for name in tqdm(methods, desc="maps", leave=False)}
+        maps = {name: _maps(model.network, batches, name) for name in progress_bar(methods, desc="maps", leave=False)}
         uniform = torch.full_like(target, 1 / target[0].numel())
         chance = (uniform, centre_blob(target, 1 / 4), target.roll(1, dims=0))
         maps |= {"target": target, **dict(zip(CHANCE, chance, strict=True))}
@@ -95,7 +95,7 @@ def measure_maps(
         shuffled = [torch.from_numpy(rng.random(target.shape)) for _ in range(RANDOM_ORDERS)]
         random = np.mean([token_curves(model.network, batches, order, steps) for order in shuffled], axis=0)
         found["random order"] = Faithfulness(curves=random)
-        for name in tqdm([*methods, "target"], desc="curves", leave=False):
+        for name in progress_bar([*methods, "target"], desc="curves", leave=False):
             found[name].curves = token_curves(model.network, batches, maps[name], steps)
             area = np.trapezoid(found[name].curves - random, dx=1 / steps)  # [N, 2]
             found[name].better = {"deletion": -area[:, 0], "insertion": area[:, 1]}

@@ -16,13 +16,12 @@ import PIL
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..data import Sample
 from ..data import samples as images
 from ..files import DamagedFolder, file_lock, new_folder, read_manifest, write_manifest
 from ..options import ConfigError
-from ..readers import leave_signals_to_parent, read
+from ..readers import leave_signals_to_parent, progress_bar, read
 from . import attention, forward, pixels
 from .collate import Batch, Collate, image_key, to_device
 from .device import Compute
@@ -85,7 +84,7 @@ class KeptFeatures:
 
     @torch.no_grad()
     def _fill(self, network, compute: Compute, loader: DataLoader) -> None:
-        for batch in tqdm(read(loader), desc="encode images", total=len(loader), leave=False):
+        for batch in progress_bar(read(loader), desc="encode images", total=len(loader), leave=False):
             with compute.autocast():
                 encoded = torch.stack(forward.encode_images(network, to_device(batch, self.device)), dim=1)
             places = [self.places[key] for key in batch["image_keys"]]

@@ -12,10 +12,10 @@ from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from ..data import Sample
 from ..options import ConfigError
+from ..readers import progress_bar
 from .answers import own_answers
 from .collate import Batch, Collate, to_device
 from .device import Compute, choose_compute
@@ -116,7 +116,7 @@ def answered_batches(
     """
     network = model.network.to(compute.device).eval()
     collate = Collate(model.tokenizer, model.image_processor)
-    for start in tqdm(range(0, len(samples), batch_size), desc="pictures", leave=False):
+    for start in progress_bar(range(0, len(samples), batch_size), desc="pictures", leave=False):
         chunk = samples[start : start + batch_size]
         collate.store = PixelStore(chunk, model.image_processor)
         batch = to_device(collate(chunk), compute.device)

@@ -1,7 +1,4 @@
-"""Pictures of what became of an answer when parts of the image, or of the model, were put away.
-
-Left out: everything that is computed (`model.occlusion`, `evaluation.faithfulness`).
-"""
+"""Pictures of an answer's change when parts of the image, or of the model, are put away."""
 
 from collections.abc import Sequence
 
@@ -12,19 +9,18 @@ from matplotlib.figure import Figure
 from ..data import Sample
 from ..evaluation.faithfulness import CHANCE, Faithfulness
 from ..model import Occlusion
-from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, LABEL, show_dots, show_map, show_scale
+from .figures import ATTENTION_COLOUR, GREY, LABEL, show_dots, show_map, show_scale
 
 Models = dict[str, dict[str, Faithfulness]]
-"""Model's name -> what `measure_maps` found of it."""
+"""A model's name -> what `measure_maps` found."""
 
-OUTSIDE = {"frameon": False, "fontsize": LABEL, "loc": "upper left", "bbox_to_anchor": (1, 1)}
-"""A legend beside its axes."""
+OUTSIDE = {"frameon": False, "fontsize": LABEL, "loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend beside
 
 
 def occlusion_figure(samples: Sequence[Sample], found: dict[str, Occlusion], shown: int = 0) -> Figure:
-    """The fall of the expected count: over the picture at place `shown`, and of all windows beside the objects there.
+    """The fall of the expected count: over the picture at place `shown`, and of all windows by the objects there.
 
-    `found` is each model's, by its name, of `occlude` with windows side by side.
+    `found` is each model's, by name, of `occlude` with windows side by side.
     """
     figure, axes = plt.subplots(2, 1 + len(found), figsize=(3.8 * (1 + len(found)), 6.4), layout="constrained")
     show_dots(axes[0, 0], samples[shown], boxes=False)
@@ -36,9 +32,9 @@ def occlusion_figure(samples: Sequence[Sample], found: dict[str, Occlusion], sho
         drawn = show_map(upper, samples[shown].image, falls, title, limit, signed=True)
         show_scale(drawn, upper, "fall of the expected count")
         objects = np.unique(one.objects)
+        means = [np.nanmean(one.count[one.objects == number]) for number in objects]
         lower.plot(objects, objects, color="black", linewidth=1, label="one off for each object hidden")
         lower.scatter(one.objects, one.count, s=8, alpha=0.35, color=GREY)
-        means = [np.nanmean(one.count[one.objects == number]) for number in objects]
         lower.plot(objects, means, "o-", color=ATTENTION_COLOUR, label="mean fall")
         lower.set(xlabel="objects under the window", ylabel="fall of the expected count", title=name)
         lower.xaxis.get_major_locator().set_params(integer=True)
@@ -51,20 +47,19 @@ def curves_figure(models: Models) -> Figure:
     size = (11, 3.1 * len(models))
     figure, axes = plt.subplots(len(models), 2, figsize=size, squeeze=False, layout="constrained", sharey=True)
     for row, (model, found) in zip(axes, models.items(), strict=True):
-        for name, one in found.items():
-            if one.curves is None:
-                continue
-            style = {"color": "black", "linestyle": "--"} if name == "random order" else {}
-            for place, curve in zip(row, one.curves.mean(axis=0), strict=True):
-                place.plot(np.linspace(0, 100, len(curve)), curve, label=name, **style)
-        for place, title in zip(row, ("hidden (deletion)", "shown (insertion)"), strict=True):
-            place.set(xlabel=f"tokens {title}, %", ylabel="log p(answer), nats", title=model)
+        for i, title in enumerate(("hidden (deletion)", "shown (insertion)")):
+            row[i].set(xlabel=f"tokens {title}, %", ylabel="log p(answer), nats", title=model)
+            for name, one in found.items():
+                if one.curves is not None:
+                    curve = one.curves[:, i].mean(axis=0)
+                    style = "k--" if name == "random order" else "-"
+                    row[i].plot(np.linspace(0, 100, len(curve)), curve, style, label=name)
     axes[0, 1].legend(**OUTSIDE)
     return figure
 
 
 def redrawn_figure(models: Models) -> Figure:
-    """Mean rank correlation of each map with the one before, as ever more layers are re-drawn."""
+    """Mean rank correlation of each map with the sound model's, as more and more layers are re-drawn."""
     size = (5.2 * len(models), 3)
     figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained", sharey=True)
     for place, (model, found) in zip(axes[0], models.items(), strict=True):
@@ -82,12 +77,12 @@ def alignment_figure(models: Models) -> Figure:
     """KL(P || A) and mass on objects of each kind of map; maps that know nothing of their picture are grey lines."""
     figure, axes = plt.subplots(1, 2, figsize=(11.2, 3.2), layout="constrained")
     for place, measure in zip(axes, ("kl", "mass_on_objects"), strict=True):
-        styles = zip((-0.2, 0.2), models.items(), (COUNT_COLOUR, ATTENTION_COLOUR), strict=False)
-        for shift, (model, found), colour in styles:
+        height = 0.8 / len(models)
+        for i, (model, found) in enumerate(models.items()):
             names = [name for name, one in found.items() if one.alignment and name not in (*CHANCE, "target")]
             means = [found[name].alignment[measure].mean() for name in names]
-            place.barh(np.arange(len(names)) + shift, means, 0.38, color=colour, label=model)
-            place.set_yticks(range(len(names)), names)
+            place.barh(np.arange(len(names)) + i * height, means, 0.95 * height, label=model)
+            place.set_yticks(np.arange(len(names)) + 0.4 - height / 2, names)
         for chance, style in zip(CHANCE, (":", "--", "-."), strict=True):
             place.axvline(found[chance].alignment[measure].mean(), color=GREY, linestyle=style, label=chance)
         place.invert_yaxis()

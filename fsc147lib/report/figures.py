@@ -1,7 +1,4 @@
-"""Pictures of what it is given: samples, maps, curves, errors, timings.  Nothing is computed here.
-
-Left out: reading data and running models; notebooks hand in what they got from the library.
-"""
+"""Pictures of samples, maps, errors and timings.  The numbers come from the caller."""
 
 import re
 from collections.abc import Sequence
@@ -23,15 +20,13 @@ from ..model import Look
 NO_TARGET = "nothing to count: no target"
 NOTHING = 1e-12  # the largest value of a map that is 0 everywhere
 COUNT_COLOUR, ATTENTION_COLOUR, GREY = "#1f6fb4", "#d9541e", "#777777"
-MAP_COLOURS, DIFFERENCE_COLOURS = "viridis", "cividis"
-"""Lighter is more, so that they read in grey, and for the colour-blind."""
-
+MAP_COLOURS, DIFFERENCE_COLOURS = "viridis", "cividis"  # lighter is more, also in grey and for the colour-blind
 LABEL = 9  # points of the smallest text
 COUNT_SCALE = SymmetricalLogScale(None, linthresh=1, linscale=0.3)  # logarithmic, with room for 0
 
 
 def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure of pictures, each so many inches wide and high: their axes are [rows, columns], and not drawn."""
+    """A figure for pictures of a width and height in inches, and its axes [rows, columns], which are not drawn."""
     size = (width * columns, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for place in axes.flat:
@@ -40,7 +35,7 @@ def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, 
 
 
 def show_dots(axes, sample: Sample, title: str | None = None, boxes: bool = True) -> None:
-    """The photograph with its dots and exemplar boxes, titled with count and category unless a title is given."""
+    """The photograph with dots and exemplar boxes; its title is count and category unless another is given."""
     axes.imshow(sample.image)
     axes.scatter(*sample.points.T, s=14, c="#ff2d2d", edgecolors="white", linewidths=0.5)
     for x1, y1, x2, y2 in sample.boxes if boxes else ():
@@ -50,25 +45,25 @@ def show_dots(axes, sample: Sample, title: str | None = None, boxes: bool = True
 
 
 def colour_scale(values: np.ndarray, largest: float | None = None, signed: bool = False) -> ScalarMappable:
-    """From a map's values to colours, see `show_map`."""
+    """Colours of a map's values; arguments as of `show_map`."""
     largest = max(float(np.abs(values).max() if largest is None else largest), NOTHING)
-    norm = Normalize(-largest, largest) if signed else PowerNorm(0.5, 0, largest)
-    return ScalarMappable(norm, DIFFERENCE_COLOURS if signed else MAP_COLOURS)
+    if signed:
+        return ScalarMappable(Normalize(-largest, largest), DIFFERENCE_COLOURS)
+    return ScalarMappable(PowerNorm(0.5, 0, largest), MAP_COLOURS)
 
 
 def show_map(
     axes, image: Image.Image, values: np.ndarray, title: str = "", largest: float | None = None, signed: bool = False
 ):
-    """A map laid over a grey photograph, stretched over the whole of it.
+    """A map over a grey photograph, stretched to its size.
 
     Args:
-        values: [h, w]; a grid's cells are drawn as cells, without smoothing.
-        largest: the value of the brightest colour, and of all above it; the same for all maps that are compared,
-            None for this map's own.
+        values: [h, w]; cells are drawn as cells, without smoothing.
+        largest: the value of the brightest colour; None for the map's largest.  Compared maps need the same.
         signed: a difference, from -largest to largest.
 
     Returns:
-        What `show_scale` explains: colours go with the square root, so that one peak does not darken all else.
+        The drawn map, for `show_scale`.  Colours go with the square root, so that a peak does not darken other cells.
     """
     colours = colour_scale(values, largest, signed)
     axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
@@ -82,10 +77,7 @@ def show_map(
 
 
 def show_scale(shown, axes, label: str = "part of the map in a cell", extend: str = "neither") -> None:
-    """The colour bar of maps on one scale, beside the axes given; pointed where some values lie above ("max").
-
-    An empty scene's maps are 0 everywhere: no colour stands for anything, and there is no bar.
-    """
+    """A colour bar beside the axes; pointed where some values lie above ("max").  Maps of zeros get none."""
     if shown.norm.vmax <= NOTHING:
         return
     bar = shown.figure.colorbar(shown, ax=axes, label=label, extend=extend, fraction=0.03, pad=0.01, aspect=30)
@@ -115,23 +107,23 @@ def sample_views(sample: Sample) -> Figure:
 
 
 def count_histogram(counts: dict[str, Sequence[int]]) -> Figure:
-    """How many images have how many objects, for each split; both axes logarithmic, below 1 linear."""
+    """Images by their number of objects, for each split; both axes are logarithmic, below 1 linear."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     found = np.concatenate(list(counts.values()))
     edges = np.geomspace(max(found.min(), 1), found.max() + 1, 16).round()
     edges = np.unique([found.min(), *edges]) - 0.5  # whole counts, so no empty bins
-    for (split, values), colour in zip(counts.items(), (COUNT_COLOUR, ATTENTION_COLOUR, "#3a923a"), strict=False):
-        axes.hist(values, edges, histtype="step", linewidth=1.8, color=colour, label=f"{split} ({len(values)} images)")
-        axes.axvline(float(np.median(values)), color=colour, linestyle=":", linewidth=1)
+    for i, (split, values) in enumerate(counts.items()):
+        axes.hist(values, edges, histtype="step", linewidth=1.8, color=f"C{i}", label=f"{split} ({len(values)} images)")
+        axes.axvline(float(np.median(values)), color=f"C{i}", linestyle=":", linewidth=1)
     axes.set(xlabel="objects in the image (dotted: median)", ylabel="images", yscale="log")
     axes.set(xscale=COUNT_SCALE, xlim=(edges[0], edges[-1]))
-    _plain_numbers(axes)
+    plain_numbers(axes)
     axes.legend(frameon=False, fontsize=LABEL, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def _plain_numbers(axes) -> None:
-    """On log axes: 5, 10, 20, 50 instead of powers of ten."""
+def plain_numbers(axes) -> None:
+    """On logarithmic axes: 5, 10, 20, 50 instead of powers of ten."""
     for axis in (axes.xaxis, axes.yaxis):
         log, transform = axis.get_scale() == "log", axis.get_transform()
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else SymmetricalLogLocator(transform, (1, 2, 5)))
@@ -151,7 +143,7 @@ def category_bars(samples: Sequence[Sample], most: int = 20) -> Figure:
 
 
 def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
-    """Each image's predicted count against its true one, on axes logarithmic above 1; unparsed at the bottom."""
+    """Predicted counts against true ones, on axes logarithmic above 1; answers without a number at the bottom."""
     figure, axes = plt.subplots(figsize=(4.6, 4.3), layout="constrained")
     true, predicted = np.array([(image.count, image.predicted) for image in images], dtype=float).T  # None is NaN
     lost = np.isnan(predicted)
@@ -163,29 +155,32 @@ def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
         axes.plot(true[lost], [below] * lost.sum(), "rx", label=f"{lost.sum()} unparsed")
         axes.legend(frameon=False, fontsize=LABEL)
     axes.set(xscale=COUNT_SCALE, yscale=COUNT_SCALE, xlabel="true count", ylabel="predicted count")
-    _plain_numbers(axes)
+    plain_numbers(axes)
     return figure
 
 
 def map_comparison(
     samples: Sequence[Sample], maps: dict[str, Look | np.ndarray], captions: Sequence[str] = ()
 ) -> Figure:
-    """Photograph, target and one column for each kind of map, all maps on one scale; a row for each sample.
+    """A row for each sample: photograph, target, and a column for each kind of map, all maps on one scale.
 
     Args:
-        maps: title -> [B, 14, 14] in the samples' order, or a `Look` of them (`mean_map`), whose answers are named.
-        captions: a title for each row's photograph, instead of count and category.
+        maps: title -> [B, 14, 14] in the samples' order, or a `Look` (`mean_map`), whose answers are named.
+        captions: a title for each photograph, instead of count and category.
     """
     targets = np.stack([sample.target for sample in samples])
     values = [targets, *(np.asarray(getattr(column, "maps", column)) for column in maps.values())]
-    largest = float(np.quantile(values, 0.99))  # or the picture with one object would darken the others
-    width = min(3, 11.5 / (2 + len(maps)))  # a page is no wider, and shrinks what is, labels included
+    largest = float(np.quantile(values, 0.99))  # a picture with one object would darken the others
+    width = min(3, 11.5 / (2 + len(maps)))  # a page shrinks wider figures, labels included
     figure, axes = grid(len(samples), 2 + len(maps), width, 0.8 * width)
     for i, (row, sample) in enumerate(zip(axes, samples, strict=True)):
         show_dots(row[0], sample, captions[i] if captions else None, boxes=False)
-        titles = [NO_TARGET if not sample.count else "target" if i == 0 else ""]
+        titles = ["" if i else "target"] if sample.count else [NO_TARGET]
         for name, column in maps.items():
-            titles.append(": ".join([name] * (i == 0) + ([column.titles[i]] if isinstance(column, Look) else [])))
+            parts = [] if i else [name]
+            if isinstance(column, Look):
+                parts.append(column.titles[i])
+            titles.append(": ".join(parts))
         for place, column, title in zip(row[1:], values, titles, strict=True):
             shown = show_map(place, sample.image, column[i], fill(title, int(14 * width)), largest)
     show_scale(shown, axes[:, 1:], extend="max")
@@ -193,9 +188,9 @@ def map_comparison(
 
 
 def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int], title: str = "") -> Figure:
-    """Attention [L, H, 14, 14] to one image, by layers of these numbers and heads, titled with its mass on the image.
+    """Attention [L, H, 14, 14] to an image by layer and head, each titled with its mass on the image.
 
-    `title` is that of the whole, for example the answer that the maps belong to (`Look.titles`).
+    `layers` are the layers' numbers; `title` is the figure's, for example the answer (`Look.titles`).
     """
     figure, axes = grid(*maps.shape[:2], 2.2, 1.75)
     for (i, j), place in np.ndenumerate(axes):
@@ -207,20 +202,20 @@ def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int],
 
 
 def overhead_bars(rows: Sequence[dict]) -> Figure:
-    """Overhead of each heatmap, with its 95 % interval, and peak memory: rows of `time_losses`."""
-    missing, rows = ([row for row in rows if row["out_of_memory"] == lost] for lost in (True, False))
+    """Overhead of each heatmap with its 95 % interval, and peak memory: rows of `time_losses`."""
+    lost = [row["name"] for row in rows if row["out_of_memory"]]
+    rows = [row for row in rows if not row["out_of_memory"]]
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.4), layout="constrained")
     names = [re.sub(", |_| (?=on )", "\n", row["name"]) for row in rows]
     kinds = {"count only": COUNT_COLOUR, "heatmap computed": GREY, "heatmap trained": ATTENTION_COLOUR}
     colours = [list(kinds.values())[(row["method"] != "none") + row["trained"]] for row in rows]
-    middle = np.array([row["overhead_median"] for row in rows])
-    spread = np.abs(np.array([[row["overhead_low"], row["overhead_high"]] for row in rows]).T - middle)
-    places = axes[0].bar(names[1:], 100 * middle[1:], yerr=100 * spread[:, 1:], color=colours[1:], capsize=4)
+    low, middle, high = (np.array([100 * row[f"overhead_{x}"] for row in rows[1:]]) for x in ("low", "median", "high"))
+    places = axes[0].bar(names[1:], middle, yerr=np.abs([middle - low, high - middle]), color=colours[1:], capsize=4)
     axes[0].bar_label(places, fmt="%.1f", fontsize=LABEL, padding=3)
     axes[0].margins(y=0.12)  # room for the labels
     axes[0].set(ylabel="% of a step", title="overhead: median, and its 95 % interval as a whisker")
     axes[1].bar(names, [(row["peak_memory"] or 0) / 1024 for row in rows], color=colours)
-    axes[1].set(ylabel="GiB", title="peak memory" + "".join(f"; {row['name']}: out of memory" for row in missing))
+    axes[1].set(ylabel="GiB", title="; ".join(["peak memory", *(f"{name}: out of memory" for name in lost)]))
     plt.setp([*axes[0].get_xticklabels(), *axes[1].get_xticklabels()], fontsize=LABEL)
     patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in kinds.items()]
     axes[0].legend(handles=patches, frameon=False, fontsize=LABEL, loc="upper left")
@@ -228,9 +223,9 @@ def overhead_bars(rows: Sequence[dict]) -> Figure:
 
 
 def overhead_against_every(rows: Sequence[dict]) -> Figure:
-    """What is left of each trained heatmap's overhead when it is applied on each K-th step only: rows of `time_losses`.
+    """Overhead of each trained heatmap that is applied on each K-th step only: rows of `time_losses`.
 
-    A dot is the method's default K; what no logarithmic axis can show is named instead.
+    A dot is the method's default K; an overhead below 0 stands in the legend alone.
     """
     figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
     every = 2 ** np.arange(8)
@@ -244,14 +239,14 @@ def overhead_against_every(rows: Sequence[dict]) -> Figure:
         (line,) = axes.plot(every, percent / every, label=row["name"])
         axes.plot(row["every"], percent / row["every"], "o", color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="K: steps from one heatmap to the next", ylabel="% of a step")
-    _plain_numbers(axes)
+    plain_numbers(axes)
     axes.set_xticks(every, labels=[str(k) for k in every])
     axes.legend(frameon=False, fontsize=LABEL)
     return figure
 
 
 def loss_curves(rows: Sequence[dict], width: int = 20) -> Figure:
-    """Count losses of `throughput --curves`, at each step the mean of the last `width`, and how far they lie apart."""
+    """Count losses by step, each the mean of the last `width`, and their distances: rows of "name" and "losses"."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
     means = {row["name"]: np.convolve(row["losses"], np.ones(width) / width, "valid") for row in rows}
     *_, (reference, last) = means.items()
@@ -272,29 +267,28 @@ def lazy_curves(runs: dict[str, list[dict]], overhead: float) -> Figure:
         overhead: of a step that trains the heatmap, 0.76 for 76 %; time is counted in steps without it.
     """
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
-    kl, mae, time = "KL(P || A), nats", "MAE, objects", "time (steps of the count loss)"
-    axes[0].set(xlabel="steps", ylabel=kl, title="alignment after equal steps")
-    axes[1].set(xlabel=time, ylabel=kl, title="alignment after equal time")
-    axes[2].set(xlabel=time, ylabel=mae, title="error after equal time")
     for every, lines in runs.items():
-        steps = np.array([line["step"] for line in lines])
-        times = steps * (1 + overhead / int(every))
-        for place, x, key in zip(axes, (steps, times, times), ("kl", "kl", "mae"), strict=True):
-            place.plot(x, [line[key] for line in lines], ".-", label=f"K = {every}")
+        step, kl, mae = (np.array([line[key] for line in lines]) for key in ("step", "kl", "mae"))
+        time = step * (1 + overhead / int(every))
+        for place, x, y in zip(axes, (step, time, time), (kl, kl, mae), strict=True):
+            place.plot(x, y, ".-", label=f"K = {every}")
+    axes[0].set(xlabel="steps", ylabel="KL(P || A), nats", title="alignment after equal steps")
+    for place, label, title in ((axes[1], "KL(P || A), nats", "alignment"), (axes[2], "MAE, objects", "error")):
+        place.set(xlabel="time (steps of the count loss)", ylabel=label, title=f"{title} after equal time")
     axes[0].legend(frameon=False, fontsize=LABEL)
     return figure
 
 
 def throughput_bars(rows: Sequence[dict]) -> Figure:
-    """Images a second of each variant of training: rows of the `throughput` command; whiskers span the repeats."""
-    rows = [row for row in rows if "rates" in row]  # others have failed, and say so in the table
+    """Images a second of each variant, and its multiple of the first: rows of `throughput`; whiskers span the turns."""
+    rows = [row for row in rows if "rates" in row]  # others failed
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.5 * len(rows)), layout="constrained")
     names = [f"{row['name']} (batch {row['batch_size']})" for row in rows]
-    middle = np.array([row["images_per_second"] for row in rows])
-    spread = np.abs(np.array([[min(row["rates"]), max(row["rates"])] for row in rows]).T - middle)
-    colours = [GREY if "transformers" in row["name"] else ATTENTION_COLOUR for row in rows]  # peers, and the library
-    places = axes.barh(names, middle, xerr=spread, color=colours, capsize=3)
-    axes.bar_label(places, [f" {row['images_per_second']:.0f}   {row['speedup']:.1f}x" for row in rows], fontsize=LABEL)
+    speeds = np.array([row["images_per_second"] for row in rows])
+    low, high = ([end(row["rates"]) for row in rows] for end in (min, max))
+    colours = [GREY if "transformers" in name else ATTENTION_COLOUR for name in names]
+    places = axes.barh(names, speeds, xerr=np.abs([speeds - low, high - speeds]), color=colours, capsize=3)
+    axes.bar_label(places, [f" {speed:.0f}   {speed / speeds[0]:.1f}x" for speed in speeds], fontsize=LABEL)
     axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.set(xlabel="images a second, training")

@@ -1,7 +1,4 @@
-"""Pictures of predictions: photograph, map and how probable each number is; calibration; which numbers are said.
-
-Left out: everything that is computed (`model.prediction`, `evaluation.metrics`).
-"""
+"""Pictures of predictions: photograph, map and distribution; calibration; numbers that are said."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +15,9 @@ from .figures import ATTENTION_COLOUR, COUNT_COLOUR, GREY, LABEL, grid, show_dot
 def view_figure(
     sample: Sample, maps: Sequence[dict], prediction: Prediction | None = None, true: int | None = None, title: str = ""
 ) -> Figure:
-    """Photograph with its dots, maps (each the arguments of `show_map`), and a distribution over counts; three a row.
+    """Photograph with dots, maps (each the arguments of `show_map`), and a distribution over counts; three a row.
 
-    `true` is the true count, where it is known; `title` stands in place of count and category.
+    `true` is the true count, if known; `title` replaces count and category.
     """
     pictures = 1 + len(maps) + (prediction is not None)
     figure, axes = grid(-(-pictures // 3), min(3, pictures), 3.6, 2.8)
@@ -34,35 +31,29 @@ def view_figure(
     return figure
 
 
-def prediction_figure(prediction: Prediction) -> Figure:
-    """The picture, the map of the model's own answer, and the distribution over counts with its 90 % interval."""
+def save_prediction(prediction: Prediction, path: Path) -> None:
+    """Draw picture, map of the own answer, and distribution over counts to a file; its ending says the format."""
     heatmap = {"values": prediction.heatmap, "title": prediction.map_title}
     title = f"{prediction.sample.category}: {prediction.answer!r:.60}"
-    return view_figure(prediction.sample, [heatmap], prediction, title=title)
-
-
-def save_prediction(prediction: Prediction, path: Path) -> None:
-    """Draw one to a file, whose ending says the format."""
+    figure = view_figure(prediction.sample, [heatmap], prediction, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = prediction_figure(prediction)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def show_distribution(axes, prediction: Prediction, true: int | None = None) -> None:
-    """How probable each number is, with the 90 % interval, the model's own answer and the true count, if given."""
+    """Probability of each number, with the 90 % interval, the model's own answer and the true count, if given."""
     distribution, (low, high) = prediction.distribution, prediction.interval(0.9)
     axes.axvspan(low - 0.5, high + 0.5, color=COUNT_COLOUR, alpha=0.12, label=f"90 %: {low} to {high}")
     axes.stairs(distribution, np.arange(len(distribution) + 1) - 0.5, fill=True, color=COUNT_COLOUR)
-    marks = {"own answer": (prediction.count, ATTENTION_COLOUR, "-"), "true count": (true, "black", ":")}
     shown = [*prediction.interval(0.999), low, high]
-    for name, (number, colour, style) in marks.items():
+    marks = ("own answer", prediction.count, ATTENTION_COLOUR, "-"), ("true count", true, "black", ":")
+    for name, number, colour, style in marks:
         if number is not None:
             axes.axvline(number, color=colour, linestyle=style, linewidth=1.2, label=f"{name} {number}")
             shown.append(number)
-    axes.set(
-        xlabel="number", ylabel="probability", xlim=(max(0, min(shown) - 1) - 0.5, max(shown) + 1.5), ylim=(0, None)
-    )
+    axes.set(xlabel="number", ylabel="probability", ylim=(0, None))
+    axes.set_xlim(max(0, min(shown) - 1) - 0.5, max(shown) + 1.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
     silent = "" if prediction.covered > 0.99 else f"; a number is said with {prediction.covered:.0%}"
     axes.set_title(f"mode {prediction.mode}, mean {prediction.mean:.1f}{silent}", fontsize=LABEL)
@@ -70,13 +61,14 @@ def show_distribution(axes, prediction: Prediction, true: int | None = None) -> 
 
 
 def calibration_figure(rows: Sequence[dict]) -> Figure:
-    """How often the truth lies in an interval, against the probability that it claims: rows of `calibration`.
+    """Share of true counts in an interval, against the probability that it claims: rows of `calibration`.
 
     Whiskers are 95 % intervals.
     """
     figure, axes = plt.subplots(figsize=(4, 3.6), layout="constrained")
-    claimed, inside = (100 * np.array([row[key] for row in rows]) for key in ("claimed", "inside"))
-    spread = np.abs(100 * np.array([[row["low"], row["high"]] for row in rows]).T - inside)
+    keys = ("claimed", "inside", "low", "high")
+    claimed, inside, low, high = (100 * np.array([row[key] for row in rows]) for key in keys)
+    spread = np.abs([low - inside, high - inside])
     axes.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="as often as claimed")
     axes.errorbar(claimed, inside, spread, fmt="o-", color=COUNT_COLOUR, capsize=3, label="measured")
     axes.set(xlabel="probability that the interval claims, %", ylabel="truth lies in it, %", ylim=(0, 102))
@@ -86,7 +78,7 @@ def calibration_figure(rows: Sequence[dict]) -> Figure:
 
 
 def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
-    """How often each number is right, upwards, and how often it is said, downwards: of `metrics.answer_histogram`."""
+    """Images with each true number, upwards, and answers with it, downwards: of `metrics.answer_histogram`."""
     numbers, (true, said) = list(histogram), np.array(list(histogram.values())).T
     figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
     axes.bar(numbers, true, color=GREY, label=f"true: {sum(true > 0)} numbers")

@@ -1,7 +1,6 @@
-"""Behind `make run`: execute the notebooks in order with no window, and sum up their results.
+"""`make run`: executes the notebooks in order, and sums up their results.
 
-They and their HTML go to `runs/workbook/`, beside `summary.json`; what they make lies where JupyterLab looks for it
-too.  Left out: where that is (`workbook`).
+Notebooks, HTML and `summary.json` go to `runs/workbook/`.  Kernels import `workbook` alone, which takes less time.
 """
 
 import json
@@ -26,27 +25,23 @@ def run_notebook(path: Path, out: Path, progress: tqdm) -> float:
     """Execute a notebook in its own folder and write it, with its HTML, to `out`; returns the seconds it took.
 
     Raises:
-        WorkbookError: naming the notebook and quoting the failed cell; what ran before is written.
+        WorkbookError: names the notebook and quotes the failed cell; the cells that ran are written.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook, started = nbformat.read(path, as_version=4), time.perf_counter()
     client = NotebookClient(
         notebook,
         timeout=None,
         extra_arguments=["--IPKernelApp.log_level=40"],  # or each kernel warns of its unencrypted local socket
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_executed=lambda **_: progress.update(),
-        coalesce_streams=True,  # or each step of a progress bar stays as a line of its own
+        coalesce_streams=True,  # or each print stays an output of its own
     )
-    started = time.perf_counter()
     try:
         client.execute()
     except (CellExecutionError, DeadKernelError) as error:  # a kernel dies where the memory is full
         raise WorkbookError(f"{path.name} failed:\n{error}") from error
     finally:
-        for cell in notebook.cells:  # where a progress bar ended, an empty red box would stand
-            if "outputs" in cell:
-                cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
-        notebook.metadata.pop("widgets", None)  # dead in a page, and large; a static picture stands beside each
+        notebook.metadata.pop("widgets", None)  # large, and dead in a page, where a picture stands beside each
         write_text(out / path.name, nbformat.writes(notebook))
         page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook)
         write_text(out / f"{path.stem}.html", re.sub(r'(href="[\w-]+)\.ipynb', r"\1.html", page))  # from page to page
@@ -62,7 +57,7 @@ def summarise(where: Settings, seconds: dict[str, float]) -> dict:
 
 
 def summary_text(summary: dict) -> str:
-    """The summary as the few lines that `make run` ends with."""
+    """The summary as the last lines of `make run`."""
     overhead = "overhead of the attention loss: {median:.1%} (95 % interval {low:.1%} to {high:.1%})"
     times = [f"{name:<28}{spent:>8.0f} s" for name, spent in summary["seconds"].items()]
     rows = table(summary["test"], COLUMNS, head="test split")
@@ -76,7 +71,7 @@ def main() -> int:
         print("there are no notebooks here: run this in the project's folder", file=sys.stderr)
         return 2
     for bars in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(bars, "1")  # for the kernels: a bar in a page is noise
+        os.environ.setdefault(bars, "1")  # in the kernels: a bar in a page is noise
     for name in ("FSC147_DATA", "FSC147_MODEL", "FSC147_OUT"):  # kernels run in another folder
         value = os.environ.get(name)
         if value and (name == "FSC147_OUT" or Path(value).exists()):

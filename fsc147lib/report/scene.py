@@ -1,21 +1,21 @@
-"""What a model says of samples, and what the viewer shows of one choice: for the page, or the same as a figure.
+"""The viewer's numbers: what a model says of samples, and the scene of one choice, for the page or as a figure."""
 
-Left out: choosing (`viewer`), drawing in the page (`canvas`), and how anything is computed (`model`, `evaluation`).
-"""
-
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..data import GRID, Picture, Sample
 from ..evaluation import alignment
 from ..model import CountingModel, Look, Prediction, count_without, default_layers, look, mean_map
 from ..model.prompt import parse_count
-from .canvas import bars, colour_url, overlay
 from .figures import LABEL, NO_TARGET, colour_scale
 from .predictions import view_figure
 
@@ -24,11 +24,11 @@ Cells = tuple[int, ...]
 
 
 class Kept:
-    """A model's maps and predictions, each computed when it is first asked for.
+    """A model's maps and predictions, each computed at its first use.
 
     Attributes:
         layers, heads: all numbers of this model's.
-        default_layers: those whose attention is averaged unless others are chosen.
+        default_layers: layers of the mean map, unless others are chosen.
         predictions: of a sample and its hidden cells.
     """
 
@@ -38,21 +38,21 @@ class Kept:
         self.layers, self.heads = tuple(range(text.num_hidden_layers)), tuple(range(text.num_attention_heads))
         self.default_layers = default_layers(len(self.layers))
         self.predictions: dict[tuple[Sample, Cells], Prediction] = {}
-        self._looks: dict[tuple, Look] = {}
+        self.looks: dict[tuple, Look] = {}
 
     def look(self, samples, method="attention", answer="own", word="all", layers=None, heads=None) -> list[Look]:
-        """What `look` sees of each sample: of attention the mass [1, L, H, 14, 14] of all layers and heads."""
+        """`look` of each sample; attention is the mass [1, L, H, 14, 14] of all layers and heads."""
         layers = self.layers if method == "attention" else layers
         options = method, answer, word, layers, heads
-        new = [sample for sample in samples if (sample, *options) not in self._looks]
+        new = [sample for sample in samples if (sample, *options) not in self.looks]
         if new:
             seen = look(self.model, new, layers, answer=answer, method=method, heads=heads, word=word)
-            self._looks |= {(sample, *options): seen[[i]] for i, sample in enumerate(new)}
-        return [self._looks[sample, *options] for sample in samples]
+            self.looks |= {(sample, *options): seen[[i]] for i, sample in enumerate(new)}
+        return [self.looks[sample, *options] for sample in samples]
 
     @cached_property
     def rows(self) -> list[dict]:
-        """Of each sample "count", "predicted" (None: no number), and "kl" of its attention (NaN: nothing to count)."""
+        """Each sample's "count", "predicted" (None: no number), and "kl" of its attention (NaN: nothing to count)."""
         seen = self.look(self.samples)
         maps = torch.cat([mean_map(one, list(self.default_layers)).maps for one in seen])
         kl = alignment(maps, torch.tensor(np.stack([sample.target for sample in self.samples])))["kl"]
@@ -62,7 +62,7 @@ class Kept:
         ]
 
     def prediction(self, sample: Sample, cells: Cells = ()) -> Prediction:
-        """What the model says of a sample with some cells hidden."""
+        """The model's prediction of a sample with some cells hidden."""
         if (sample, cells) not in self.predictions:
             hidden = np.isin(np.arange(GRID * GRID), cells).reshape(GRID, GRID)
             self.predictions[sample, cells] = count_without(self.model, sample, hidden)
@@ -71,7 +71,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Choice:
-    """One sample and all that is chosen about it; without a model there is no map.
+    """One sample, and the chosen options of its view; without a model there is no map.
 
     `layers`, `heads`, `answer`, `method` and `word` are those of `look`, no heads: all; `cells` are hidden.
     """
@@ -88,12 +88,12 @@ class Choice:
 
     @property
     def true_count(self) -> int | None:
-        """None for a picture of one's own."""
+        """None for a user's picture."""
         return None if isinstance(self.sample, Picture) else self.sample.count
 
     @property
     def has_heads(self) -> bool:
-        """Whether layers and heads can be chosen: the gradient methods and occlusion have none."""
+        """Whether the method has layers and heads to choose from."""
         return "attention" in self.method
 
     def look(self) -> Look:
@@ -103,41 +103,44 @@ class Choice:
             (seen,) = self.kept.look([self.sample], *options)
             maps = seen.maps[:, :, list(self.heads or self.kept.heads)]
             return mean_map(replace(seen, maps=maps), list(self.layers))
-        chosen = (self.layers, self.heads or None) if self.has_heads else ()
-        return self.kept.look([self.sample], *options, *chosen)[0]
+        if self.has_heads:
+            return self.kept.look([self.sample], *options, self.layers, self.heads or None)[0]
+        return self.kept.look([self.sample], *options)[0]
 
     def maps(self) -> dict[str, dict]:
-        """Target, map and difference, as far as they exist: "title", "values", "largest", "signed" of `show_map`."""
+        """Target, map and difference, as far as they exist: the arguments of `show_map`."""
         found: dict[str, dict] = {}
         if self.true_count is not None:
-            title = "target" if self.true_count else NO_TARGET
-            found["target"] = {"title": title, "values": self.sample.target}
+            found["target"] = {"title": "target" if self.true_count else NO_TARGET, "values": self.sample.target}
         if self.kept is not None:
             seen = self.look()
             found["map"] = {"title": f"{self.method}, {seen.titles[0]}", "values": seen.maps[0].numpy()}
         largest = max(one["values"].max() for one in found.values())
-        found = {name: {**one, "largest": largest} for name, one in found.items()}
+        for one in found.values():
+            one["largest"] = largest
         if self.true_count and "map" in found:
             difference = found["map"]["values"] - self.sample.target
             found["difference"] = {"title": "map - target", "values": difference, "signed": True}
         return found
 
     def predictions(self) -> dict[str, Prediction]:
-        """What the model says of all cells and, if some are hidden, of the rest; nothing before it was computed."""
+        """The predictions of all cells and, if some are hidden, of the rest; {} until the former is computed."""
         if self.kept is None or (self.sample, ()) not in self.kept.predictions:
             return {}
-        parts = {"all cells": ()} | ({"the rest": self.cells} if self.cells else {})
-        return {name: self.kept.prediction(self.sample, cells) for name, cells in parts.items()}
+        found = {"all cells": self.kept.prediction(self.sample)}
+        if self.cells:
+            found["the rest"] = self.kept.prediction(self.sample, self.cells)
+        return found
 
     def facts(self) -> list[str]:
-        """Sentences about the sample, the answers, the map and what is hidden."""
+        """Sentences about the sample, the answers, the map and the hidden cells."""
         truth, predictions, maps = self.true_count, self.predictions(), self.maps()
         lines = [f"{self.sample.name}: {'' if truth is None else f'{truth} '}{self.sample.category}"]
         for name, said in predictions.items():
             first, last = said.interval()
-            who = self.model if name == "all cells" else f"{len(self.cells)} of {GRID * GRID} cells hidden"
+            subject = self.model if name == "all cells" else f"{len(self.cells)} of {GRID * GRID} cells hidden"
             lines.append(
-                f"{who}: {said.answer!r:.40}, most probable {said.mode} ({said.distribution[said.mode]:.0%}), "
+                f"{subject}: {said.answer!r:.40}, most probable {said.mode} ({said.distribution[said.mode]:.0%}), "
                 f"mean {said.mean:.1f}, 90 % between {first} and {last}"
             )
         if self.cells and truth is not None:
@@ -150,9 +153,9 @@ class Choice:
         return lines
 
     def scene(self) -> dict:
-        """For the page."""
+        """The scene for the page."""
         predictions = self.predictions()
-        counts = [] if self.true_count is None else [prediction.sample.count for prediction in predictions.values()]
+        counts = [] if self.true_count is None else [said.sample.count for said in predictions.values()]
         panels = {name: overlay(**one) for name, one in self.maps().items()}
         return {
             "panels": {"photograph": {"title": self.sample.category}, **panels},
@@ -166,7 +169,7 @@ class Choice:
         }
 
     def atlas(self) -> dict:
-        """All layers (down) and heads (across) of an attention map in one picture, a pixel between two of them."""
+        """An attention map's layers (down) and heads (across) in one picture, a pixel between two of them."""
         (seen,) = self.kept.look([self.sample], self.method, self.answer, self.word)
         maps = seen.maps[0].numpy()  # [L, H, 14, 14]
         spaced = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)  # [L, H, 15, 15]
@@ -183,7 +186,58 @@ class Choice:
             self.kept.prediction(self.sample)
         *_, last = None, *self.predictions().values()
         sample = self.sample if last is None else last.sample
-        true, title = (None, sample.category) if self.true_count is None else (sample.count, "")
+        title = self.sample.category if self.true_count is None else ""
+        true = None if self.true_count is None else sample.count
         figure = view_figure(sample, [*self.maps().values()], last, true, title)
         figure.suptitle("\n".join(self.facts()), fontsize=LABEL, parse_math=False)
         return figure
+
+
+# --- Pictures and numbers as the page takes them
+
+
+def data_url(image: Image.Image, format: str = "png", **options) -> str:
+    """A picture as a URL that holds it."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return f"data:image/{format};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@lru_cache(512)
+def photo_url(sample: Sample, largest: tuple[int, int] | None = None) -> str:
+    """A sample's picture, at the most of this width and height."""
+    image = sample.image
+    if largest:
+        image.thumbnail(largest, reducing_gap=2)
+    return data_url(image, "jpeg", quality=85)
+
+
+def colour_url(colours: ScalarMappable, values: np.ndarray) -> str:
+    """Numbers [h, w] as pixels in the colours of `colour_scale`; NaN is transparent."""
+    return data_url(Image.fromarray(colours.to_rgba(values, bytes=True)))
+
+
+def overlay(title: str, values: np.ndarray, largest: float | None = None, signed: bool = False) -> dict:
+    """A map [14, 14] and its colour bar for the page; arguments as of `show_map`."""
+    colours = colour_scale(values, largest, signed)
+    ticks, ramp = colours.norm.inverse(np.array([0, 0.5, 1])), colours.norm.inverse(np.linspace(0, 1, 256))
+    return {
+        "title": title, "values": values.ravel().tolist(), "src": colour_url(colours, values),
+        "ticks": ticks.tolist(), "bar": colour_url(colours, ramp[None]),
+    }  # fmt: skip
+
+
+def bars(predictions: dict[str, Prediction], marks: dict[str, int]) -> dict:
+    """Distributions over numbers as at most 60 bars: "first" number, "width" in numbers, "heights", and "marks".
+
+    `marks` are named numbers; the bars reach to them.
+    """
+    shown = [*marks.values(), *(end for prediction in predictions.values() for end in prediction.interval(0.994))]
+    first, last = max(0, min(shown) - 1), max(shown) + 1
+    width = -(-(last + 1 - first) // 60)
+    edges = np.arange(first, last + width + 1, width) - 0.5
+    heights = {
+        name: np.histogram(np.arange(len(one.distribution)), edges, weights=one.distribution)[0].round(5).tolist()
+        for name, one in predictions.items()
+    }
+    return {"first": first, "width": width, "heights": heights, "marks": marks}

@@ -1,8 +1,6 @@
-"""The viewer: one window on samples and models, in which one looks, chooses, hides cells and counts again.
+"""The viewer: a window on samples and models, to look, choose, hide cells and count again.
 
-    viewer.Viewer(FSC147(root, "val"), {"counts alone": load_model("tiny"), "both losses": load_model("tiny-dual")})
-
-Left out: what is computed and shown of a choice (`scene`), and how the page draws it (`canvas`).
+viewer.Viewer(FSC147(root, "val"), {"counts alone": load_model("tiny"), "both losses": load_model("tiny-dual")})
 """
 
 import asyncio
@@ -12,23 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
+import anywidget
 import ipywidgets as widgets
+import traitlets
 from matplotlib.figure import Figure
 
 from ..data import GRID, DataError, Picture, Sample
 from ..model import CountingModel, ModelError, method_names
 from ..model.looking import Whose, Word
 from ..options import ConfigError
-from .canvas import Canvas, photo_url
-from .scene import Choice, Kept
+from .scene import Choice, Kept, photo_url
 
-STRIP = 9
-"""Thumbnails at a time."""
-
-THUMBNAIL = 96, 72  # pixels of width and height at the most
-
-PAUSE = 0.15
-"""Seconds without a change before the distribution, which takes longer than a redraw, is computed."""
+STRIP = 9  # thumbnails at a time
+THUMBNAIL = 96, 72  # their largest width and height in pixels
+PAUSE = 0.15  # seconds without a change, before the distribution is computed, which takes longer than a redraw
 
 SORTS: dict[str, Callable[[dict], float]] = {
     "order of the split": lambda row: 0,
@@ -38,23 +33,32 @@ SORTS: dict[str, Callable[[dict], float]] = {
 }
 
 
+class Canvas(anywidget.AnyWidget):
+    """Draws `scene`, `photo` and `strip` when they change; sends the messages that `Viewer.receive` reads."""
+
+    _esm = Path(__file__).with_name("canvas.js")
+    _css = Path(__file__).with_name("canvas.css")
+    strip = traitlets.Dict().tag(sync=True)  # "thumbs": [{"place", "src", "text"}], "text", "more": [before, after]
+    photo = traitlets.Unicode().tag(sync=True)  # data URL, as all pictures
+    scene = traitlets.Dict().tag(sync=True)  # of `Choice.scene` and `Viewer.redraw`; its "version" grows
+
+
 class Viewer(widgets.VBox):
-    """Photograph, target, map and difference of one sample after the other; as the last line of a cell it is shown.
+    """Photograph, target, map and difference of a sample; shown as the last line of a cell.
 
     Args:
-        samples: with images.
-        models: name -> model, to choose from; without one, photographs and targets alone are shown.
-
-    With models it answers all samples when it opens, and again for each other model when that is chosen.
+        samples: with images; none are a DataError.
+        models: name -> model, to choose from; each answers all samples at its first choice.  Without models there
+            are photographs and targets alone.
     """
 
     def __init__(self, samples: Sequence[Sample], models: dict[str, CountingModel] | None = None):
         self.split = list(samples)
         if not self.split:
             raise DataError("there are no samples to view: give a split that has some")
-        self.samples = list(self.split)  # and after them pictures of one's own
+        self.samples = list(self.split)  # and after them the user's pictures
         self.kept = {name: Kept(model, self.split) for name, model in (models or {}).items()}
-        self.place, self.first, self.cells, self._waiting = 0, 0, (), None
+        self.place, self.first, self.cells, self.waiting = 0, 0, (), None
         self.controls, self.canvas = make_controls(self.split, self.kept), Canvas()
         self.show_sample(self.order()[0])
         for name, control in self.controls.items():
@@ -62,12 +66,12 @@ class Viewer(widgets.VBox):
         self.canvas.on_msg(lambda _, *message: self.receive(*message))
         super().__init__([widgets.Box([*self.controls.values()], layout={"flex_flow": "row wrap"}), self.canvas])
 
-    def __repr__(self) -> str:  # what a page without a kernel shows in its place
+    def __repr__(self) -> str:  # stands in a page without a kernel
         return f"a viewer of {len(self.split)} pictures: run the notebook to use it"
 
     @property
     def choice(self) -> Choice:
-        """What is shown."""
+        """The sample in view, and the chosen options."""
         if not self.kept:
             return Choice(self.samples[self.place])
         names = ("model", "method", "layers", "heads", "word", "answer")
@@ -75,11 +79,11 @@ class Viewer(widgets.VBox):
         return Choice(self.samples[self.place], self.kept[chosen["model"]], cells=self.cells, **chosen)
 
     def figure(self) -> Figure:
-        """What is shown, for a page without a running kernel."""
+        """The same view for a page without a kernel."""
         return self.choice.figure()
 
     def rows(self) -> list[dict]:
-        """Of each sample of the split its count and, with a model, what `Kept.rows` says of it."""
+        """The count of each sample of the split and, with a model, the rest of `Kept.rows`."""
         return self.choice.kept.rows if self.kept else [{"count": sample.count} for sample in self.split]
 
     def order(self) -> list[int]:
@@ -89,13 +93,14 @@ class Viewer(widgets.VBox):
         return sorted(places, key=lambda i: sort(rows[i]))
 
     def thumbnails(self) -> dict:
-        """For the page: from the first one, which is moved into the range, on."""
+        """The strip for the page; `first` is moved into its range."""
         order, rows = self.order(), self.rows()
         self.first = min(max(0, self.first), (len(order) - 1) // STRIP * STRIP)
         thumbs = []
         for i in order[self.first : self.first + STRIP]:
-            text, predicted = f"{self.split[i].count} {self.split[i].category}", rows[i].get("predicted", "")
-            if predicted != "":
+            text = f"{self.split[i].count} {self.split[i].category}"
+            if self.kept:
+                predicted = rows[i]["predicted"]
                 text = f"{'?' if predicted is None else predicted} of {text}"
             thumbs.append({"place": i, "src": photo_url(self.split[i], THUMBNAIL), "text": text})
         text = f"{self.first + 1} to {self.first + len(thumbs)} of {len(order)}"
@@ -114,27 +119,38 @@ class Viewer(widgets.VBox):
         self.redraw()
 
     def redraw(self, message: str = "") -> None:
-        """Send the page what is chosen; thumbnails and photograph go there only where they changed."""
+        """Send the scene to the page, with its changed pictures."""
         if self.kept:
             offer(self.controls, self.choice)
-        choice, rows, version = self.choice, self.rows(), self.canvas.scene.get("version", 0) + 1
-        names = [sample.name for sample in self.split]
-        points = [[i, row["count"], row["predicted"], names[i]] for i, row in enumerate(rows)] if self.kept else []
+        points = []
+        if self.kept:
+            points = [[i, row["count"], row["predicted"], self.split[i].name] for i, row in enumerate(self.rows())]
+        version = self.canvas.scene.get("version", 0) + 1
         more = {"version": version, "place": self.place, "message": message, "points": points}
         with self.canvas.hold_sync():
-            self.canvas.strip, self.canvas.photo = self.thumbnails(), photo_url(choice.sample)
-            self.canvas.scene = {**choice.scene(), **more}
-        self._predict_later()
+            self.canvas.strip, self.canvas.photo = self.thumbnails(), photo_url(self.choice.sample)
+            self.canvas.scene = {**self.choice.scene(), **more}
+        self.predict_later()
 
-    def receive(self, content: dict, buffers: Sequence = ()) -> None:
-        """Do what a message of the page asks for, see `Canvas`, or say there why not."""
+    def predict_later(self) -> None:
+        """Compute the distribution over counts after a pause without a change."""
+        if self.waiting is not None:
+            self.waiting.cancel()
+        if self.kept and not self.choice.predictions():
+            try:
+                self.waiting = asyncio.get_running_loop().call_later(PAUSE, self.receive, {"kind": "predict"})
+            except RuntimeError:  # there is no kernel
+                self.receive({"kind": "predict"})
+
+    def receive(self, message: dict, buffers: Sequence = ()) -> None:
+        """Do what a message asks for; the page shows the reason where that cannot be."""
         try:
-            self._do(content, buffers)
+            self.do(message, buffers)
         except (DataError, ConfigError, ModelError, ValueError) as error:
             self.redraw(str(error))
 
-    def _do(self, content: dict, buffers: Sequence) -> None:
-        match content:
+    def do(self, message: dict, buffers: Sequence) -> None:
+        match message:
             case {"kind": "open", "place": place}:
                 self.show_sample(place)
             case {"kind": "page", "by": by}:
@@ -156,24 +172,16 @@ class Viewer(widgets.VBox):
                 self.choice.kept.prediction(self.samples[self.place])
                 self.redraw()
 
-    def _predict_later(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        if self.kept and not self.choice.predictions():
-            try:
-                self._waiting = asyncio.get_running_loop().call_later(PAUSE, self.receive, {"kind": "predict"})
-            except RuntimeError:  # no kernel, so nobody waits
-                self.receive({"kind": "predict"})
-
 
 def make_controls(samples: list[Sample], kept: dict[str, Kept]) -> dict[str, widgets.Widget]:
-    """Menus by name, each with what there is to choose; those of a model only where there is one, see `offer`."""
-    categories = [("all", ""), *sorted({(sample.category, sample.category) for sample in samples})]
-    menus = {"sort": list(SORTS)[: None if kept else 2], "category": categories}
+    """Menus by name; `offer` fills some of those of a model."""
+    menus = {"sort": list(SORTS), "category": [("all", ""), *sorted({(one.category, one.category) for one in samples})]}
     if kept:
-        menus |= {"model": kept, "method": method_names(), "layers": [()], "heads": [()], "word": get_args(Word)}
-        menus |= {"answer": get_args(Whose)}
-    made = {name: widgets.Dropdown(options=list(menu), description=name) for name, menu in menus.items()}
+        menus |= {"model": list(kept), "method": method_names(), "layers": [()], "heads": [()]}
+        menus |= {"word": get_args(Word), "answer": get_args(Whose)}
+    else:
+        menus["sort"] = menus["sort"][:2]  # the other two need answers
+    made = {name: widgets.Dropdown(options=menu, description=name) for name, menu in menus.items()}
     if kept:
         made["count"] = widgets.Text("objects", description="count", tooltip="what to count in a picture of your own")
     for control in made.values():
@@ -182,7 +190,7 @@ def make_controls(samples: list[Sample], kept: dict[str, Kept]) -> dict[str, wid
 
 
 def offer(controls: dict[str, widgets.Widget], choice: Choice) -> None:
-    """Give the menus that depend on model, method and picture what there is to choose now."""
+    """Fill the menus that depend on model, method and picture."""
     kept = choice.kept
     default = f"default: {', '.join(map(str, kept.default_layers))}"
     menus = {

@@ -27,6 +27,7 @@ from ..model.load import load_model
 from ..model.network import Recipe, compile_layers, freeze_vision, save_memory
 from ..model.pixels import PixelStore
 from ..options import ConfigError, Precision, need
+from ..readers import progress_bar
 from .batches import SizeBatches, make_loader, windows
 from .controls import AttentionTarget, controlled, need_other_images
 from .interrupt import Interrupted, Signals, stopped
@@ -328,7 +329,7 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
             run.open()
             if not run.result.epochs:
                 run.validate()
-            with tqdm(total=run.total_steps, initial=run.step, desc="train") as progress:
+            with progress_bar(total=run.total_steps, initial=run.step, desc="train") as progress:
                 while run.epoch < config.epochs:
                     with signals.hold():
                         run.train_epoch(progress)

@@ -16,7 +16,7 @@ from PIL import Image
 from fsc147lib.data import FSC147, DataError
 from fsc147lib.evaluation import evaluate_samples
 from fsc147lib.model import Prediction, count_without, load_model, look, mean_map, predict_samples
-from fsc147lib.report import canvas
+from fsc147lib.report.scene import bars
 from fsc147lib.report.viewer import Viewer
 
 pytestmark = pytest.mark.medium
@@ -56,7 +56,7 @@ def test_map_answer_and_measures_are_the_models(window, samples, model):
     difference = heatmap - samples[0].target
     np.testing.assert_allclose(panel(window, "difference")["values"], difference.ravel(), atol=1e-5)
     assert panel(window, "map")["ticks"] == panel(window, "target")["ticks"]
-    np.testing.assert_allclose(panel(window, "map")["ticks"][2], max(heatmap.max(), samples[0].target.max()))
+    np.testing.assert_allclose(panel(window, "map")["ticks"][2], max(heatmap.max(), samples[0].target.max()), 1e-5)
     colours = np.array(picture(panel(window, "map")["src"]))  # a cell is a pixel, the brightest where most is
     assert colours.shape == (14, 14, 4) and colours[..., 1].argmax() == heatmap.argmax()
     said = predict_samples(model, samples[:1])[0]
@@ -183,6 +183,6 @@ def test_empty_scenes_and_no_scenes(samples, model):
 def test_wide_distributions_become_few_bars():
     wide = np.zeros(10_000)
     wide[100:900] = 1 / 800
-    drawn = canvas.bars({"all": Prediction(None, "", None, wide, 1, None)}, {"true": 1000})
+    drawn = bars({"all": Prediction(None, "", None, wide, 1, None)}, {"true": 1000})
     assert len(drawn["heights"]["all"]) <= 60 and sum(drawn["heights"]["all"]) == pytest.approx(1, abs=0.02)
     assert drawn["first"] + drawn["width"] * len(drawn["heights"]["all"]) > 1000
