@@ -50,3 +50,17 @@ def test_the_data_page_s_example_is_a_clean_root(tmp_path):
     report = check(tmp_path)
     assert report.clean, str(report)
     assert report.splits["train"]["images"] == 2 and report.splits["train"]["mean"] == 2
+
+
+def test_the_readme_s_speeds_agree_with_one_another_and_with_the_recorded_ones():
+    text = (HERE / "README.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line[0] == "plain transformers loop")
+    told = [tuple(map(float, line[1:])) for line in lines[start : start + 6]]
+    plain, trainer, compiled, cached = (told[i][0] for i in (0, 1, 4, 5))
+    assert [times for _, times in told] == pytest.approx([speed / trainer for speed, _ in told], abs=0.05)
+    assert f"**{compiled / trainer:.1f} and {cached / trainer:.1f} times as fast as `Trainer`**" in text
+    assert f"{compiled / plain:.1f} and {cached / plain:.1f} times as fast as the plain loop" in text
+    for card in ("h100", "h200"):
+        rows = json.loads((HERE / f"notebooks/recorded/throughput-{card}-2b.json").read_text())["rows"]
+        assert "{:.0f} and {:.0f}".format(*(row["images_per_second"] for row in rows[-2:])) in text

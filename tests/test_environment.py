@@ -1,9 +1,13 @@
-"""The three lists of packages agree: pyproject.toml, environment.yml and the lock."""
+"""The three lists of packages agree: pyproject.toml, environment.yml and the lock; threads wait passively."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -49,3 +53,14 @@ def test_transformers_is_capped_below_the_next_minor_release():
     (upper,) = (Version(one.version) for one in wanted()["transformers"] if one.operator == "<")
     tried = locked()["transformers"]
     assert upper.release == (tried.major, tried.minor + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU OpenMP")
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_passively_unless_the_user_has_set_it(chosen, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+    command = [sys.executable, "-c", "import fsc147lib, torch"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert re.search(r"OMP_WAIT_POLICY\s*=\s*'(\w+)'", done.stderr)[1] == expected

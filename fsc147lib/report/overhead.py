@@ -1,7 +1,6 @@
-"""What the attention loss costs: the same training step with and without it, timed side by side.
+"""The attention loss's cost: a training step with and without it, timed in turns.
 
-Variants take turns in one process, so that a machine whose speed drifts slows all of them alike, and are compared by
-ratios within a turn.  Left out: images a second on a data set (`throughput`), the table (`timing`).
+Variants are compared by ratios within a turn, because a machine's speed drifts.
 """
 
 import tempfile
@@ -27,7 +26,7 @@ from ..training.step import TrainingStep, make_accelerator, make_optimizer
 from .shapes import drawn_root, load_or_shape
 from .timing import table, write_report
 
-WEIGHT = 0.1  # of the attention loss, where it is trained; its size costs nothing
+WEIGHT = 0.1  # of a trained attention loss; its size costs nothing
 
 
 @dataclass(frozen=True)
@@ -61,21 +60,21 @@ class OverheadConfig:
 
 
 def variants_of(methods: tuple[str, ...], batch_size: int) -> list[dict]:
-    """The count loss alone; each method computed, trained on all images of a batch, and on its default number where
-    that is less.  `images` is None for all, `every` the method's default K."""
+    """The count loss alone; of each method its heatmap computed, trained on whole batches, and trained on the method's
+    default number of images where that is less.  `images` None is all; `every` is the method's default K."""
     variants = [{"name": "count only", "method": "none", "trained": False, "images": None, "every": 1}]
     for method in methods:
         images, every = METHODS[method].images, METHODS[method].every
         variant = {"name": f"{method}, computed", "method": method, "trained": False, "images": None, "every": every}
         trained = {**variant, "name": f"{method}, trained", "trained": True}
         variants += [variant, trained]
-        if (images or batch_size) < batch_size:
+        if images and images < batch_size:
             variants.append({**trained, "name": f"{method}, trained on {images}", "images": images})
     return variants
 
 
 class HeatmapBesideCount(DualLoss):
-    """The count loss alone, of a pass whose heatmap is computed and thrown away."""
+    """The count loss of a pass whose heatmap is computed and thrown away."""
 
     def forward(self, batch: Batch, tokens=None, images=None, weight=None) -> LossParts:
         logits, _ = self.heatmap.with_logits(batch)
@@ -92,21 +91,17 @@ def take_turns(steps: dict[str, Callable], batches: list[Batch], rounds: int, de
 
 
 def time_losses(model: CountingModel, samples: list[Sample], config: OverheadConfig) -> list[dict]:
-    """Time a step with the count loss alone against one with each heatmap, computed only, and trained.
+    """Time a step of each of `variants_of`.
 
     Args:
         model: its weights move by steps of 1e-6; the vision encoder trains if its recipe says so.
-        samples: cut into batches; a last incomplete one is left out.
+        samples: cut into whole batches; ValueError where they make none.
 
     Returns:
-        A row for each variant: `name`, `method`, `trained`, `images` (of a batch; None for all), `every` (the
-        method's default K), `out_of_memory`; unless that is true `seconds_median`, `seconds_low` and `seconds_high`
-        (quartiles), `peak_memory` (MiB); from the ratios to "count only" within a turn `overhead_median`,
-        `overhead_low` and `overhead_high` (95 % bootstrap interval), 0.03 for 3 %; and where the heatmap is trained
-        `overhead_lazy`, the median spread over K steps.
-
-    Raises:
-        ValueError: fewer samples than one batch.
+        A row for each variant: `name`, `method`, `trained`, `images`, `every`, `out_of_memory`; unless that is true
+        `peak_memory` (MiB), `seconds_median`, `seconds_low`, `seconds_high` (quartiles), `overhead_median`,
+        `overhead_low`, `overhead_high` (over "count only", 95 % bootstrap interval; 0.03 is 3 %), and where the
+        heatmap is trained `overhead_lazy`, the median spread over K steps.
     """
     size = config.batch_size
     if len(samples) < size:
@@ -115,7 +110,7 @@ def time_losses(model: CountingModel, samples: list[Sample], config: OverheadCon
     device, accelerator = compute.device.type, make_accelerator(compute)
     network = model.network.to(device).train()
     freeze_vision(network, not model.recipe.train_vision)
-    optimizer = make_optimizer(network, 1e-6)  # one for all: less memory
+    optimizer = make_optimizer(network, 1e-6)  # one for all variants: less memory
     collate = Collate(model.tokenizer, model.image_processor)
     starts = range(0, len(samples) - size + 1, size)
     batches = [to_device(collate(samples[start : start + size]), device) for start in starts]
@@ -123,13 +118,13 @@ def time_losses(model: CountingModel, samples: list[Sample], config: OverheadCon
         compile_layers(network, make_heatmap(network).layers)
     rows, steps = variants_of(config.methods, size), {}
     for row in rows:
-        method = "attention" if row["method"] == "none" else row["method"]
-        heatmap = make_heatmap(network, method)
-        loss = DualLoss if row["trained"] or row["method"] == "none" else HeatmapBesideCount
-        loss = loss(network, heatmap=heatmap, heatmap_images=row["images"])
+        counts_alone = row["method"] == "none"
+        heatmap = make_heatmap(network, "attention" if counts_alone else row["method"])
+        loss_class = DualLoss if row["trained"] or counts_alone else HeatmapBesideCount
+        loss = loss_class(network, heatmap=heatmap, heatmap_images=row["images"])
         step = partial(TrainingStep(loss, optimizer, accelerator, compute), weight=WEIGHT if row["trained"] else 0)
         try:
-            step([batches[0]])  # before it is measured: the first step allocates what stays
+            step([batches[0]])  # the first step allocates what stays
             row["peak_memory"] = peak_memory(partial(step, [batches[0]]), device)
             steps[row["name"]] = step
         except torch.cuda.OutOfMemoryError:
@@ -137,20 +132,20 @@ def time_losses(model: CountingModel, samples: list[Sample], config: OverheadCon
             torch.cuda.empty_cache()
         row["out_of_memory"] = row["name"] not in steps
     seconds = take_turns(steps, batches, config.rounds, device)
-    return [row if row["out_of_memory"] else row | _timing(row, seconds) for row in rows]
-
-
-def _timing(row: dict, seconds: dict[str, np.ndarray]) -> dict:
-    own = seconds[row["name"]]
-    low, median, high = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
-    numbers = {"seconds_low": low, "seconds_median": median, "seconds_high": high}
-    low, median, high = bootstrap_interval(own / seconds["count only"] - 1, np.median)
-    numbers |= {"overhead_low": low, "overhead_median": median, "overhead_high": high}
-    return numbers | ({"overhead_lazy": median / row["every"]} if row["trained"] else {})
+    for row in rows:
+        if not row["out_of_memory"]:
+            own = seconds[row["name"]]
+            numbers = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
+            numbers += bootstrap_interval(own / seconds["count only"] - 1, np.median)
+            names = product(("seconds", "overhead"), ("low", "median", "high"))
+            row |= {f"{kind}_{end}": number for (kind, end), number in zip(names, numbers, strict=True)}
+            if row["trained"]:
+                row["overhead_lazy"] = row["overhead_median"] / row["every"]
+    return rows
 
 
 def measure_overhead(config: OverheadConfig) -> list[dict]:
-    """Rows of `time_losses` on drawn pictures, printed and written; `python -m fsc147lib overhead` calls this."""
+    """Rows of `time_losses` on drawn pictures, printed and written; `fsc147lib overhead` calls this."""
     model = load_or_shape(config.model, choose_compute(config.precision).device.type)
     with tempfile.TemporaryDirectory() as folder:
         sizes = [config.image_size] * (config.batches * config.batch_size)

@@ -1,7 +1,4 @@
-"""What the benchmarks share: the table of their rows, and a file that says on what they were measured.
-
-Left out: what is timed (`overhead`, `throughput`), and drawing (`figures`).
-"""
+"""The benchmarks' table, and their report with the machine that they were measured on."""
 
 import json
 import os
@@ -19,12 +16,9 @@ from ..evaluation.answering import to_csv
 from ..evaluation.tables import aligned
 from ..files import write_json, write_text
 
-COLUMNS = {
+COLUMNS = {  # a number's name in a row: head of its column, form of its cell
     "seconds_median": ("s per step (quartiles)", "{seconds_median:.3f} ({seconds_low:.3f} to {seconds_high:.3f})"),
-    "overhead_median": (
-        "overhead (95 % interval)",
-        "{overhead_median:.1%} ({overhead_low:.1%} to {overhead_high:.1%})",
-    ),
+    "overhead_median": ("overhead (95 %)", "{overhead_median:.1%} ({overhead_low:.1%} to {overhead_high:.1%})"),
     "overhead_lazy": ("on each K-th step", "{overhead_lazy:.1%} (K = {every})"),
     "batch_size": ("batch", "{batch_size}"),
     "images_per_second": ("images/s", "{images_per_second:.1f}"),
@@ -35,38 +29,35 @@ COLUMNS = {
     "startup": ("first step, s", "{startup:.0f}"),
     "validation_per_second": ("validation images/s", "{validation_per_second:.1f}"),
 }
-"""A number's name in a row, its column's head, and how the row is written there."""
 
 
 def table(rows: Iterable[dict], columns: dict[str, tuple[str, str]] = COLUMNS, head: str = "variant") -> str:
-    """Rows as text: a line for each, with its `name` under `head` and the columns that any row has numbers for."""
+    """A line of text for each row: its `name` under `head`, and those of the columns that any row has a number for."""
     rows = list(rows)
     shown = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
     cells = [[head, *(title for title, _ in shown.values())]]
     for row in rows:
         ended = ": out of memory" if row.get("out_of_memory") else ": failed" if row.get("failed") else ""
-        name, row = row["name"] + ended, row | {"peak_memory": row.get("peak_memory") and row["peak_memory"] / 1024}
-        cells.append([name, *("" if row.get(key) is None else form.format(**row) for key, (_, form) in shown.items())])
+        if row.get("peak_memory") is not None:
+            row = {**row, "peak_memory": row["peak_memory"] / 1024}
+        numbers = ["" if row.get(key) is None else form.format(**row) for key, (_, form) in shown.items()]
+        cells.append([row["name"] + ended, *numbers])
     return aligned(cells)
 
 
 def write_report(path: str | Path, report: dict, config=None) -> None:
-    """Write a benchmark's report as JSON, with the command, its options and the machine; the rows also as .csv.
-
-    Args:
-        report: with `rows`.
-        config: the command's dataclass.
-    """
-    path, options = Path(path), asdict(config) if config else {}
+    """Write a benchmark's report, with its `rows`, as JSON with command, options and machine; the rows also as .csv."""
+    options = asdict(config) if config else {}
     options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-    about = {"command": "python -m fsc147lib " + " ".join(sys.argv[1:]), **options, **machine()}
-    write_json(path, {**about, **report})
+    command = "python -m fsc147lib " + " ".join(sys.argv[1:])
+    write_json(path, {"command": command, **options, **machine(), **report})
     keys = dict.fromkeys(key for row in report["rows"] for key in row)
-    write_text(path.with_suffix(".csv"), to_csv([{key: row.get(key) for key in keys} for row in report["rows"]]))
+    rows = [{key: row.get(key) for key in keys} for row in report["rows"]]
+    write_text(Path(path).with_suffix(".csv"), to_csv(rows))
 
 
 def machine() -> dict:
-    """What a timing was measured on, and when."""
+    """Date, versions, and hardware."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
@@ -79,7 +70,7 @@ def machine() -> dict:
 
 
 def read_report(path: str | Path) -> tuple[dict, str]:
-    """A file of `write_report`, and a line that says on what, when and how it was measured."""
+    """A file of `write_report`, and a line with its hardware, versions, date and command."""
     report = json.loads(Path(path).read_text())
     processor = report["gpu"] or f"{report['threads']} cores of {report['processor']}"
     versions = f"torch {report['torch']}, transformers {report['transformers']}"

@@ -92,7 +92,7 @@ def run_sweep(config: SweepConfig) -> list[dict]:
     Returns:
         The rows of `sweep.json`, in the grid's order: `name`, `options` (of the grid), `finished`, `error` (None, or
         the last printed line of a failed run), `seconds` (of all its processes); of a finished run `best` and `last`
-        (validation metrics with their epoch), `curve` (metrics of each epoch) and `splits` (`answers` of each split).
+        (validation metrics with their epoch), `curve` (metrics of each epoch) and `splits` (`answer_split` of each).
     """
     runs, path = grid_runs(config), config.out / "sweep.json"
     spent = {row["name"]: row["seconds"] for row in json.loads(path.read_text())["runs"]} if path.is_file() else {}
@@ -110,7 +110,7 @@ def run_sweep(config: SweepConfig) -> list[dict]:
         print(f"{run.name}: {error or 'MAE {mae:.2f}'.format(**rows[run.name]['best'])}, {seconds:.0f} s", flush=True)
     for run in runs:
         if config.splits and rows[run.name]["finished"]:
-            rows[run.name]["splits"] = {split: answers(run.config, split) for split in config.splits}
+            rows[run.name]["splits"] = {split: answer_split(run.config, split) for split in config.splits}
             write()
     return list(rows.values())
 
@@ -148,7 +148,7 @@ def start(run: GridRun, log: Path, threads: int) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
-def answers(config: TrainConfig, split: str) -> dict:
+def answer_split(config: TrainConfig, split: str) -> dict:
     """Answers of a run's last weights on a split: the `metrics`, and each image's `error` and `kl`."""
     found = evaluate(EvaluateConfig(
         config.data, str(config.out / "last"), split, batch_size=64, category=config.category,

@@ -7,15 +7,8 @@ import re
 import pytest
 
 from fsc147lib.options import ConfigError
-from fsc147lib.report.comparison import (
-    CompareConfig,
-    compare_runs,
-    epoch_curves,
-    images_of_best,
-    splits_table,
-    sweep_figure,
-    sweep_table,
-)
+from fsc147lib.report import comparison
+from fsc147lib.report.comparison import CompareConfig, compare_runs
 
 
 def write_run(folder, errors, kl, absurd=(0, None), **options):
@@ -80,7 +73,7 @@ def test_a_trained_run_compares_with_itself(tmp_path, root):
 
     out = tmp_path / "run"
     result = train(TrainConfig(root, out, "tiny-random", epochs=2, limit=4, batch_size=2, tracking="disabled"))
-    assert len(images_of_best(out, result.summary())) == 4
+    assert len(comparison.images_of_best(out, result.summary())) == 4
     assert "MAE +0.000 (+0.000 to +0.000)" in compare_runs(CompareConfig((out, out)))
 
 
@@ -95,12 +88,12 @@ def test_seeds_are_put_together():
     failed = {"name": "1,1", "options": {"attention_weight": 1, "seed": 1}, "finished": False, "seconds": 1.0}
     rows = [row(0, 0, [9, 3, 4], 0.8), row(0, 1, [9, 5, 6], 0.9), row(1, 0, [9, 2, 1], None),
             {**failed, "error": "out of memory"}]  # fmt: skip
-    _, without, weighted, below = sweep_table(rows).splitlines()
+    _, without, weighted, below = comparison.sweep_table(rows).splitlines()
     assert re.split("  +", without) == [
         "attention_weight 0", "2", "4.00 (3.00 to 5.00)", "5.00 (4.00 to 6.00)", "0.850 (0.800 to 0.900)", "10",
     ]  # fmt: skip
     assert weighted.split()[2:4] == ["1", "1.00"] and below == "1,1 failed: out of memory"
-    mae, kl = sweep_figure(rows).axes
+    mae, kl = comparison.sweep_figure(rows).axes
     assert [line.get_ydata().tolist() for line in mae.lines] == [[9, 4, 5], [9, 2, 1]]
     assert kl.lines[0].get_ydata() == pytest.approx([0.85] * 3)
 
@@ -112,14 +105,14 @@ def test_splits_are_compared_seed_by_seed_and_picture_by_picture():
 
     rows = [answered(0, 0, [2, 3, 4, 5]), answered(0, 1, [3, 4, 5, 6]), answered(1, 0, [1, 2, 3, 4]),
             answered(1, 2, [9, 9, 9, 9]), row(1, 3, [9, 2], 0.5)]  # fmt: skip
-    _, without, weighted = splits_table(rows, "test").splitlines()
+    _, without, weighted = comparison.splits_table(rows, "test").splitlines()
     assert "4.00 (3.50 to 4.50)" in without and without.split()[2] == "2"
     assert "5.75 (2.50 to 9.00)" in weighted and "1.00 (1.00 to 1.00)" in weighted  # of seed 0, which both have
 
 
 def test_epoch_curves_are_the_logs():
     epochs = [{"epoch": epoch, "val": {"mae": mae, "kl": kl}} for epoch, mae, kl in ((0, 6.0, 0.4), (1, 5.0, 0.3))]
-    mae, kl = epoch_curves({"both": epochs}, baseline=12.0).axes
+    mae, kl = comparison.epoch_curves({"both": epochs}, baseline=12.0).axes
     assert mae.get_ylim()[0] == 0 and mae.get_ylim()[1] > 12.0  # the baseline is in the picture
     assert mae.lines[0].get_xydata().tolist() == [[0, 6], [1, 5]] and mae.lines[1].get_ydata() == [12, 12]
     assert kl.lines[0].get_xydata().tolist() == [[0, 0.4], [1, 0.3]] and len(kl.lines) == 1

@@ -1,3 +1,5 @@
+"""The overhead benchmark compares steps within a turn, and reports what it measured."""
+
 import csv
 import json
 
@@ -7,11 +9,11 @@ import torch
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.model.device import peak_memory
-from fsc147lib.model.heatmaps import Heatmap
+from fsc147lib.model.heatmaps import InputGradient
 from fsc147lib.report import overhead
 from fsc147lib.report.overhead import OverheadConfig, measure_overhead, take_turns, time_losses
 from fsc147lib.report.shapes import drawn_root, load_or_shape
-from fsc147lib.report.timing import table, write_report
+from fsc147lib.report.timing import table
 
 
 def test_variants_take_turns():
@@ -38,36 +40,36 @@ def test_overhead_is_the_median_of_ratios_within_a_turn(tiny, root, monkeypatch)
 
 
 @pytest.mark.slow
-def test_rows_and_files(tiny, root, tmp_path):
-    rows = time_losses(tiny, list(FSC147(root, "train"))[:4], OverheadConfig(batch_size=2, rounds=2))
-    assert [(row["method"], row["trained"]) for row in rows] == [
-        ("none", False), ("attention", False), ("attention", True), ("token_gradient", False),
-        ("token_gradient", True), ("input_gradient", False), ("input_gradient", True),
+def test_the_command_writes_a_row_for_each_variant(tmp_path, capsys):
+    config = OverheadConfig(batch_size=5, batches=1, rounds=2, image_size=(64, 96), json=tmp_path / "rows.json")
+    rows = measure_overhead(config)
+    assert [row["name"] for row in rows] == [
+        "count only", "attention, computed", "attention, trained", "token_gradient, computed",
+        "token_gradient, trained", "input_gradient, computed", "input_gradient, trained",
+        "input_gradient, trained on 4",
     ]  # fmt: skip
     assert all(row["seconds_low"] <= row["seconds_median"] <= row["seconds_high"] for row in rows)
-    write_report(tmp_path / "rows.json", {"rows": rows, "model": "tiny"})
     written = json.loads((tmp_path / "rows.json").read_text())
-    assert written["rows"] == rows and written["threads"] >= 1
+    assert written["rows"] == rows and written["threads"] >= 1 and written["image_size"] == [64, 96]
     with (tmp_path / "rows.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in rows]
-    assert "input_gradient, trained" in table(rows)
+    assert "input_gradient, trained on 4" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_out_of_memory_is_a_row(tiny, root, monkeypatch):
-    real = Heatmap.with_logits
+    real = InputGradient.mass
 
-    def full(self, batch, create_graph=False):
-        if self.method == "input_gradient" and create_graph:
+    def full(self, batch, create_graph=False, prompts=None):
+        if create_graph:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(self, batch, create_graph)
+        return real(self, batch, create_graph, prompts)
 
-    monkeypatch.setattr(Heatmap, "with_logits", full)
+    monkeypatch.setattr(InputGradient, "mass", full)
     config = OverheadConfig(methods=("input_gradient",), batch_size=2, rounds=1)
     rows = time_losses(tiny, list(FSC147(root, "train"))[:2], config)
-    assert [row["out_of_memory"] for row in rows] == [False, False, True]
-    assert "overhead_median" not in rows[2]
-    assert "out of memory" in table(rows)
+    assert [row["out_of_memory"] for row in rows] == [False, False, True] and "overhead_median" not in rows[2]
+    assert "input_gradient, trained: out of memory" in table(rows)
 
 
 @pytest.mark.medium
@@ -84,26 +86,13 @@ def test_a_root_is_drawn_with_the_sizes_that_are_wanted(tmp_path):
         assert (sample.points >= 0).all() and (sample.points <= sample.size[::-1]).all() and len(sample.boxes) <= 3
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path):
-    config = OverheadConfig(methods=("attention",), batch_size=2, batches=1, rounds=1, image_size=(64, 96),
-                             json=tmp_path / "rows.json")  # fmt: skip
-    assert measure_overhead(config) == json.loads((tmp_path / "rows.json").read_text())["rows"]
-
-
 def test_too_few_samples_are_named(tiny, root):
     with pytest.raises(ValueError, match="2 samples make no batch of 8"):
         time_losses(tiny, list(FSC147(root, "train"))[:2], OverheadConfig())
 
 
 def test_peak_memory_sees_what_a_call_allocates():
-    def small():
-        pass
-
-    def large():
-        np.ones(30_000_000)  # 229 MiB
-
-    peaks = peak_memory(large, "cpu"), peak_memory(small, "cpu")
-    if None in peaks:
+    large, small = peak_memory(lambda: np.ones(30_000_000), "cpu"), peak_memory(lambda: None, "cpu")  # 229 MiB
+    if small is None:
         pytest.skip("this system does not tell a process's peak memory anew")
-    assert peaks[0] - peaks[1] > 150
+    assert large - small > 150

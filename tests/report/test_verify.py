@@ -67,17 +67,15 @@ def test_an_eager_mask_that_is_off_by_one(tiny, monkeypatch, root):
     plain = modeling_qwen3_vl.eager_attention_forward
 
     def shifted(module, query, key, value, attention_mask, **kwargs):
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask[..., 1:, :], torch.zeros_like(attention_mask[..., :1, :])], 2)
-        return plain(module, query, key, value, attention_mask, **kwargs)
+        mask = torch.cat([attention_mask[..., 1:, :], torch.zeros_like(attention_mask[..., :1, :])], dim=2)
+        return plain(module, query, key, value, mask, **kwargs)
 
     monkeypatch.setattr(modeling_qwen3_vl, "eager_attention_forward", shifted)
     assert failed(tiny, monkeypatch, root) == ["attention heatmap"]
 
 
 @pytest.mark.slow
-def test_a_head_that_is_not_tied(tiny, monkeypatch, root, capsys):
-    """Though the model's config says that it is."""
+def test_a_head_that_is_not_tied_as_the_config_says(tiny, monkeypatch, root, capsys):
     tiny.network.lm_head.weight = torch.nn.Parameter(tiny.network.lm_head.weight.detach() * 1.5)
     assert failed(tiny, monkeypatch, root) == ["saved model"]
     assert "they were written lm_head.weight" in capsys.readouterr().out
@@ -87,8 +85,5 @@ def test_a_head_that_is_not_tied(tiny, monkeypatch, root, capsys):
 def test_a_pass_that_is_not_transformers_own(tiny, monkeypatch, root):
     embed = forward.encode_images
 
-    def brighter(network, batch, **options):
-        return [1.3 * features for features in embed(network, batch, **options)]
-
-    monkeypatch.setattr(forward, "encode_images", brighter)
+    monkeypatch.setattr(forward, "encode_images", lambda *batch, **options: [1.3 * x for x in embed(*batch, **options)])
     assert failed(tiny, monkeypatch, root)[0] == "attention heatmap"

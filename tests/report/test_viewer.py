@@ -1,4 +1,4 @@
-"""The viewer without a browser: what it sends to the page, and what it does with what comes back."""
+"""The viewer without a browser: its scenes for the page, and its answers to the page's messages."""
 
 import base64
 import io
@@ -45,24 +45,23 @@ def scene(window) -> dict:
     return window.canvas.scene
 
 
-def panel(window, name: str) -> dict:
-    return scene(window)["panels"][name]
+def need_panel(window, name: str, expected, **tolerance):
+    np.testing.assert_allclose(scene(window)["panels"][name]["values"], np.ravel(expected), **tolerance)
 
 
 def test_map_answer_and_measures_are_the_models(window, samples, model):
-    heatmap = mean_map(look(model, samples[:1])).maps[0].numpy()
-    np.testing.assert_allclose(panel(window, "map")["values"], heatmap.ravel(), rtol=1e-3, atol=1e-9)
-    np.testing.assert_allclose(panel(window, "target")["values"], samples[0].target.ravel(), rtol=1e-3)
-    difference = heatmap - samples[0].target
-    np.testing.assert_allclose(panel(window, "difference")["values"], difference.ravel(), atol=1e-5)
-    assert panel(window, "map")["ticks"] == panel(window, "target")["ticks"]
-    np.testing.assert_allclose(panel(window, "map")["ticks"][2], max(heatmap.max(), samples[0].target.max()), 1e-5)
-    colours = np.array(picture(panel(window, "map")["src"]))  # a cell is a pixel, the brightest where most is
+    heatmap, target = mean_map(look(model, samples[:1])).maps[0].numpy(), samples[0].target
+    need_panel(window, "map", heatmap, rtol=1e-3, atol=1e-9)
+    need_panel(window, "target", target, rtol=1e-3)
+    need_panel(window, "difference", heatmap - target, atol=1e-5)
+    panels = scene(window)["panels"]
+    assert panels["map"]["ticks"] == panels["target"]["ticks"]
+    assert panels["map"]["ticks"][2] == pytest.approx(max(heatmap.max(), target.max()), rel=1e-5)
+    colours = np.array(picture(panels["map"]["src"]))  # a cell is a pixel, the brightest where most is
     assert colours.shape == (14, 14, 4) and colours[..., 1].argmax() == heatmap.argmax()
-    said = predict_samples(model, samples[:1])[0]
+    said, shown = predict_samples(model, samples[:1])[0], scene(window)["bars"]
     facts = "\n".join(scene(window)["facts"])
     assert samples[0].name in facts and repr(said.answer) in facts and f"mean {said.mean:.1f}" in facts
-    shown = scene(window)["bars"]
     expected = said.distribution[shown["first"] :][: len(shown["heights"]["all cells"])]
     np.testing.assert_allclose(shown["heights"]["all cells"], expected, atol=1e-5)
 
@@ -84,55 +83,56 @@ def test_layers_heads_word_whose_and_method_change_the_map(window, samples, mode
     place = max(range(len(samples)), key=lambda i: samples[i].count)
     window.show_sample(place)
     window.receive({"kind": "head", "layer": 1, "head": 3})
-    seen = look(model, [samples[place]], (1,), heads=(3,))
-    expected = mean_map(seen).maps[0].flatten()
-    np.testing.assert_allclose(panel(window, "map")["values"], expected, rtol=1e-3, atol=1e-9)
-    atlas = scene(window)["atlas"]
+    expected = mean_map(look(model, [samples[place]], (1,), heads=(3,))).maps[0]
+    need_panel(window, "map", expected, rtol=1e-3, atol=1e-9)
+    atlas, masses = scene(window)["atlas"], look(model, [samples[place]], (0, 1, 2, 3)).maps[0].sum((2, 3))
     assert atlas["chosen"] == [[1, 3]] and picture(atlas["src"]).size == (4 * 15, 4 * 15)
-    np.testing.assert_allclose(
-        atlas["masses"], look(model, [samples[place]], (0, 1, 2, 3)).maps[0].sum((2, 3)), atol=1e-3
-    )
+    np.testing.assert_allclose(atlas["masses"], masses, atol=1e-3)
     window.controls["answer"].value, window.controls["word"].value = "true", "first"
-    seen = look(model, [samples[place]], (1,), answer="true", heads=(3,), word="first")
-    expected = mean_map(seen).maps[0].flatten()
-    np.testing.assert_allclose(panel(window, "map")["values"], expected, rtol=1e-3, atol=1e-9)
-    assert panel(window, "map")["title"] == f"attention, true answer {samples[place].count}"
+    expected = mean_map(look(model, [samples[place]], (1,), answer="true", heads=(3,), word="first")).maps[0]
+    need_panel(window, "map", expected, rtol=1e-3, atol=1e-9)
+    assert scene(window)["panels"]["map"]["title"] == f"attention, true answer {samples[place].count}"
     window.controls["method"].value = "token_gradient"
-    expected = look(model, [samples[place]], method="token_gradient", answer="true", word="first").maps[0].flatten()
-    np.testing.assert_allclose(panel(window, "map")["values"], expected, rtol=1e-3, atol=1e-9)
+    expected = look(model, [samples[place]], method="token_gradient", answer="true", word="first").maps[0]
+    need_panel(window, "map", expected, rtol=1e-3, atol=1e-9)
     assert window.controls["layers"].layout.display == "none" and scene(window)["atlas"] is None
 
 
 def test_hidden_cells_are_counted_without(window, samples, model):
-    cells = list(range(14 * 7))
-    window.receive({"kind": "hide", "cells": cells})
-    hidden = np.arange(196).reshape(14, 14) < 14 * 7
-    rest = count_without(model, samples[0], hidden)
+    window.receive({"kind": "hide", "cells": list(range(14 * 7))})
+    rest = count_without(model, samples[0], np.arange(196).reshape(14, 14) < 14 * 7)
     facts = "\n".join(scene(window)["facts"])
     assert f"{rest.sample.count} of {samples[0].count} are left" in facts and f"mean {rest.mean:.1f}" in facts
     assert scene(window)["bars"]["marks"] == {"true": samples[0].count, "left": rest.sample.count}
     assert set(scene(window)["bars"]["heights"]) == {"all cells", "the rest"}
+    figure = window.figure()  # the same without a page
+    np.testing.assert_allclose(figure.axes[1].images[1].get_array(), samples[0].target)
+    assert figure.axes[3].get_title() == "map - target" and figure.get_suptitle() == facts
+    assert [axes.get_xlabel() for axes in figure.axes].count("number") == 1
+    plt.close(figure)
     window.receive({"kind": "hide", "cells": []})
     assert set(scene(window)["bars"]["heights"]) == {"all cells"} and "hidden" not in "".join(scene(window)["facts"])
 
 
-def test_a_picture_of_ones_own_or_a_sentence(window):
+def test_a_user_s_picture_or_a_sentence(window):
+    def send(name, content):
+        window.receive({"kind": "picture", "name": name}, [memoryview(content)])
+        return scene(window)["message"]
+
+    def png(*size):
+        file = io.BytesIO()
+        Image.new("RGB", size, "teal").save(file, "png")
+        return file.getvalue()
+
     window.controls["count"].value = "stones for 2$ and 3$"
     for content, reason in ((b"", "the file is empty"), (b"no picture", "cannot be used as a picture")):
-        window.receive({"kind": "picture", "name": "mine.png"}, [memoryview(content)])
-        assert scene(window)["message"].startswith("mine.png ") and reason in scene(window)["message"]
-        assert "/" not in scene(window)["message"] and scene(window)["place"] == 0
-    file = io.BytesIO()
-    Image.new("RGB", (300, 200), "teal").save(file, "png")
-    window.receive({"kind": "picture", "name": "mine.png"}, [file.getvalue()])
-    assert scene(window)["facts"][0] == "mine.png: stones for 2$ and 3$" and scene(window)["message"] == ""
-    assert list(scene(window)["panels"]) == ["photograph", "map"]
-    assert window.controls["answer"].options == ("own",)  # nobody knows the true one
+        message = send("mine.png", content)
+        assert message.startswith("mine.png ") and reason in message and "/" not in message
+        assert scene(window)["place"] == 0
+    assert send("mine.png", png(300, 200)) == "" and scene(window)["facts"][0] == "mine.png: stones for 2$ and 3$"
+    assert list(scene(window)["panels"]) == ["photograph", "map"] and window.controls["answer"].options == ("own",)
     plt.close(window.figure())
-    file = io.BytesIO()
-    Image.new("RGB", (2000, 4), "teal").save(file, "png")
-    window.receive({"kind": "picture", "name": "thin.png"}, [file.getvalue()])
-    assert "thin.png" in scene(window)["message"] and scene(window)["place"] == 6  # the last good one stays
+    assert "thin.png" in send("thin.png", png(2000, 4)) and scene(window)["place"] == 6  # the last good one stays
 
 
 def test_no_menu_offers_what_is_not_there(window, samples):
@@ -141,9 +141,10 @@ def test_no_menu_offers_what_is_not_there(window, samples):
         for i in range(len(control.options)):
             control.index = i
             assert control.index == i and scene(window)["message"] == "", (name, control.options[i])
-    alone = Viewer(samples)
+    alone = Viewer([replace(samples[0], category="2$ and 3$", name="$x_1$.jpg")])
     assert list(alone.controls) == ["sort", "category"] and len(alone.controls["sort"].options) == 2
     assert list(scene(alone)["panels"]) == ["photograph", "target"]
+    alone.figure().savefig(io.BytesIO())  # no formula
 
 
 def test_the_strip_turns_pages_and_points_are_all_samples(root, model):
@@ -157,23 +158,8 @@ def test_the_strip_turns_pages_and_points_are_all_samples(root, model):
     assert scene(window)["facts"][0].startswith(samples[20].name)
 
 
-def test_the_static_twin_shows_the_same(window, samples):
-    window.hide_cells(range(20))
-    figure = window.figure()
-    np.testing.assert_allclose(figure.axes[1].images[1].get_array(), samples[0].target)
-    assert (
-        figure.axes[3].get_title() == "map - target"
-        and len([a for a in figure.axes if a.get_xlabel() == "number"]) == 1
-    )
-    assert figure.get_suptitle() == "\n".join(scene(window)["facts"])
-    plt.close(figure)
-    odd = Viewer([replace(samples[0], category="2$ and 3$", name="$x_1$.jpg")])
-    odd.figure().savefig(io.BytesIO())
-
-
 def test_empty_scenes_and_no_scenes(samples, model):
-    empty = replace(samples[0], points=np.zeros((0, 2), np.float32))
-    window = Viewer([empty], {"both": model})
+    window = Viewer([replace(samples[0], points=np.zeros((0, 2), np.float32))], {"both": model})
     assert list(scene(window)["panels"]) == ["photograph", "target", "map"]
     window.controls["sort"].value = "worst alignment"
     with pytest.raises(DataError, match="no samples to view"):
