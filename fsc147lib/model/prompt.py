@@ -6,12 +6,16 @@ Left out: padding and tensors (`collate`), and the chat template, which belongs 
 import re
 from dataclasses import dataclass, replace
 
+from .network import ModelError
+
 NEUTRAL = "Write a general description of the image."
 """A question that asks for no objects: Zhang et al., "MLLMs Know Where to Look" (ICLR 2025)."""
 IMAGE_TOKEN = "<|image_pad|>"
 
+BEFORE, AFTER = "COUNT: ", ""
+"""What stands around the number in an answer; other weights are needed for another form."""
 MAX_DIGITS = 6  # of the longest number that counts as an answer; FSC147's largest count, 3,701, has four
-_PARSED = re.compile(rf"COUNT: ([0-9]{{1,{MAX_DIGITS}}})")
+_PARSED = re.compile(rf"{re.escape(BEFORE)}([0-9]{{1,{MAX_DIGITS}}}){re.escape(AFTER)}")
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _WITH_DIGITS = r"[\w.,+-]*[0-9][\w.,+-]*"  # "37.", "1,234", and "3.7" or "IMG2", which are no whole numbers
 _MARKED = re.compile(rf"\bCOUNT\b\W*?({_WITH_DIGITS})", re.IGNORECASE)
@@ -25,7 +29,7 @@ def question(category: str) -> str:
 
 def answer(count: int) -> str:
     """The target answer, for example "COUNT: 37"."""
-    return f"COUNT: {count}"
+    return f"{BEFORE}{count}{AFTER}"
 
 
 def parse_count(text: str) -> int | None:
@@ -63,6 +67,27 @@ class Tokens:
         """The same prompt with another answer, for example the model's own (`answers.own_answers`)."""
         is_digit = [tokenizer.decode([token]).strip().isdigit() for token in ids]
         return replace(self, answer=ids, is_digit=is_digit if any(is_digit) else [True] * len(ids))
+
+
+def longest_answer(tokenizer) -> int:
+    """Tokens of the longest answer that parses, its end included."""
+    return len(tokenizer.encode(answer(10**MAX_DIGITS - 1), add_special_tokens=False)) + 1
+
+
+def number_tokens(tokenizer) -> tuple[list[int], list[int], int]:
+    """Tokens before the number of an answer, of the ten digits, and the one after the number: the end, if none.
+
+    A ModelError where a digit is no token of its own.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    before, digits = encode(BEFORE), [token for digit in "0123456789" for token in encode(digit)]
+    after = [*encode(AFTER), tokenizer.eos_token_id]
+    if encode(answer(9876543210)) != [*before, *reversed(digits), *after[:-1]]:
+        raise ModelError("the tokenizer does not write each digit as one token: probabilities of counts need that")
+    return before, digits, after[0]
 
 
 def tokenize(tokenizer, category: str, count: int) -> Tokens:

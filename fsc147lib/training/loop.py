@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
-from ..evaluation.answering import answering_tokens, evaluate_samples
+from ..evaluation.answering import Reading, answering_tokens, evaluate_samples
 from ..evaluation.metrics import constant_baselines
 from ..model.collate import Batch, Collate
 from ..model.device import choose_compute, default_workers
@@ -260,11 +260,13 @@ class Run:
 
     def validate(self) -> None:
         """Evaluate the validation split and log it."""
-        config = self.config
+        reading = Reading(
+            batch_tokens=answering_tokens(pass_tokens(self), self.heatmap), workers=self.workers,
+            features=self.training_step.features, store=self.store,
+        )  # fmt: skip
+        counts = [sample.count for sample in self.samples["train"]]
         self.validation = evaluate_samples(
-            self.model, self.samples["val"], config.batch_size, self.heatmap, self.compute, self.workers,
-            self.training_step.features, self.store, [sample.count for sample in self.samples["train"]],
-            batch_tokens=answering_tokens(pass_tokens(self), self.heatmap),
+            self.model, self.samples["val"], self.heatmap, self.compute, counts, reading
         )  # fmt: skip
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
         if self.on_epoch:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..data import Sample
-from ..evaluation.answering import answering_tokens, evaluate_samples
+from ..evaluation.answering import Reading, answering_tokens, evaluate_samples
 from ..model.collate import to_device
 from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, seconds_of
 from ..model.features import KeptFeatures
@@ -107,7 +107,8 @@ def measure(run: "Run", size: int) -> Measured:
         step.optimizer.zero_grad()
 
     def answer() -> None:
-        evaluate_samples(run.model, answers, 1, run.heatmap, run.compute, cache=step.features, batch_tokens=tokens)
+        reading = Reading(batch_tokens=tokens, features=step.features)
+        evaluate_samples(run.model, answers, run.heatmap, run.compute, reading=reading)
 
     try:
         run.model.network.train()  # or layers would keep what --gradient-checkpointing lets them forget

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -213,7 +213,7 @@ class RunFolder:
         state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": run.fingerprint,
                  "steps": result.steps, "epochs": result.epochs, "scaler": step.scaler.state_dict()}  # fmt: skip
         whole = result.epochs[-1]["step"] == run.step
-        listed = to_csv([asdict(image) for image in run.validation.images]) if whole else None
+        listed = to_csv([image.row() for image in run.validation.images]) if whole else None
         last = self.out / "last"
         if self.checkpoint != last:  # the last is damaged, and the one before must not make room for it
             last.rename(self.out / f"damaged-{uuid4().hex[:8]}")

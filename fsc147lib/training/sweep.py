@@ -83,7 +83,7 @@ class GridRun:
             config.data, str(config.out / "last"), split, batch_size=64, category=config.category,
             max_pixels=config.max_pixels, precision=config.precision,
         ))  # fmt: skip
-        images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
+        images = {key: [image.row()[key] for image in found.images] for key in ("error", "kl")}
         return {"metrics": found.metrics, **images}
 
 
