@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsc147lib.evaluation import answering
-from fsc147lib.model import Heatmap, load_model
+from fsc147lib.model import make_heatmap
 from fsc147lib.training import TrainConfig, loop, memory
 from fsc147lib.training.loop import Run
 
@@ -85,7 +85,7 @@ def test_features_without_room_are_not_measured_for(run, monkeypatch):
     features, _ = memory.features_size(run)
     train, val = run.samples.values()
     kept = [*train, *(sample.flipped() for sample in train), *val]
-    assert features == memory.VisionCache(run.model, kept, run.accelerator, "host").features.nbytes
+    assert features == memory.VisionCache(run.model, kept, run.compute, "host").features.nbytes
     as_on_a_gpu(monkeypatch, [1, 1], whole=4 * features - 4)
     monkeypatch.setattr(memory, "VisionCache", None)
     assert memory.memory_of_step(run) == 4 * features - 4
@@ -99,7 +99,7 @@ def test_a_run_tells_the_cache_what_the_step_needs(run, monkeypatch):
     monkeypatch.setattr(loop, "freeze_vision", lambda *_: None)
     run.folder.start = lambda _: None
     run.open()
-    monkeypatch.setattr(run.accelerator.state, "device", torch.device("cuda"))
+    run.compute = replace(run.compute, device=torch.device("cuda"))
     run.open()
     assert made == [0, 123]
 
@@ -116,17 +116,19 @@ def test_the_heaviest_pass_need_not_hold_the_longest_images(config):
 
 
 @pytest.mark.medium
-def test_answers_keep_to_twice_the_tokens_of_a_pass(root, tmp_path, monkeypatch):
-    """With batches of 256 in parts of 20,000 tokens, 512 images at once would be 135,000."""
-    heatmap = Heatmap(load_model("tiny-random").network)
-    sizes = [answering.answering_batch_size(256, heatmap, tokens, 264) for tokens in (None, 20_000, 100)]
-    assert sizes == [512, 150, 2]
+def test_answers_have_the_room_of_a_training_pass(root, tmp_path, monkeypatch):
+    """Without gradients that is four times the tokens, whatever the batch size."""
     run = Run(TrainConfig(root, tmp_path / "run", "tiny", batch_size=8, batch_tokens=150, limit=8))
+    gradient = make_heatmap(run.model.network, "token_gradient")
+    assert [answering.answering_tokens(150, one) for one in (run.heatmap, gradient)] == [600, 150]
     seen: list = []
-    monkeypatch.setattr(loop, "evaluate_samples", lambda model, samples, size, *_: seen.append(size) or 1 / 0)
+    monkeypatch.setattr(loop, "evaluate_samples", lambda *_, batch_tokens: seen.append(batch_tokens) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.validate()
+    assert seen == [600]
     lengths = {sample.name: run.collate.lengths(sample)[2] for sample in run.samples["val"]}
-    assert seen == [2] and max(lengths.values()) <= 150 < 2 * max(lengths.values())
-    answers, _ = memory.longest_answers(run, 8)
-    assert [lengths[sample.name] for sample in answers] == sorted(lengths.values())[-6:]  # three batches
+    answers, _ = memory.longest_answers(run)
+    together = 600 // max(lengths.values())
+    assert 1 < together < 8 and [lengths[one.name] for one in answers] == sorted(lengths.values())[-together:]
+    run = Run(TrainConfig(root, tmp_path / "run", "tiny", batch_size=4, limit=8))
+    assert memory.pass_tokens(run) == 4 * max(tokens for *_, tokens in run.batches.lengths)

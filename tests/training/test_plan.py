@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fsc147lib.__main__ import main
-from fsc147lib.model import VisionCache, load_model, make_accelerator
+from fsc147lib.model import VisionCache, choose_compute, load_model
 from fsc147lib.training import TrainConfig, plan
 from fsc147lib.training.plan import describe, largest_that_fits, plan_training
 from fsc147lib.training.step import TrainingStep
@@ -34,7 +34,7 @@ def test_the_cache_is_as_large_as_the_run_s(config, monkeypatch):
     found = largest_that_fits(config)
     train, val = (config.open_split(split) for split in ("train", "val"))
     model, samples = load_model("tiny"), [*train, *(sample.flipped() for sample in train), *val]
-    cache = VisionCache(model, samples, make_accelerator("fp32"), "host")
+    cache = VisionCache(model, samples, choose_compute("fp32"), "host")
     assert found.cache == ("host", cache.features.nbytes)
     vision = sum(weight.nbytes for weight in model.network.model.visual.parameters())
     assert found.memory["gradients"] == found.memory["weights"] - vision
