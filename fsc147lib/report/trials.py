@@ -43,9 +43,9 @@ class Trial:
         config = replace(variant.config, out=variant.config.out / variant.name)
         self.run = run = Run(config, model=load_or_shape(config.model, self.device))
         self.network, self.step, self.batch_size = run.model.network, run.training_step, config.batch_size
-        self.in_bf16 = run.accelerator.mixed_precision == "bf16"
+        self.in_bf16 = run.compute.precision == "bf16"
         if variant.peer:
-            torch.backends.cuda.enable_cudnn_sdp(True)  # a peer runs as it comes
+            self.network.set_attn_implementation("sdpa")  # a peer runs as it comes
             self.step.loss = PlainLoss(self.network)
         self.network.train()
         if variant.peer == "trainer" and self.in_bf16 and not config.lora:  # as Qwen's own fine-tuning has them
@@ -178,7 +178,7 @@ def longest_of_each_kind(run: Run) -> list[list[int]]:
 
 def window_of(run: Run, images: list[int]) -> list[Batch]:
     """One step's batches of some training images."""
-    return [to_device(run.loader.collate_fn(part), run.accelerator.device) for part in in_parts(run, images)]
+    return [to_device(run.loader.collate_fn(part), run.compute.device) for part in in_parts(run, images)]
 
 
 trial_of = cache(Trial)

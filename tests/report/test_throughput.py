@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fsc147lib.model.attention import IMPLEMENTATIONS
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.network import Recipe, freeze_vision
 from fsc147lib.report import trials
@@ -127,12 +128,10 @@ def test_images_are_read_by_processes_that_start_as_here():
         assert process.submit(multiprocessing.get_start_method).result() == here
 
 
-def test_a_peer_keeps_the_attention_that_torch_chooses(config):
-    """This library switches off cuDNN's, which plans anew for each length: a quarter of a second on an H100."""
-    Trial(Variant("theirs", config, peer="loop"))
-    assert torch.backends.cuda.cudnn_sdp_enabled()
-    Trial(Variant("here", config))
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+def test_a_peer_has_transformers_own_attention(config):
+    theirs, ours = (Trial(Variant(name, config, peer=peer)) for name, peer in (("theirs", "loop"), ("here", None)))
+    of_text = [trial.network.config.text_config._attn_implementation for trial in (theirs, ours)]
+    assert of_text == ["sdpa", IMPLEMENTATIONS["text_config"]]
 
 
 def test_so_does_the_batch_of_the_trainer(config, monkeypatch):
