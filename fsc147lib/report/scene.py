@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ..data import GRID, Picture, Sample
 from ..evaluation import alignment
 from ..model import CountingModel, Look, Prediction, count_without, default_layers, look, mean_map
+from ..model.heatmaps import METHODS, Attention
 from ..model.prompt import parse_count
 from .canvas import bars, colour_url, overlay
 from .figures import LABEL, NO_TARGET, colour_scale
@@ -93,8 +94,8 @@ class Choice:
 
     @property
     def has_heads(self) -> bool:
-        """Whether layers and heads can be chosen: the gradient methods and occlusion have none."""
-        return "attention" in self.method
+        """Whether layers and heads can be chosen."""
+        return issubclass(METHODS[self.method], Attention)
 
     def look(self) -> Look:
         """The heatmap [1, 14, 14] that sums to 1."""

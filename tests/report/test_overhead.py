@@ -7,7 +7,7 @@ import torch
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.model.device import peak_memory
-from fsc147lib.model.heatmaps import Heatmap
+from fsc147lib.model.heatmaps import InputGradient
 from fsc147lib.report import overhead
 from fsc147lib.report.overhead import OverheadConfig, measure_overhead, take_turns, time_losses
 from fsc147lib.report.shapes import drawn_root, load_or_shape
@@ -55,14 +55,14 @@ def test_rows_and_files(tiny, root, tmp_path):
 
 @pytest.mark.slow
 def test_out_of_memory_is_a_row(tiny, root, monkeypatch):
-    real = Heatmap.with_logits
+    real = InputGradient.mass
 
-    def full(self, batch, create_graph=False):
-        if self.method == "input_gradient" and create_graph:
+    def full(self, batch, create_graph=False, prompts=None):
+        if create_graph:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(self, batch, create_graph)
+        return real(self, batch, create_graph, prompts)
 
-    monkeypatch.setattr(Heatmap, "with_logits", full)
+    monkeypatch.setattr(InputGradient, "mass", full)
     config = OverheadConfig(methods=("input_gradient",), batch_size=2, rounds=1)
     rows = time_losses(tiny, list(FSC147(root, "train"))[:2], config)
     assert [row["out_of_memory"] for row in rows] == [False, False, True]

@@ -1,6 +1,7 @@
 """`verify` passes on a sound model, and a planted fault fails the line that it belongs to."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tokenizers import AddedToken
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from fsc147lib.__main__ import main
-from fsc147lib.model import forward
+from fsc147lib.model import answers
 from fsc147lib.report import checks
 from fsc147lib.report.verify import VerifyConfig, verify_model
 
@@ -25,11 +26,11 @@ def test_all_lines_pass_on_tiny(tmp_path, capsys):
     """On drawn pictures; the lines are printed and recorded."""
     assert main(["verify", "--json", str(tmp_path / "verify.json")]) == 0
     printed = capsys.readouterr().out
-    assert "all 9 passed" in printed and "FAILED" not in printed and f"torch {torch.__version__}: tried" in printed
+    assert "all 8 passed" in printed and "FAILED" not in printed and f"torch {torch.__version__}: tried" in printed
     for shown in ("['COUNT', ':', ' ', '3', '7']", "<|vision_start|><|image_pad|><|vision_end|>How many", "GiB"):
         assert shown in printed
     recorded = json.loads((tmp_path / "verify.json").read_text())
-    assert [row["passed"] for row in recorded["rows"]] == [True] * 9 and recorded["tried"]["torch"]
+    assert [row["passed"] for row in recorded["rows"]] == [True] * 8 and recorded["tried"]["torch"]
 
 
 @pytest.mark.slow
@@ -39,10 +40,9 @@ def test_all_lines_pass_over_qwen_s_vocabulary(qwen_folder, root, capsys):
 
 
 @pytest.mark.slow
-def test_training_in_bfloat16_with_adapters(tiny, monkeypatch, root, capsys):
-    """Its logits are a line more; the narrow weights, adapters added in, are read as they were written."""
+def test_training_in_bfloat16_with_adapters(tiny, monkeypatch, root):
+    """The narrow weights, adapters added in, are read as they were written."""
     assert not failed(tiny, monkeypatch, root, precision="bf16", lora=4, gradient_checkpointing=True)
-    assert "bf16: RMS error against float32" in capsys.readouterr().out
 
 
 def test_a_wrong_image_token(tiny, monkeypatch, root, capsys):
@@ -77,15 +77,20 @@ def test_an_eager_mask_that_is_off_by_one(tiny, monkeypatch, root):
 
 
 @pytest.mark.slow
+def test_answers_that_begin_at_another_place(tiny, monkeypatch, root):
+    read = answers.read_prompts
+
+    def shifted(network, batch):
+        prompts = read(network, batch)
+        return replace(prompts, last_position=prompts.last_position + 40)
+
+    monkeypatch.setattr(answers, "read_prompts", shifted)
+    assert failed(tiny, monkeypatch, root) == ["greedy answers"]
+
+
+@pytest.mark.slow
 def test_a_head_that_is_not_tied(tiny, monkeypatch, root, capsys):
     """Though the model's config says that it is."""
     tiny.network.lm_head.weight = torch.nn.Parameter(tiny.network.lm_head.weight.detach() * 1.5)
     assert failed(tiny, monkeypatch, root) == ["saved model"]
     assert "they were written lm_head.weight" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_pass_that_is_not_transformers_own(tiny, monkeypatch, root):
-    embed = forward._embed_patches
-    monkeypatch.setattr(forward, "_embed_patches", lambda tower, batch: embed(tower, batch) * 1.01)
-    assert failed(tiny, monkeypatch, root)[0] == "logits in float32"

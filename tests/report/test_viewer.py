@@ -16,7 +16,9 @@ from PIL import Image
 from fsc147lib.data import FSC147, DataError
 from fsc147lib.evaluation import evaluate_samples
 from fsc147lib.model import Prediction, count_without, load_model, look, mean_map, predict_samples
+from fsc147lib.model.heatmaps import METHODS, Attention
 from fsc147lib.report import canvas
+from fsc147lib.report.scene import Choice
 from fsc147lib.report.viewer import Viewer
 
 pytestmark = pytest.mark.medium
@@ -56,7 +58,7 @@ def test_map_answer_and_measures_are_the_models(window, samples, model):
     difference = heatmap - samples[0].target
     np.testing.assert_allclose(panel(window, "difference")["values"], difference.ravel(), atol=1e-5)
     assert panel(window, "map")["ticks"] == panel(window, "target")["ticks"]
-    np.testing.assert_allclose(panel(window, "map")["ticks"][2], max(heatmap.max(), samples[0].target.max()))
+    np.testing.assert_allclose(panel(window, "map")["ticks"][2], max(heatmap.max(), samples[0].target.max()), rtol=1e-5)
     colours = np.array(picture(panel(window, "map")["src"]))  # a cell is a pixel, the brightest where most is
     assert colours.shape == (14, 14, 4) and colours[..., 1].argmax() == heatmap.argmax()
     said = predict_samples(model, samples[:1])[0]
@@ -101,6 +103,12 @@ def test_layers_heads_word_whose_and_method_change_the_map(window, samples, mode
     expected = look(model, [samples[place]], method="token_gradient", answer="true", word="first").maps[0].flatten()
     np.testing.assert_allclose(panel(window, "map")["values"], expected, rtol=1e-3, atol=1e-9)
     assert window.controls["layers"].layout.display == "none" and scene(window)["atlas"] is None
+
+
+def test_layers_are_chosen_where_a_method_reads_attention(samples, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", type("Mine", (Attention,), {"name": "mine"}))
+    chosen = [method for method in METHODS if Choice(samples[0], method=method).has_heads]
+    assert chosen == ["attention", "relative_attention", "mine"]
 
 
 def test_hidden_cells_are_counted_without(window, samples, model):

@@ -96,11 +96,11 @@ def test_a_signal_during_validation_loses_no_step(config, monkeypatch):
     train(config("whole"))
     evaluate, sent = training.evaluate_samples, []
 
-    def measured(*args):
+    def measured(*args, **options):
         if len(sent) == 1:  # the validation after the first epoch
             os.kill(os.getpid(), signal.SIGTERM)
         sent.append(1)
-        return evaluate(*args)
+        return evaluate(*args, **options)
 
     monkeypatch.setattr(training, "evaluate_samples", measured)
     with pytest.raises(Interrupted, match="SIGTERM after step 3 of 6"):
@@ -128,8 +128,8 @@ def test_a_tie_leaves_best_with_the_first(config, monkeypatch):
     """Resumed where the last epoch's error is the best one's: an uninterrupted run keeps the earlier."""
     evaluate = training.evaluate_samples
 
-    def measured(*args):
-        found = evaluate(*args)
+    def measured(*args, **options):
+        found = evaluate(*args, **options)
         found.metrics["mae"] = 5.0
         return found
 
