@@ -18,8 +18,8 @@ from .metrics import (
 from .tables import metrics_table
 
 __all__ = [
-    "EvaluateConfig", "Evaluation", "Faithfulness", "ImageResult", "Reading", "absolute_errors", "alignment", "answer_histogram",
-    "bootstrap_interval", "calibration", "constant_baselines", "counting_metrics", "evaluate", "evaluate_samples",
-    "faithfulness_table", "measure_maps", "metrics_table", "own_against_true", "own_against_true_table",
-    "paired_difference",
+    "EvaluateConfig", "Evaluation", "Faithfulness", "ImageResult", "Reading", "absolute_errors", "alignment",
+    "answer_histogram", "bootstrap_interval", "calibration", "constant_baselines", "counting_metrics", "evaluate",
+    "evaluate_samples", "faithfulness_table", "measure_maps", "metrics_table", "own_against_true",
+    "own_against_true_table", "paired_difference",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from ..model.device import peak_memory, seconds_of
 from ..model.load import RANDOM
 from ..model.network import compile_layers, freeze_vision, merged_weights, save_memory
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
-from ..training import DualLoss
+from ..training import DualLoss, TrainConfig
 from ..training.step import TrainingStep, make_accelerator, make_optimizer
 from .shapes import load_or_shape
 
@@ -172,7 +172,11 @@ def training_step(subject: Subject):
     network.train()
 
     def run() -> None:
-        seconds.append(seconds_of(lambda: losses.append(step([subject.batch], loss.weight)[0]), subject.device.type))
+        seconds.append(
+            seconds_of(
+                lambda: losses.append(step([subject.batch], TrainConfig.attention_weight)[0]), subject.device.type
+            )
+        )
 
     run()  # compiles
     peak = peak_memory(run, subject.device.type)

@@ -44,7 +44,7 @@ def test_image_features_are_the_library_s(tiny, plain, mixed_samples, form):
 def test_gradients_of_every_weight_are_the_library_s(tiny, plain, batch):
     """Of the count loss: transformers' own loss over its own eager attention."""
     plain(**plain_inputs(batch), labels=batch["labels"]).loss.backward()
-    DualLoss(tiny.network, weight=0)(batch).total.backward()
+    DualLoss(tiny.network)(batch, 0).total.backward()
     for (name, ours), theirs in zip(tiny.network.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-2, msg=name)
 
@@ -145,7 +145,7 @@ def eager_graphs(monkeypatch):
 def losses_and_gradients(network, batches, rows_of):
     network.zero_grad()
     loss = DualLoss(network, heatmap=make_heatmap(network, layers=rows_of))
-    parts = [loss(batch) for batch in batches]
+    parts = [loss(batch, 0.1) for batch in batches]
     sum(part.total for part in parts).backward()
     return [part.attention.item() for part in parts], [p.grad.clone() for p in network.parameters()]
 

@@ -137,7 +137,7 @@ def test_frozen_matrices_are_narrow_and_the_stream_through_the_layers_is_not(tin
         lambda module, inputs: incoming.append(inputs[0].dtype)
     )
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
-        DualLoss(tiny.network)(batch)
+        DualLoss(tiny.network)(batch, 0.1)
     assert incoming == [torch.float32]
 
 

@@ -68,7 +68,7 @@ def test_logged_losses_are_those_of_the_batch(config, finished):
     collate = Collate(model.tokenizer, model.image_processor)
     lengths = [collate.lengths(sample) for sample in images.samples]
     first_batch = next(iter(SizeBatches(lengths, settings.batch_size, settings.seed)))
-    parts = DualLoss(model.network)(collate([images[place] for place in first_batch]))
+    parts = DualLoss(model.network)(collate([images[place] for place in first_batch]), 0.1)
     first = lines(finished[0])[1]
     assert first["step"] == 1
     assert first["count_loss"] == pytest.approx(parts.count.item(), rel=1e-5)
@@ -105,7 +105,7 @@ def test_empty_scenes_train_and_are_answered(half_empty_root, config, changes):
 def test_logged_validation_is_that_of_the_checkpoint(finished, root):
     model = load_model(finished[0] / "last")
     batch = Collate(model.tokenizer, model.image_processor)(list(FSC147(root, "val")))
-    parts = DualLoss(model.network)(batch)
+    parts = DualLoss(model.network)(batch, 0.1)
     logged = lines(finished[0])[-1]["val"]
     assert logged["count_loss"] == pytest.approx(parts.count.item(), rel=1e-4)
     assert logged["kl"] == pytest.approx(parts.attention.item(), rel=1e-4)
