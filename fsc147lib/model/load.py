@@ -17,7 +17,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from PIL import Image
-from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
@@ -25,6 +31,9 @@ from ..files import read_manifest
 from .device import free_models
 from .network import CountingModel, ModelError, Recipe
 from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
+
+KINDS = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration}
+"""model_type in config.json: class of the network."""
 
 SHIPPED = Path(__file__).parent / "weights"
 """Small models that come with the package, a folder each: tiny and tiny-dual."""
@@ -64,8 +73,10 @@ def load_model(
     logging.set_verbosity_error()  # what else is to be said of the weights is said below
     try:
         read_manifest(found)
-        if refusal := _refusal(found):
+        config = PreTrainedConfig.get_config_dict(found)[0]
+        if refusal := _refusal(found, config):
             raise ModelError(refusal)
+        kind = KINDS[config["model_type"]]
         tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
         if not tokenizer.chat_template:  # older Qwen-VL folders keep it with the processor
             text = Path(cached_file(found, "chat_template.json")).read_text()
@@ -74,9 +85,9 @@ def load_model(
         if str(name) == RANDOM:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                network = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(found)).to(device, dtype)
+                network = kind(kind.config_class.from_pretrained(found)).to(device, dtype)
         else:
-            network, about = Qwen3VLForConditionalGeneration.from_pretrained(
+            network, about = kind.from_pretrained(
                 found, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
                 device_map={"": device},
             )  # fmt: skip
@@ -100,9 +111,14 @@ def load_model(
 
 def count_parameters(name: str | Path) -> int:
     """Of a model by its name, from its config alone; raises as `load_model` does."""
+    found = _find(name)
     try:
+        config = PreTrainedConfig.get_config_dict(found)[0]
+        if refusal := _refusal(found, config):
+            raise ModelError(f"cannot load {found}: {refusal}")
+        kind = KINDS[config["model_type"]]
         with torch.device("meta"):
-            return Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(_find(name))).num_parameters()
+            return kind(kind.config_class.from_pretrained(found)).num_parameters()
     except OSError as error:
         raise ModelError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from error
 
@@ -132,12 +148,12 @@ def _find(name: str | Path) -> str:
 # --- What is refused
 
 
-def _refusal(found: str) -> str | None:
+def _refusal(found: str, config: dict) -> str | None:
     """Why a model is none that this library can train, and what to do; None where it seems to be one."""
-    config = Qwen3VLConfig.get_config_dict(found)[0]
     kind = config.get("model_type")
-    if kind != "qwen3_vl":
-        return f"this is a {kind!r} model: this library knows Qwen3-VL (model_type 'qwen3_vl') only"
+    if kind not in KINDS:
+        known = " or ".join(map(repr, KINDS))
+        return f"this is a {kind!r} model: this library knows Qwen3-VL (model_type {known}) only"
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if (quantised := part.get("quantization_config")) is not None:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else None
