@@ -200,7 +200,7 @@ def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
     for plan in (weights[:4], [0.1] * 4):
         tiny.network.zero_grad()
         for weight in plan:
-            (loss(batch, weight=weight).total / 4).backward()
+            (loss(batch, weight).total / 4).backward()
         sums.append([p.grad.clone() for p in tiny.network.parameters()])
     for lazy, every in zip(*sums, strict=True):
         torch.testing.assert_close(lazy, every, atol=1e-6, rtol=1e-3)

@@ -74,7 +74,7 @@ def test_epoch_curves_are_the_logs():
 
 def test_predictions_and_lost_answers():
     def image(count, predicted):
-        return ImageResult("x", "y", count, predicted, "", 0, 0, 0, 0, 0)
+        return ImageResult("x", "y", count, predicted, "", 0)
 
     axes = figures.predictions_against_truth([image(10, 12), image(30, 25), image(7, None), image(9, 8)]).axes[0]
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), [[10, 12], [30, 25], [9, 8]])
@@ -85,7 +85,7 @@ def test_predictions_and_lost_answers():
 
 
 def test_all_answers_lost_is_a_picture_too():
-    lost = [ImageResult("x", "y", 10, None, "", 0, 0, 0, 0, 0)]
+    lost = [ImageResult("x", "y", 10, None, "", 0)]
     assert figures.predictions_against_truth(lost).axes[0].get_legend() is not None
 
 

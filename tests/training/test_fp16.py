@@ -15,7 +15,7 @@ from fsc147lib.model.device import Compute, choose_compute
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import freeze_vision, save_memory
 from fsc147lib.options import ConfigError
-from fsc147lib.training import DualLoss, TrainConfig, loop, step, train
+from fsc147lib.training import DualLoss, TrainConfig, setup, step, train
 from fsc147lib.training.losses import LossParts
 from fsc147lib.training.step import NonFiniteLoss, TrainingStep, make_accelerator, make_optimizer
 
@@ -83,7 +83,7 @@ def test_a_loss_that_is_not_finite_still_stops_at_once():
 @pytest.mark.slow
 def test_skipped_steps_are_counted_and_logged(root, tmp_path, monkeypatch):
     """With adapters over fp16 weights, and checkpointing: as on a card of 16 GB."""
-    monkeypatch.setattr(loop, "choose_compute", in_fp16)
+    monkeypatch.setattr(setup, "choose_compute", in_fp16)
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
     config = TrainConfig(root, tmp_path / "run", "tiny", epochs=12, limit=4, batch_size=2, lora=4, log_every=1,
                          gradient_checkpointing=True, compile=False, tracking="disabled")  # fmt: skip
@@ -148,7 +148,7 @@ def test_fp16_without_a_gpu_is_refused():
 
 
 def test_a_gradient_heatmap_in_fp16_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "choose_compute", in_fp16)
+    monkeypatch.setattr(setup, "choose_compute", in_fp16)
     with pytest.raises(ConfigError, match="token_gradient .* too small for fp16"):
         train(TrainConfig(root, tmp_path / "run", "tiny-random", heatmap="token_gradient"))
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsc147lib.model.device import signals_later
 from fsc147lib.model.network import CountingModel
+from fsc147lib.readers import signals_later
 from fsc147lib.training import loop as training
 from fsc147lib.training import run as folders
+from fsc147lib.training import setup
 from fsc147lib.training.batches import SizeBatches, make_loader
 from fsc147lib.training.interrupt import Interrupted, Signals
 from fsc147lib.training.loop import TrainConfig, train
@@ -102,7 +103,7 @@ def test_a_signal_during_validation_loses_no_step(config, monkeypatch):
         sent.append(1)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(training, "evaluate_samples", measured)
+    monkeypatch.setattr(setup, "evaluate_samples", measured)
     with pytest.raises(Interrupted, match="SIGTERM after step 3 of 6"):
         train(config())
     monkeypatch.undo()
@@ -133,7 +134,7 @@ def test_a_tie_leaves_best_with_the_first(config, monkeypatch):
         found.metrics["mae"] = 5.0
         return found
 
-    monkeypatch.setattr(training, "evaluate_samples", measured)
+    monkeypatch.setattr(setup, "evaluate_samples", measured)
     train(config())
     train(config(resume=True))
     state = json.loads((config().out / "best" / "training_state.json").read_text())

@@ -22,6 +22,7 @@ from fsc147lib.model.load import load_model
 from fsc147lib.model.network import ModelError, Recipe
 from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
+from fsc147lib.training import setup
 from fsc147lib.training.batches import SizeBatches, TrainingImages, windows
 from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss
@@ -287,7 +288,7 @@ def test_gradient_checkpointing_trains_the_same(config, finished):
 def test_clipping_bounds_the_gradient(config, monkeypatch):
     """With plain gradient descent, for AdamW would hide the gradient's size; any optimizer of torch will do."""
     descent = partial(torch.optim.SGD, lr=1.0)
-    monkeypatch.setattr(training, "make_optimizer", lambda network, *_: descent(network.parameters()))
+    monkeypatch.setattr(setup, "make_optimizer", lambda network, *_: descent(network.parameters()))
     result = train(config(epochs=1, limit=8, clip=1e-3, learning_rate=1.0, warmup=0))
     assert len(result.steps) == 1 and result.steps[0]["gradient_norm"] > 1e-3  # logged as it was before
     before = dict(load_model("tiny-random").network.named_parameters())
@@ -301,7 +302,7 @@ def test_best_is_the_epoch_with_the_lowest_error(config, monkeypatch):
     errors = iter([9.0, 3.0, 1.0, 2.0])
 
     def measured(self):
-        self.validation = Evaluation({}, {}, [ImageResult("1.jpg", "apples", 1, 1, "COUNT: 1", 0, 0, 0, 0, 0)])
+        self.validation = Evaluation({}, {}, [ImageResult("1.jpg", "apples", 1, 1, "COUNT: 1", 0)])
         self.log({"step": self.step, "epoch": self.epoch, "val": {"mae": next(errors)}})
 
     monkeypatch.setattr(training.Run, "validate", measured)

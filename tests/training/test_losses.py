@@ -155,7 +155,7 @@ def test_all_images_have_their_turn():
 def test_empty_scenes_have_no_attention_loss(tiny, mixed_samples, empty_samples, kind, method, images):
     """Neither their maps nor their number is in it: loss and gradient are those of the other images alone."""
     collate, found = Collate(tiny.tokenizer, tiny.image_processor), []
-    loss = DualLoss(tiny.network, 1.0, kind, make_heatmap(tiny.network, method), images)
+    loss = DualLoss(tiny.network, make_heatmap(tiny.network, method), kind, images)
     for samples in (mixed_samples, [empty_samples[0], *mixed_samples, empty_samples[1]]):
         tiny.network.zero_grad()
         parts = loss(collate(samples), 1.0)
@@ -165,7 +165,7 @@ def test_empty_scenes_have_no_attention_loss(tiny, mixed_samples, empty_samples,
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     for wanted, gradient in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-3)
-    count = DualLoss(tiny.network, 0.0)(collate([empty_samples[0], *mixed_samples, empty_samples[1]])).count
+    count = DualLoss(tiny.network)(collate([empty_samples[0], *mixed_samples, empty_samples[1]]), 0.0).count
     assert parts.count.item() == pytest.approx(count.item(), rel=1e-5)  # but they are answered like all others
 
 

@@ -8,7 +8,7 @@ import torch
 from fsc147lib.__main__ import main
 from fsc147lib.model import KeptFeatures, choose_compute, load_model, make_heatmap
 from fsc147lib.model.network import freeze_vision
-from fsc147lib.training import TrainConfig, loop, memory, plan
+from fsc147lib.training import TrainConfig, memory, plan, setup
 from fsc147lib.training.loop import Run
 from fsc147lib.training.plan import describe, make_plan, plan_training
 
@@ -103,7 +103,7 @@ def test_the_heaviest_pass_need_not_hold_the_longest_images(config):
 @pytest.mark.medium
 def test_answers_keep_to_four_times_the_tokens_of_a_pass(root, tmp_path, monkeypatch):
     run, seen = Run(TrainConfig(root, tmp_path / "run", "tiny", batch_size=8, batch_tokens=150, limit=8)), []
-    monkeypatch.setattr(loop, "evaluate_samples", lambda *_, batch_tokens, **__: seen.append(batch_tokens) or 1 / 0)
+    monkeypatch.setattr(setup, "evaluate_samples", lambda *args: seen.append(args[-1].batch_tokens) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.validate()
     run.heatmap = make_heatmap(run.model.network, "token_gradient")  # which needs a backward pass itself
