@@ -41,6 +41,7 @@ class ThroughputConfig(TrainConfig):
     """
 
     PRESETS: ClassVar[dict[str, dict]] = {}
+    """None: those of `train` say how long it trains."""
     batch_sizes: tuple[int, ...] = (16, 32, 64)
     """Batches that are tried; a row is that of the fastest."""
     rounds: int = 3

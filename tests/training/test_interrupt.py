@@ -95,7 +95,7 @@ def test_a_signal_ends_the_run_between_steps_and_it_goes_on_there(config, stoppe
 
 def test_a_signal_during_validation_loses_no_step(config, monkeypatch):
     train(config("whole"))
-    evaluate, sent = training.evaluate_samples, []
+    evaluate, sent = setup.evaluate_samples, []
 
     def measured(*args, **options):
         if len(sent) == 1:  # the validation after the first epoch
@@ -127,7 +127,7 @@ def test_accumulation_goes_on_within_an_epoch(config, stopped):
 
 def test_a_tie_leaves_best_with_the_first(config, monkeypatch):
     """Resumed where the last epoch's error is the best one's: an uninterrupted run keeps the earlier."""
-    evaluate = training.evaluate_samples
+    evaluate = setup.evaluate_samples
 
     def measured(*args, **options):
         found = evaluate(*args, **options)
@@ -155,7 +155,7 @@ def send_to_all(number, times=1):
 def test_readers_outlive_signals_to_all_and_end_with_their_parent(root):
     """A signal to all processes of a run leaves the parent its readers; a parent that exits ends them by SIGTERM."""
     before = multiprocessing.active_children()
-    samples = training.open_split(root, "train")
+    samples = setup.open_split(root, "train")
     batches = SizeBatches([(2, 2, 4)] * len(samples), 1, 0, flip=False)
     loader = iter(make_loader(samples, batches, lambda part: [sample.name for sample in part], workers=2))
     read = next(loader) + next(loader)  # one of each reader

