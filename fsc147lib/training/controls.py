@@ -36,10 +36,13 @@ def controlled(batches: Iterable[Batch], kind: AttentionTarget, samples: list[Sa
     """
     others = other_targets(samples, seed) if kind == "shuffled" else {}
     for batch in batches:
+        if kind == "objects":
+            yield batch
+            continue
         target = batch["target"]
         if kind == "centre":
             target = centre_blob(target) * (target > 0).any(dim=(1, 2), keepdim=True)
-        elif kind == "shuffled":
+        else:
             target = target.cpu().clone()
             for row, name, (_, mirrored) in zip(target, batch["names"], batch["image_keys"], strict=True):
                 if name in others:
