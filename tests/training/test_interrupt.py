@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from fsc147lib.model.network import CountingModel
 from fsc147lib.readers import signals_later
-from fsc147lib.training import loop as training
 from fsc147lib.training import run as folders
 from fsc147lib.training import setup
 from fsc147lib.training.batches import SizeBatches, make_loader
