@@ -1,9 +1,8 @@
-"""Draw a small data set in FSC147's own layout: something to learn on, with no download.
+"""Draw a small data set in FSC147's own layout, to learn on with no download.
 
-Each picture shows one counted category among distractors that share its look or its shape, on its own cluttered
-background and under its own uneven light; a few show distractors alone.  A dot lies in the middle of each object, and
-three have boxes.  A seed gives the same bytes again (with the same version of Pillow).
-Left out: what an object looks like (`drawing`, and `sprites` for cut-outs).
+Each picture shows a counted category among distractors that share its look or its shape, on a cluttered background
+and under uneven light; a few show distractors alone.  A dot lies in the middle of each object, and three have boxes.
+A seed gives the same bytes again (with the same version of Pillow).
 """
 
 import math
@@ -26,39 +25,32 @@ WIDTHS = (384, 432, 480, 512, 576, 640)
 COUNTS = (1, 60)  # objects of the counted category in a picture that has any: drawn log-uniformly between
 EMPTY = 0.04  # part of the pictures that show distractors alone: the answer is 0
 MAX_DISTRACTORS = 10  # drawn log-uniformly from none, whatever the count is, so that the total tells little
-DRAWN = ("train", "val", "test", "val_seen", "test_seen")  # the last two: new pictures of training's categories
+DRAWN = ("train", "val", "test", "val_seen", "test_seen")  # the last two show training's categories
 RADII = (16, 44)  # smallest and largest of an object, in pixels
 OVERLAP = 0.85  # least distance of two objects, in sums of their radii
-_SHADOW = [round(0.42 * value) for value in range(256)]  # of a mask's values
 
 
 @dataclass(frozen=True)
 class SynthConfig:
     """Draw a small data set in FSC147's official layout."""
 
-    out: Positional[Path]
-    """Folder to make."""
-    train: int = 800
-    """Pictures in each split; val_seen and test_seen get as many as val and test."""
-    val: int = 100
-    """Pictures of pairs that are never trained on."""
-    test: int = 50
-    """Pictures of still other such pairs."""
-    seed: int = 0
-    """The same seed draws the same bytes."""
-    sprites: Path | None = None
-    """Cut-outs (PNG or WebP with transparency) to draw with: a folder per category, or named by what they show."""
+    out: Positional[Path]  # Folder to make.
+    train: int = 800  # Pictures in each split; val_seen and test_seen get as many as val and test.
+    val: int = 100  # Pictures of categories that are never trained on.
+    test: int = 50  # Pictures of still other such categories.
+    seed: int = 0  # The same seed draws the same bytes.
+    sprites: Path | None = None  # Draw with cut-outs (PNG or WebP with transparency): a folder for each category.
 
 
 Stock = Shapes | Sprites  # what scenes are made of
 
 
 def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | None = None) -> tuple[Image.Image, dict]:
-    """Draw one picture of a split, of composed shapes or from a stock of cut-outs; `rng` decides everything.
+    """Draw a picture of a split, of composed shapes or from a stock of cut-outs; `rng` decides everything.
 
     Returns:
-        The RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points` [N, 2] x, y,
-        `boxes` [min(N, 3), 4] x1 y1 x2 y2, in pixels; `distractors`, their categories, and `distractor_points`.
+        The RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points` [N, 2] x, y
+        and `boxes` [min(N, 3), 4] x1 y1 x2 y2 in pixels; `distractors`, their categories, and `distractor_points`.
     """
     stock = stock or Shapes()
     size = (HEIGHT, int(rng.choice(WIDTHS)))
@@ -146,7 +138,7 @@ def _paste(image: Image.Image, pixels: Image.Image, mask: Image.Image, centre: n
     x, y = max(0, min(x, image.width - pixels.width)), max(0, min(y, image.height - pixels.height))
     soft = 2 + pixels.width // 20
     shadow = Image.new("L", (pixels.width + 2 * soft, pixels.height + 2 * soft))
-    shadow.paste(mask.point(_SHADOW), (soft, soft))
+    shadow.paste(mask.point(lambda value: round(0.42 * value)), (soft, soft))
     across, down = slant.round().astype(int).tolist()
     image.paste((8, 8, 16), (x - soft + across, y - soft + down), shadow.filter(ImageFilter.BoxBlur(soft * 0.6)))
     image.paste(pixels, (x, y), mask)
@@ -180,27 +172,31 @@ def make_dataset(
         if value < least:
             raise ValueError(f"--{name} is {value}, but must be at least {least}")
     stock = Shapes() if sprites is None else read_sprites(sprites, seed)
-    sizes = dict(zip(DRAWN, (train, val, test, val, test), strict=True))
-    splits: dict[str, list[str]] = {split: [] for split in DRAWN}
-    jobs = [(split, index) for split, number in sizes.items() for index in range(number)]
-    paths = [f"{number}.jpg" for number in range(1, len(jobs) + 1)]
+    sizes = zip(DRAWN, (train, val, test, val, test), strict=True)
+    jobs = [(split, index) for split, number in sizes for index in range(number)]
+    names = [f"{number}.jpg" for number in range(1, len(jobs) + 1)]
     with new_folder(Path(out)) as draft:
         (draft / IMAGES).mkdir(parents=True)
         with ProcessPoolExecutor() as pool:  # a process for each core
-            draw = partial(_save_scene, seed, stock)
-            drawn = list(pool.map(draw, jobs, [draft / IMAGES / name for name in paths], chunksize=8))
-        for (split, _), name in zip(jobs, paths, strict=True):
-            splits[split].append(name)
-        categories = {name: category for name, (category, _) in zip(paths, drawn, strict=True)}
-        write_layout(draft, {name: entry for name, (_, entry) in zip(paths, drawn, strict=True)}, splits, categories)
+            paths = [draft / IMAGES / name for name in names]
+            entries = dict(
+                zip(names, pool.map(partial(_save_scene, seed, stock), jobs, paths, chunksize=8), strict=True)
+            )
+        categories = {name: entry.pop("category") for name, entry in entries.items()}
+        splits = {split: [name for name, job in zip(names, jobs, strict=True) if job[0] == split] for split in DRAWN}
+        write_layout(draft, entries, splits, categories)
     return Path(out)
 
 
-def _save_scene(seed: int, stock: Stock, job: tuple[str, int], path: Path) -> tuple[str, dict]:
-    """Draw a picture of a split; returns its category and its annotation, as FSC147 has it."""
+def _save_scene(seed: int, stock: Stock, job: tuple[str, int], path: Path) -> dict:
+    """Draw a picture of a split; returns its annotation as in FSC147, and its category."""
     split, index = job
     image, scene = draw_scene(np.random.default_rng([seed, DRAWN.index(split), index]), split, stock)
     image.save(path, quality=90)
     corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in scene["boxes"].tolist()]
-    entry = {"box_examples_coordinates": corners, "img_path": f"{IMAGES}/{path.name}"}
-    return scene["category"], {**entry, "points": scene["points"].tolist()}
+    return {
+        "box_examples_coordinates": corners,
+        "img_path": f"{IMAGES}/{path.name}",
+        "points": scene["points"].tolist(),
+        "category": scene["category"],
+    }

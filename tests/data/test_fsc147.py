@@ -295,7 +295,7 @@ FATAL_AT_OPENING = {
     "annotation file missing": (lambda r: (r / A).unlink(), "missing-file", A, A),
     "split file missing": (lambda r: (r / S).unlink(), "missing-file", S, S),
     "class file missing": (lambda r: (r / C).unlink(), "missing-file", C, C),
-    "image folder missing": (lambda r: shutil.rmtree(r / data.IMAGES), "missing-file", f"{data.IMAGES}/", data.IMAGES),
+    "image folder missing": (lambda r: shutil.rmtree(r / data.IMAGES), "missing-file", data.IMAGES, data.IMAGES),
     "annotations cut short": (lambda r: (r / A).write_text('{\n "1.jpg": {'), "broken-file", A, "line 2, column 12"),
     "splits not JSON": (lambda r: (r / S).write_text("train"), "broken-file", S, "line 1, column 1"),
     "annotations not text": (lambda r: (r / A).write_bytes(b"\xff\xfe\x80"), "broken-file", A, A),
