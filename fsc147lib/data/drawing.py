@@ -94,22 +94,23 @@ class Shapes:
             return [tuple(p) for p in ((points @ rotation + side / 2) * FINENESS).tolist()]
 
         big = side * FINENESS
-        pixels, mask = Image.new("RGB", (big, big), _rgb(base)), Image.new("L", (big, big))
+        pixels, mask = Image.new("RGB", (big, big), rgb(base)), Image.new("L", (big, big))
         pen, stencil = ImageDraw.Draw(pixels), ImageDraw.Draw(mask)
         for mark in PATTERNS.get(look, ()):
             pen.polygon(place(mark), fill=(250, 248, 240))
         for mark in MARKS.get(shape, ()):
-            pen.polygon(place(mark), fill=_rgb(base * 0.4))
+            pen.polygon(place(mark), fill=rgb(base * 0.4))
         edges = [(_centred(OUTLINES[shape]), 255)] + ([(HOLES[shape], 0)] if shape in HOLES else [])
         for edge, inside in edges:
             stencil.polygon(place(edge), fill=inside)
             closed = place(np.concatenate([edge, edge[:2]]))  # half of the line lies outside the mask
-            pen.line(closed, fill=_rgb(base * 0.5), width=round(0.2 * radius * FINENESS))
+            pen.line(closed, fill=rgb(base * 0.5), width=round(0.2 * radius * FINENESS))
         pixels, mask = pixels.reduce(FINENESS), mask.reduce(FINENESS)
         pixels, mask = pixels.crop(mask.getbbox()), mask.crop(mask.getbbox())
         pixels.paste((0, 0, 0), (0, 0), SHADE.resize(pixels.size))
         return pixels, mask
 
 
-def _rgb(colour: np.ndarray) -> tuple[int, ...]:
+def rgb(colour: np.ndarray) -> tuple[int, ...]:
+    """The colour as Pillow takes it."""
     return tuple(int(value) for value in colour)

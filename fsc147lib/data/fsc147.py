@@ -107,7 +107,7 @@ def scan(
     classes = dict.fromkeys(annotations or (), category)
     if category is None:
         classes = _read(root, CLASSES, lambda path: _parse_classes(path, faults), faults)
-    pictures = _read(root, IMAGES, os.listdir, faults) if images or IMAGES in present else None
+    pictures = _read(root, IMAGES, os.listdir, faults) if images else None
     maps = _read(root, DENSITIES, os.listdir, faults) if DENSITIES in present else None
     if splits is None or annotations is None:
         return {}, faults
@@ -118,12 +118,10 @@ def scan(
     for name in sorted(listed):
         if sample := _read_sample(root, name, annotations, classes, maps, faults):
             samples[name] = sample
-    on_disk = set(pictures or ())
-    for name, sample in samples.items():
-        if images and pictures is not None:  # a missing folder is one fault, not one for each image
-            _check_image(sample, annotations[name], root, on_disk, max_pixels, faults)
+            if pictures is not None:  # a missing folder is one fault, not one for each image
+                _check_image(sample, annotations[name], root, max_pixels, faults)
     if wanted is None:
-        _check_whole(splits, annotations, on_disk, listed, faults)
+        _check_whole(splits, annotations, set(pictures or ()), listed, faults)
     faults = Faults(dict.fromkeys(faults))  # a name in two splits is at fault in both
     return {split: [samples[n] for n in part if n in samples] for split, part in names.items()}, faults
 
@@ -238,12 +236,9 @@ def _is_number(value) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9  # true is no number, and NaN is not below 1e9
 
 
-def _check_image(sample: Sample, entry: dict, root: Path, pictures: set[str], max_pixels: int, faults: Faults) -> None:
+def _check_image(sample: Sample, entry: dict, root: Path, max_pixels: int, faults: Faults) -> None:
     """Hold the image's header against the bounds, and against the original size and ratios of FSC147's entries."""
     file, name = f"{IMAGES}/{sample.name}", sample.name
-    if name not in pictures:
-        faults.add("missing-image", file, name, "there is no such file")
-        return
     with _reported(faults, "unreadable-image", file, name):
         need_inside(sample.image_path, root)
         height, width = sample.size

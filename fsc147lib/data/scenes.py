@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tyro.conf import Positional
 
 from ..files import new_folder
-from .drawing import Shapes, any_colour
+from .drawing import Shapes, any_colour, rgb
 from .faults import IMAGES, write_layout
 from .sprites import Sprites, read_sprites
 
@@ -48,9 +48,8 @@ Stock = Shapes | Sprites  # what scenes are made of
 def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | None = None) -> tuple[Image.Image, dict]:
     """Draw a picture of a split, of composed shapes or from a stock of cut-outs; `rng` decides everything.
 
-    Returns:
-        The RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points` [N, 2] x, y
-        and `boxes` [min(N, 3), 4] x1 y1 x2 y2 in pixels; `distractors`, their categories, and `distractor_points`.
+    Returns the RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points` [N, 2] x, y and
+    `boxes` [min(N, 3), 4] x1 y1 x2 y2 in pixels, and `distractors`, the categories of the other objects.
     """
     stock = stock or Shapes()
     size = (HEIGHT, int(rng.choice(WIDTHS)))
@@ -68,15 +67,11 @@ def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | No
     slant = rng.uniform(0.08, 0.3) * np.array([rng.choice([-1, 1]), 1])
     for i, kind in enumerate(kinds):
         boxes[i] = _paste(image, *stock.cut_out(rng, kind, radii[i]), centres[i], slant * radii[i])
-    counted = np.array([kind == category for kind in kinds], dtype=bool)
-    points = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return _light(rng, image), {
-        "category": category,
-        "points": points[counted],
-        "boxes": boxes[counted][:3],
-        "distractors": [kind for kind in kinds if kind != category],
-        "distractor_points": points[~counted],
-    }
+    counted = np.array(kinds) == category
+    points = (boxes[counted, :2] + boxes[counted, 2:]) / 2
+    distractors = [kind for kind in kinds if kind != category]
+    scene = {"category": category, "points": points, "boxes": boxes[counted][:3], "distractors": distractors}
+    return _light(rng, image), scene
 
 
 def _place(rng: np.random.Generator, number: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +115,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     pen = ImageDraw.Draw(ground)
 
     def ink() -> tuple[int, ...]:
-        return tuple(int(v) for v in 0.45 * any_colour(rng) + 0.55 * base * rng.uniform(0.6, 1.1))
+        return rgb(0.45 * any_colour(rng) + 0.55 * base * rng.uniform(0.6, 1.1))
 
     for _ in range(int(rng.integers(0, 13))):
         steps = rng.normal(0, 9, 2) + rng.normal(0, 5, (24, 2)).cumsum(axis=0)
@@ -160,43 +155,36 @@ def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 def make_dataset(
     out: str | Path, train: int, val: int, test: int, seed: int = 0, sprites: str | Path | None = None
 ) -> Path:
-    """Draw a whole root in FSC147's official layout, and return it; it appears only when it is complete.
+    """Draw a whole root in FSC147's official layout, and return it; arguments as in `SynthConfig`.
 
-    Arguments as in `SynthConfig`.  A picture depends on the seed, its split and its place there alone.
-
-    Raises:
-        FileExistsError: `out` holds something already.
-        ValueError: a split without pictures, a negative seed, or cut-outs that cannot be used.
+    A picture depends on the seed, its split and its place there alone.  Raises FileExistsError where `out` holds
+    something; ValueError for a split without pictures, a negative seed, or cut-outs that cannot be used.
     """
     for name, value, least in (("train", train, 1), ("val", val, 1), ("test", test, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"--{name} is {value}, but must be at least {least}")
     stock = Shapes() if sprites is None else read_sprites(sprites, seed)
     sizes = zip(DRAWN, (train, val, test, val, test), strict=True)
-    jobs = [(split, index) for split, number in sizes for index in range(number)]
-    names = [f"{number}.jpg" for number in range(1, len(jobs) + 1)]
+    jobs = [(split, index) for split, size in sizes for index in range(size)]
+    splits: dict[str, list[str]] = {split: [] for split in DRAWN}
+    entries, categories = {}, {}
     with new_folder(Path(out)) as draft:
         (draft / IMAGES).mkdir(parents=True)
         with ProcessPoolExecutor() as pool:  # a process for each core
-            paths = [draft / IMAGES / name for name in names]
-            entries = dict(
-                zip(names, pool.map(partial(_save_scene, seed, stock), jobs, paths, chunksize=8), strict=True)
-            )
-        categories = {name: entry.pop("category") for name, entry in entries.items()}
-        splits = {split: [name for name, job in zip(names, jobs, strict=True) if job[0] == split] for split in DRAWN}
+            paths = [draft / IMAGES / f"{number}.jpg" for number in range(1, len(jobs) + 1)]
+            scenes = pool.map(partial(_save_scene, seed, stock), jobs, paths, chunksize=8)
+            for (split, _), path, (category, entry) in zip(jobs, paths, scenes, strict=True):
+                splits[split].append(path.name)
+                entries[path.name], categories[path.name] = entry, category
         write_layout(draft, entries, splits, categories)
     return Path(out)
 
 
-def _save_scene(seed: int, stock: Stock, job: tuple[str, int], path: Path) -> dict:
-    """Draw a picture of a split; returns its annotation as in FSC147, and its category."""
+def _save_scene(seed: int, stock: Stock, job: tuple[str, int], path: Path) -> tuple[str, dict]:
+    """Draw a picture of a split; returns its category and its annotation as in FSC147."""
     split, index = job
     image, scene = draw_scene(np.random.default_rng([seed, DRAWN.index(split), index]), split, stock)
     image.save(path, quality=90)
     corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in scene["boxes"].tolist()]
-    return {
-        "box_examples_coordinates": corners,
-        "img_path": f"{IMAGES}/{path.name}",
-        "points": scene["points"].tolist(),
-        "category": scene["category"],
-    }
+    entry = {"box_examples_coordinates": corners, "img_path": f"{IMAGES}/{path.name}"}
+    return scene["category"], {**entry, "points": scene["points"].tolist()}
