@@ -93,10 +93,10 @@ def choose_dots(file: Path, dots: Dots, category: str | None) -> dict[str, tuple
         if kind is not None and points is not None:
             chosen[name] = kind, points
     found = sorted({kind for kinds in dots.values() for kind in kinds})
-    if not chosen or category not in (None, *found):
-        raise DataError(
-            f"{file} has nothing of category {category!r} to count, only {', '.join(found) or 'no picture'}"
-        )
+    if found and category not in (None, *found):
+        raise DataError(f"{file} has no dots of category {category!r}, only of {', '.join(found)}")
+    if not chosen:
+        raise DataError(f"{file} has no picture to count {category or 'anything'} in")
     return chosen
 
 
@@ -106,8 +106,7 @@ def find_picture(folder: Path, name: str) -> Path:
         return folder / name
     found = [path for path in sorted(folder.glob("*")) if path.stem == name and path.suffix.lower() != ".csv"]
     if len(found) != 1:
-        present = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{folder} must hold one picture called {name!r}, but has {present}")
+        raise DataError(f"{folder} must hold one picture called {name!r}, but has {[path.name for path in found]}")
     return found[0]
 
 

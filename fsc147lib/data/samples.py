@@ -13,9 +13,7 @@ from ..files import need_file
 from .faults import DataError, Faults, need_category, size_problem
 from .targets import density_map, target_heatmap
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats of an image, whatever its name: not EPS, for which Pillow runs Ghostscript."""
-
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow runs Ghostscript
 SHORT_SIDE = 384  # height of FSC147's images, which are wider than high
 
 

@@ -33,7 +33,8 @@ class Sprites:
         """A picture of a category, turned a little: RGB pixels and an L mask, trimmed, the larger side 2 * radius."""
         files = self.pictures[category]
         picture = _thumbnail(files[rng.integers(len(files))])
-        picture = _trimmed(picture.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR, expand=True))
+        picture = picture.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR, expand=True)
+        picture = picture.crop(_solid(picture))
         scale = 2 * radius / max(picture.size)
         size = [max(3, round(side * scale)) for side in picture.size]
         picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
@@ -43,10 +44,8 @@ class Sprites:
 def read_sprites(folder: str | Path, seed: int = 0) -> Sprites:
     """Read a folder of folders of cut-outs, and deal its folders, each of which is a category, to the splits.
 
-    Raises ValueError: no such folder, too few categories, a name that a question cannot hold, a damaged picture.
+    Raises ValueError for too few categories, a name that a question cannot hold, or a damaged picture.
     """
-    if not Path(folder).is_dir():
-        raise ValueError(f"--sprites {folder}: there is no such folder")
     pictures: dict[str, list[Path]] = {}
     for path in sorted(Path(folder).glob("*/*")):
         if path.suffix.lower() in (".png", ".webp") and _thumbnail(path):
@@ -65,22 +64,19 @@ def read_sprites(folder: str | Path, seed: int = 0) -> Sprites:
 
 @lru_cache(512)
 def _thumbnail(path: Path) -> Image.Image | None:
-    """A picture, RGBA, trimmed and at most 96 pixels large; None without transparency, for then it is no cut-out."""
+    """A cut-out, RGBA, trimmed and at most 96 pixels large; None for a picture that is opaque or nowhere so."""
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGBA")
-        if picture.getchannel("A").getextrema()[0] >= 128:  # type: ignore[operator]  # one channel: a pair
-            return None
-        picture = _trimmed(picture)
     except Exception as error:  # Pillow raises many types on damaged files
-        raise ValueError(f"--sprites: {str(path)!r} cannot be used ({type(error).__name__}: {error})") from error
+        raise ValueError(f"--sprites: {str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
+    if np.asarray(picture)[..., 3].min() >= 128 or _solid(picture) is None:
+        return None
+    picture = picture.crop(_solid(picture))
     picture.thumbnail((96, 96))  # objects are smaller
     return picture
 
 
-def _trimmed(picture: Image.Image) -> Image.Image:
-    """The part that is not transparent; a trace of alpha is no part of the object."""
-    box = picture.getchannel("A").point(lambda value: 255 * (value > 24)).getbbox()
-    if box is None:
-        raise ValueError("it is fully transparent")
-    return picture.crop(box)
+def _solid(picture: Image.Image) -> tuple[int, int, int, int] | None:
+    """The box of the object, of which a trace of alpha is no part."""
+    return picture.getchannel("A").point(lambda value: 255 * (value > 24)).getbbox()
