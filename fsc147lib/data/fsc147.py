@@ -225,7 +225,9 @@ def _numbers(key: str, lists, shape: tuple[int, ...]) -> np.ndarray:
     """Nested lists as float32 [N, *shape]; a ValueError says what is wrong with them."""
     values = np.array(lists, dtype=object)  # lists of unequal lengths end up as elements
     if values.shape != (0,) and values.shape[1:] != shape:
-        raise ValueError(f"{key!r} is {lists!r:.60}, and no list of {' lists of '.join(map(str, shape))} numbers")
+        raise ValueError(
+            f"{key!r} is {lists!r:.60}, and no list of lists of {' lists of '.join(map(str, shape))} numbers"
+        )
     for value in values.flat:
         if not _is_number(value):
             raise ValueError(f"{key!r} holds {value!r:.60} instead of a finite number of pixels")
