@@ -56,7 +56,7 @@ def test_logits_rows_and_gradients_are_plain_transformers(folder, experts, batch
         wanted = expected.attentions[2][i][:, places]
         torch.testing.assert_close(rows[2][i][:, used[i]], wanted, atol=1e-6, rtol=1e-5)
     expected.loss.backward()
-    DualLoss(experts.network, weight=0)(batch).total.backward()
+    DualLoss(experts.network)(batch, 0).total.backward()
     for (name, ours), theirs in zip(experts.network.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-2, msg=name)
 
@@ -73,7 +73,7 @@ def test_a_few_steps_bring_the_loss_down(experts, batch, method):
     optimizer, losses = torch.optim.AdamW(experts.network.parameters(), lr=3e-3), []
     for _ in range(8):
         optimizer.zero_grad()
-        parts = loss(batch)
+        parts = loss(batch, 0.5)
         parts.total.backward()
         optimizer.step()
         losses.append(parts.attention.item())
