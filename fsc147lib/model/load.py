@@ -121,7 +121,7 @@ def _one_error(found: str):
         logging.set_verbosity(verbosity)
 
 
-def _network_class(found: str) -> type:
+def _network_class(found: str):
     """The network's class by config.json; a ModelError where such a model cannot be trained here."""
     config, refused = transformers.PreTrainedConfig.get_config_dict(found)[0], f"cannot load {found}: "
     kind = config.get("model_type")
