@@ -11,8 +11,8 @@ import sys
 
 import pytest
 import torch
-from hostile.small_root import edit, make_root
 from safetensors.torch import load, load_file
+from small_root import edit, make_root
 
 from fsc147lib.__main__ import main
 from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES
