@@ -46,7 +46,7 @@ FAULTS = {  # kind: (fatal, cure); the fatal kinds come first
         "correct the entry: 'points' is a list of [x, y] (empty where there is nothing to count), "
         "'box_examples_coordinates', if it is there, a list of boxes of four [x, y] corners, all finite numbers",
     ),
-    "unreadable-image": (True, "put a sound copy of the image there: the file is missing, damaged or no image"),
+    "unreadable-image": (True, "put a sound copy of the image there, or leave the name out of the split"),
     "bad-size": (True, "crop or shrink the image, and its dots with it; --max-pixels N allows for larger ones"),
     "size-mismatch": (True, "use the image that belongs to this annotation: every dot is misplaced on this one"),
     "repeated-image": (False, "leave it out: check --exclude FILE writes the list that train --exclude reads"),

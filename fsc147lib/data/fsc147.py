@@ -96,6 +96,8 @@ def scan(
     if category is not None:
         need_category(category)
     faults = Faults()
+    if not os.path.isdir(root):
+        return {}, faults.add("missing-file", root, "ROOT", "there is no such folder")
     with _reported(faults, "broken-file", root, "ROOT"):
         present = set(os.listdir(root))
         if not present & {SPLITS, ANNOTATIONS, CLASSES, IMAGES}:

@@ -19,7 +19,9 @@ SHORT_SIDE = 384  # height of FSC147's images, which are wider than high
 
 def open_image(path: str | Path) -> Image.Image:
     """An image of which the header alone is read, in a format that Pillow decodes by itself."""
-    return Image.open(need_file(path), formats=FORMATS)
+    if need_file(path).stat().st_size == 0:
+        raise ValueError("the file is empty")
+    return Image.open(path, formats=FORMATS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -220,9 +220,9 @@ def test_what_is_half_transparent_is_blended_with_white(mode):
 
 def test_what_is_no_picture_gets_a_sentence(tmp_path, images):
     whole = (images / "a.jpg").read_bytes()
-    for content in (b"", b"<html>404</html>", whole[: len(whole) // 2]):
+    for content, problem in ((b"", "the file is empty"), (b"<html>", "Unidentified"), (whole[: len(whole) // 2], "")):
         (tmp_path / "x.jpg").write_bytes(content)
-        with pytest.raises(DataError, match=r"x\.jpg cannot be used as a picture \(.*: give a whole JPEG"):
+        with pytest.raises(DataError, match=rf"x\.jpg cannot be used as a picture \(.*{problem}.*: give a whole JPEG"):
             open_picture(tmp_path / "x.jpg")
     Image.new("1", (20_000, 6_000)).save(tmp_path / "huge.png")
     for name, problem in (
