@@ -22,7 +22,7 @@ from PIL import Image
 from plain import plain_network
 from teaching import teach
 from tokenizers import AddedToken, normalizers
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from fsc147lib.data.faults import ANNOTATIONS, SPLITS
 from fsc147lib.data.fsc147 import FSC147
@@ -96,7 +96,8 @@ def qwen_folder(tmp_path_factory):
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in later])  # 151657 to 151668
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tiny = load_model("tiny-random")
-    config, text = tiny.network.config, tiny.network.config.text_config
+    config = Qwen3VLConfig(**tiny.network.config.to_dict())  # without the attention that the library chose
+    text = config.text_config
     text.vocab_size, text.eos_token_id, text.pad_token_id = 151936, tokenizer.eos_token_id, tokenizer.pad_token_id
     for token in ("image", "video"):
         setattr(config, f"{token}_token_id", tokenizer.convert_tokens_to_ids(f"<|{token}_pad|>"))

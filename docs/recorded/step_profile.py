@@ -15,22 +15,22 @@ from torch.profiler import ProfilerActivity, profile
 
 from fsc147lib.data import open_split
 from fsc147lib.model.collate import Collate, to_device
-from fsc147lib.model.device import make_accelerator, seconds_of
-from fsc147lib.model.heatmaps import Heatmap
-from fsc147lib.model.network import freeze_vision
+from fsc147lib.model.device import choose_compute, seconds_of
+from fsc147lib.model.network import compile_layers, freeze_vision
 from fsc147lib.report.shapes import drawn_root, load_or_shape
 from fsc147lib.training.losses import DualLoss
-from fsc147lib.training.step import TrainingStep, make_optimizer
+from fsc147lib.training.step import TrainingStep, make_accelerator, make_optimizer
 
 name, size, turns, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-accelerator = make_accelerator("auto")
+compute = choose_compute()
 model = load_or_shape(name, "cuda")
 freeze_vision(model.network.train(), True)
 with tempfile.TemporaryDirectory() as folder:
     samples = open_split(drawn_root(Path(folder) / "root", [(384, 576)] * size), "train")
     batch = to_device(Collate(model.tokenizer, model.image_processor)(list(samples)), "cuda")
-loss = DualLoss(model.network, heatmap=Heatmap(model.network, compiled=True))
-step = TrainingStep(loss, make_optimizer(model.network, 1e-6), accelerator)
+loss = DualLoss(model.network)
+compile_layers(model.network, loss.heatmap.layers)
+step = TrainingStep(loss, make_optimizer(model.network, 1e-6), make_accelerator(compute), compute)
 seconds, kernels = {"count only": [], "both losses": []}, {}
 for turn in range(turns + 2):
     for weight, times in enumerate(seconds.values()):

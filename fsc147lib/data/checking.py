@@ -1,11 +1,6 @@
-"""`check`: what a root holds, and every fault of it, by file; unlike opening a split, it decodes every image.
-
-Left out: the faults of text files and headers, which the scan finds (`fsc147`).
-"""
+"""`check`: the size of a root and every fault of it; unlike the opening of a split, it decodes every image."""
 
 import hashlib
-import os
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +9,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from ..options import need, need_report
-from .faults import ANNOTATIONS, DENSITIES, IMAGES, MAX_PIXELS, PARTS, DataError, Fault, Faults
+from .faults import ANNOTATIONS, DENSITIES, IMAGES, MAX_PIXELS, PARTS, DataError, Faults
 from .fsc147 import scan
 from .samples import Sample
 
@@ -23,16 +18,12 @@ from .samples import Sample
 class CheckConfig:
     """Count what an FSC147 root holds and list every fault, by file.  Exit status 1 if there are faults."""
 
-    root: Positional[Path]
-    """Folder in the official layout."""
-    category: str | None = None
-    """What all images show; the root then needs no class file."""
-    json: Path | None = None
-    """Write the report here too."""
+    root: Positional[Path]  # Folder in the official layout.
+    category: str | None = None  # Name of the objects in all images, in place of the class file.
+    json: Path | None = None  # Write the report here too.
     exclude: Path | None = None
     """Write a list here, for `train --exclude`, of the training images whose very bytes val or test holds too."""
-    max_pixels: int = MAX_PIXELS
-    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
+    max_pixels: int = MAX_PIXELS  # Largest image, in pixels; Pillow's own limit of 179 million stays.
 
     def __post_init__(self):
         need_report(self)
@@ -42,12 +33,12 @@ class CheckConfig:
 
 @dataclass
 class Report:
-    """What `check` found.  An image without a dot is no fault: it has a count of 0, and no target heatmap."""
+    """The result of `check`.  An image without a dot is no fault: it has a count of 0, and no target heatmap."""
 
     root: str
     splits: dict[str, dict[str, float]]  # of usable images: images, empty, categories; of counts min, median, mean, max
     faults: Faults
-    exclude: list[str]  # names of training images that are images of another part, too
+    exclude: list[str]  # names of training images whose bytes are in another part, too
 
     @property
     def clean(self) -> bool:
@@ -59,10 +50,11 @@ class Report:
         return {"root": self.root, "clean": self.clean, "splits": self.splits, "faults": faults}
 
     def __str__(self) -> str:
-        texts = {name: ", ".join(f"{k} {v:g}" for k, v in row.items()) for name, row in self.splits.items()}
-        rows = [f"  {repr(name)[1:-1]}: {text}" for name, text in texts.items()]
-        total = f"{len(self.faults)} faults, {sum(fault.fatal for fault in self.faults)} of them fatal"
-        return "\n".join([f"FSC147 at {self.root}", *rows, total, str(self.faults)]).rstrip()
+        lines = [f"FSC147 at {self.root}"]
+        for name, row in self.splits.items():  # by its repr: it may hold control characters
+            lines.append(f"  {repr(name)[1:-1]}: " + ", ".join(f"{key} {value:g}" for key, value in row.items()))
+        fatal = sum(fault.fatal for fault in self.faults)
+        return "\n".join([*lines, f"{len(self.faults)} faults, {fatal} of them fatal", str(self.faults)]).rstrip()
 
 
 def check(root: str | Path, category: str | None = None, max_pixels: int = MAX_PIXELS) -> Report:
@@ -70,42 +62,41 @@ def check(root: str | Path, category: str | None = None, max_pixels: int = MAX_P
 
     `category` and `max_pixels` as in `FSC147`.
     """
-    samples, faults = scan(Path(os.path.expanduser(root)), None, True, category, max_pixels)
-    unusable = {fault.file for fault in faults if fault.fatal}
-    unique = {sample.name: sample for listed in samples.values() for sample in listed}
-    usable = {n: s for n, s in unique.items() if not unusable & {f"{IMAGES}/", f"{IMAGES}/{n}"}}
+    samples, faults = scan(Path(root).expanduser(), None, True, category, max_pixels)
+    bad = {fault.file for fault in faults if fault.fatal}
+    usable = {s.name: s for part in samples.values() for s in part if not bad & {IMAGES, f"{IMAGES}/{s.name}"}}
     with ThreadPoolExecutor() as pool:  # decoding lets go of the interpreter lock
         for found in pool.map(_pixel_faults, usable.values()):
             faults.extend(found)
     repeated = _repeated_images(samples, usable)
-    faults.extend(repeated)
     splits: dict[str, dict[str, float]] = {}
     for split, listed in samples.items():
         n = [sample.count for sample in listed]
         splits[split] = {"images": len(n), "empty": n.count(0), "categories": len({s.category for s in listed})}
         if n:
             splits[split] |= {"min": min(n), "median": float(np.median(n)), "mean": float(np.mean(n)), "max": max(n)}
-    names = {fault.entry for fault in repeated}
-    return Report(str(root), splits, faults, [s.name for s in samples.get("train", ()) if s.name in names])
+    exclude = [sample.name for sample in samples.get("train", ()) if sample.name in repeated]
+    for name, problem in repeated.items():
+        faults.add("repeated-image", f"{IMAGES}/{name}", name, problem)
+    return Report(str(root), splits, faults, exclude)
 
 
-def _repeated_images(samples: dict[str, list[Sample]], usable: Collection[str]) -> list[Fault]:
-    """A fault for each image of train or val whose very bytes are an image of another of train, val and test, too."""
-    faults = Faults()
+def _repeated_images(samples: dict[str, list[Sample]], usable: dict[str, Sample]) -> dict[str, str]:
+    """The images of train or val whose very bytes are an image of a later part, too: problem by name."""
     found: dict[bytes, tuple[str, str]] = {}  # name and part
+    repeated = {}
     for split in reversed(PARTS):
         for sample in samples.get(split, ()):
             if sample.name in usable:
                 digest = hashlib.sha256(sample.image_path.read_bytes()).digest()
                 name, part = found.setdefault(digest, (sample.name, PARTS[split]))
                 if part != PARTS[split] and name != sample.name:  # a name in two of them is a fault of its own
-                    problem = f"the same bytes as {name!r} of {part!r}"
-                    faults.add("repeated-image", f"{IMAGES}/{sample.name}", sample.name, problem)
-    return list(dict.fromkeys(faults))  # val_coco is a part of val
+                    repeated[sample.name] = f"the same bytes as {name!r} of {part!r}"
+    return repeated
 
 
 def _pixel_faults(sample: Sample) -> Faults:
-    """The faults of one sample that show only with its pixels, or that are not fatal."""
+    """The faults of a sample that its pixels show, and marks outside of them."""
     name, faults, (height, width) = sample.name, Faults(), sample.size
     try:
         _ = sample.image  # decoded for its errors alone
@@ -116,9 +107,10 @@ def _pixel_faults(sample: Sample) -> Faults:
     if len(dots):
         problem = f"{len(dots)} of {sample.count} dots outside {picture}, first {dots[0].tolist()}"
         faults.add("dot-outside", ANNOTATIONS, name, problem)
-    boxes = sample.boxes[((sample.boxes < 0) | (sample.boxes > limits)).any(axis=1)]
+    boxes, flat = sample.boxes, sample.boxes[:, [0, 1, 0, 1]] >= sample.boxes[:, [2, 3, 2, 3]]
+    boxes = boxes[(flat | (boxes < 0) | (boxes > limits)).any(axis=1)]
     if len(boxes):
-        faults.add("bad-box", ANNOTATIONS, name, f"box {boxes[0].tolist()} leaves {picture}")
+        faults.add("bad-box", ANNOTATIONS, name, f"box {boxes[0].tolist()} has no area, or leaves {picture}")
     try:
         _ = sample.density_path and sample.density
     except DataError as error:

@@ -1,7 +1,4 @@
-"""An FSC147 root: its layout and bounds, and what can be wrong with it, with a cure for each kind of fault.
-
-Left out: finding faults (`fsc147`, `checking`).
-"""
+"""An FSC147 root: its layout, its bounds, and the kinds of fault that it can have, with a cure for each."""
 
 import json
 from dataclasses import dataclass
@@ -14,37 +11,34 @@ IMAGES = "images_384_VarV2"
 DENSITIES = "gt_density_map_adaptive_384_VarV2"
 FALLBACK_CATEGORY = "objects"
 PARTS = {"train": "train", "val": "val", "val_coco": "val", "test": "test", "test_coco": "test"}
-"""Which of FSC147's splits are parts of one; no image is in two of train, val and test."""
+"""The part of FSC147 that a split belongs to; no image is in two parts."""
 
-# At the most
 MAX_COUNT = 999_999  # dots of an image: the number of an answer has six digits
 MAX_CATEGORY = 100  # characters of a category: it is a few words of a question
 MAX_ASPECT = 200  # an image's longer side over its shorter one: Qwen's image processor refuses others
 MAX_PIXELS = 100_000_000  # of an image, unless more are asked for: they are 300 MB already
 
-LAYOUT = f"""    ROOT/
+START = f"""for FSC147 itself download FSC147_384_V2 (images) and the annotations of "Learning To Count Everything", \
+https://github.com/cvlab-stonybrook/LearningToCountEverything; for pictures of your own use `fsc147lib import`, or \
+write the files by hand (docs/data.md). The layout is
+    ROOT/
     ├── {ANNOTATIONS}
     ├── {SPLITS}
     ├── {CLASSES}
     ├── {IMAGES}/                    2.jpg, 3.jpg, ...
     └── {DENSITIES}/   2.npy, 3.npy, ... (optional)"""
-START = f"""for FSC147 itself download FSC147_384_V2 (images) and the annotations of "Learning To Count Everything", \
-https://github.com/cvlab-stonybrook/LearningToCountEverything; for pictures of your own use `fsc147lib import`, or \
-write the files by hand (docs/data.md). The layout is
-{LAYOUT}"""
 
-CURES = {  # of a part of the layout that is missing
+CURES = {  # of a missing part of the layout
     ANNOTATIONS: 'write {"1.jpg": {"points": [[x, y], ...]}, ...} there, in pixels of the images',
     SPLITS: 'write {"train": ["1.jpg", ...], "val": ["2.jpg", ...]} there',
     CLASSES: "write a line 'name<TAB>category' for each image, or name one category for all (--category)",
-    f"{IMAGES}/": "make the folder, and put the images that the splits name into it",
+    IMAGES: "make the folder, and put the images that the splits name into it",
 }
-FAULTS = {  # kind: (fatal, cure)
+FAULTS = {  # kind: (fatal, cure); the fatal kinds come first
     "missing-file": (True, START),
     "broken-file": (True, "correct the file there, or put a sound copy in its place"),
     "bad-split": (True, "name a split of the split file, and make it a list of image names (strings)"),
-    "duplicate-name": (True, "keep the name once, in one of train, val and test"),
-    "duplicate-key": (True, "keep one of the two: readers silently drop all but the last"),
+    "duplicate-name": (True, "keep the name once, in one of train, val and test, or in one class line"),
     "unsafe-name": (True, f"use a plain file name of {IMAGES}/, without folders or drives"),
     "no-annotation": (True, "annotate the image, or leave the name out of the split"),
     "bad-annotation": (
@@ -52,8 +46,7 @@ FAULTS = {  # kind: (fatal, cure)
         "correct the entry: 'points' is a list of [x, y] (empty where there is nothing to count), "
         "'box_examples_coordinates', if it is there, a list of boxes of four [x, y] corners, all finite numbers",
     ),
-    "missing-image": (True, "put the image there, or leave the name out of the split (images=False needs none)"),
-    "unreadable-image": (True, "put a sound copy of the image there: the file is missing, damaged or no image"),
+    "unreadable-image": (True, "put a sound copy of the image there, or leave the name out of the split"),
     "bad-size": (True, "crop or shrink the image, and its dots with it; --max-pixels N allows for larger ones"),
     "size-mismatch": (True, "use the image that belongs to this annotation: every dot is misplaced on this one"),
     "repeated-image": (False, "leave it out: check --exclude FILE writes the list that train --exclude reads"),
@@ -72,18 +65,14 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a root.
-
-    `fatal`: its entry cannot be trained on or evaluated.  Opening a split raises for each fatal fault,
-    but for an image that is damaged behind its header: that one raises when it is decoded.
-    """
+    """A defect of a root.  Opening a split raises for its fatal faults; damage behind a header raises when decoded."""
 
     file: str  # relative to the root
     entry: str  # image name, split name, or line
     kind: str  # a key of FAULTS
     problem: str
     cure: str
-    fatal: bool
+    fatal: bool  # the entry cannot be trained on or evaluated
 
 
 class Faults(list):
@@ -98,7 +87,7 @@ class Faults(list):
 
     def __str__(self) -> str:
         lines = []
-        for kind, (fatal, _) in FAULTS.items():  # the fatal ones come first there
+        for kind, (fatal, _) in FAULTS.items():
             group = [fault for fault in self if fault.kind == kind]
             if group:
                 lines.append(f"{kind} ({len(group)}{', fatal' if fatal else ''})")
@@ -110,28 +99,28 @@ class Faults(list):
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name from a file may be opened in a folder without leaving it, on any system."""
+    """Whether a name can be opened in a folder without leaving it, on any system."""
     return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
 
 
 def category_problem(text: str) -> str:
-    """What keeps a text from naming what to count, or ""."""
+    """The reason why a question cannot hold this category; "" where it can."""
+    if not text.strip():
+        return "is empty"
     if len(text) > MAX_CATEGORY:
         return f"has more than {MAX_CATEGORY} characters"
-    if not text.strip() or "<" in text or not text.isprintable():  # <think>, <|im_end|>
-        return "may be read as control tokens" if text.strip() else "is empty"
-    return ""
+    return "may be read as control tokens" if "<" in text or not text.isprintable() else ""  # <think>, <|im_end|>
 
 
 def need_category(category: str | None, place: str = "") -> str:
-    """The category, or a DataError (that begins with the place it was found at) where nobody could count such."""
+    """The category, or a DataError that begins with its `place` where a question cannot hold it."""
     if category is None or category_problem(category):
         raise DataError(f"{place}the category is {category!r:.60}: name what to count, for example 'apples'")
     return category
 
 
 def size_problem(width: int, height: int, max_pixels: int = MAX_PIXELS) -> str:
-    """What keeps an image of this size from being used, or ""."""
+    """The reason why an image of this size cannot be used; "" where it can."""
     if max(width, height) > MAX_ASPECT * min(width, height):
         return f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other"
     if width * height > max_pixels:
@@ -142,7 +131,7 @@ def size_problem(width: int, height: int, max_pixels: int = MAX_PIXELS) -> str:
 def write_layout(
     root: Path, entries: dict[str, dict], splits: dict[str, list[str]], categories: dict[str, str]
 ) -> None:
-    """Write a root's text files: what is annotated by image, images by split, and categories by image."""
+    """Write a root's text files: annotations by image, images by split, categories by image."""
     (root / ANNOTATIONS).write_text(json.dumps(entries))
     (root / SPLITS).write_text(json.dumps(splits, indent=1))
     (root / CLASSES).write_text("".join(f"{name}\t{category}\n" for name, category in categories.items()))

@@ -1,13 +1,13 @@
 """Read an official FSC147 root as `Sample`s.
 
-One scan of the annotations and the images' headers finds the faults of a root, both when `FSC147` opens a split and
-when `check` reports on all of them (`checking`).  Left out: downloading, and what a fault is (`faults`).
+`scan` reads the text files and the images' headers and lists their faults, for `FSC147` and for `check`.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -30,19 +30,18 @@ from .faults import (
     is_plain,
     need_category,
     size_problem,
-)
+)  # fmt: skip
 from .samples import Sample
 
 
 class FSC147(list):
-    """The samples of one split, in the split file's order: a list of `Sample`.
+    """The samples of a split, in the split file's order: a list of `Sample`.
 
     Args:
         root: folder in the official layout.
-        split: any split of the split file: train, val, test, val_coco, test_coco.
-        images: False reads the annotations alone: names without one are left out, and images may be missing (what
-            needs one then raises).
-        category: what all images show; the root then needs no class file, and none is read.
+        split: a split of the split file: train, val, test, val_coco, test_coco or another.
+        images: False reads the annotations alone, leaves out names without one, and allows images to be missing.
+        category: name of the objects in all images, in place of the class file.
         max_pixels: of an image; a larger one is a fault.
 
     Raises:
@@ -50,14 +49,10 @@ class FSC147(list):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        split: str = "train",
-        images: bool = True,
-        category: str | None = None,
+        self, root: str | Path, split: str = "train", images: bool = True, category: str | None = None,
         max_pixels: int = MAX_PIXELS,
-    ):
-        self.root, self.split = Path(os.path.expanduser(root)), split
+    ):  # fmt: skip
+        self.root, self.split = Path(root).expanduser(), split
         samples, faults = scan(self.root, split, images, category, max_pixels)
         fatal = Faults(f for f in faults if f.fatal and (images or f.kind != "no-annotation"))
         if fatal:
@@ -67,20 +62,13 @@ class FSC147(list):
 
 
 def open_split(
-    root: str | Path,
-    split: str,
-    limit: int | None = None,
-    category: str | None = None,
-    exclude: Path | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> list[Sample]:
+    root: str | Path, split: str, limit: int | None = None, category: str | None = None,
+    exclude: Path | None = None, max_pixels: int = MAX_PIXELS,
+) -> list[Sample]:  # fmt: skip
     """The first `limit` samples of a split, to train on or to evaluate; `category` and `max_pixels` as in `FSC147`.
 
-    Args:
-        exclude: a file of names, one a line, that are left out of the split.
-
-    Raises:
-        DataError: as `FSC147`; for a split without images, or a name to leave out that is not in it.
+    `exclude` is a file of names, one a line, that are left out.  Raises DataError as `FSC147`; for a split without
+    images, or a name to leave out that is not in it.
     """
     opened = FSC147(root, split, category=category, max_pixels=max_pixels)
     left_out = set(need_file(exclude).read_text("utf-8-sig").splitlines()) if exclude else set()
@@ -94,7 +82,7 @@ def open_split(
 
 
 def split_counts(root: str | Path, split: str = "train") -> list[int]:
-    """The counts of a split, from the annotations alone; empty where there is no such split that can be opened."""
+    """The counts of a split, from the annotations alone; empty where it cannot be opened."""
     try:
         return [sample.count for sample in FSC147(root, split, images=False, category=FALLBACK_CATEGORY)]
     except DataError:
@@ -104,199 +92,177 @@ def split_counts(root: str | Path, split: str = "train") -> list[int]:
 def scan(
     root: Path, wanted: str | None, images: bool, category: str | None, max_pixels: int
 ) -> tuple[dict[str, list[Sample]], Faults]:
-    """Read a root, of an image no more than its header: of one split, or (None) of all; other arguments as `FSC147`'s.
-
-    Returns:
-        Per split the samples with a readable annotation; all faults found.
-    """
-    faults = Faults()
+    """The samples with a readable annotation, by split, and all faults, of the split `wanted` or (None) of all."""
     if category is not None:
         need_category(category)
+    faults = Faults()
     if not os.path.isdir(root):
         return {}, faults.add("missing-file", root, "ROOT", "there is no such folder")
-    present = _read_part(root, "", _names_in, faults)
-    if present is not None and not present & {SPLITS, ANNOTATIONS, CLASSES, IMAGES}:
-        faults.add("missing-file", root, "ROOT", "the folder holds nothing of the layout")
+    with _reported(faults, "broken-file", root, "ROOT"):
+        present = set(os.listdir(root))
+        if not present & {SPLITS, ANNOTATIONS, CLASSES, IMAGES}:
+            raise FileNotFoundError("the folder holds nothing of the layout")
     if faults:
         return {}, faults
-    splits = _read_part(root, SPLITS, _parse_json, faults)
-    annotations = _read_part(root, ANNOTATIONS, _parse_json, faults)
+    splits = _read(root, SPLITS, _parse_json, faults)
+    annotations = _read(root, ANNOTATIONS, _parse_json, faults)
+    classes = dict.fromkeys(annotations or (), category)
     if category is None:
-        classes = _read_part(root, CLASSES, lambda text: _parse_classes(text, faults), faults)
-    else:
-        classes = _Object([(name, category) for name in annotations or ()])
-    pictures = _read_part(root, f"{IMAGES}/", _names_in, faults, needed=images)
-    maps = _read_part(root, f"{DENSITIES}/", _names_in, faults, needed=False)
+        classes = _read(root, CLASSES, lambda path: _parse_classes(path, faults), faults)
+    pictures = _read(root, IMAGES, os.listdir, faults) if images else None
+    maps = _read(root, DENSITIES, os.listdir, faults) if DENSITIES in present else None
     if splits is None or annotations is None:
         return {}, faults
-    if wanted not in (None, *splits):
-        problem = f"there is no such split, only {', '.join(map(repr, splits))}"
-        return {}, faults.add("bad-split", SPLITS, wanted, problem)
+    if wanted is not None and wanted not in splits:
+        return {}, faults.add("bad-split", SPLITS, wanted, f"no such split, only {', '.join(map(repr, splits))}")
     names = {split: _split_names(splits, split, faults) for split in (splits if wanted is None else [wanted])}
-    samples = {}
-    for name in dict.fromkeys(chain.from_iterable(names.values())):
-        samples[name] = _read_entry(root, name, annotations, classes, maps or (), faults)
-        if images and samples[name] and pictures is not None:  # a missing folder is one fault, not one for each image
-            if name in pictures:
-                _check_header(samples[name], annotations[name], root, max_pixels, faults)
-            else:
-                faults.add("missing-image", f"{IMAGES}/{name}", name, "there is no such file")
+    listed, maps, samples = set(chain.from_iterable(names.values())), set(maps or ()), {}
+    for name in sorted(listed):
+        if sample := _read_sample(root, name, annotations, classes, maps, faults):
+            samples[name] = sample
+            if pictures is not None:  # a missing folder is one fault, not one for each image
+                _check_image(sample, annotations[name], root, max_pixels, faults)
     if wanted is None:
-        for split, purpose in (("train", "train on"), ("val", "validate on")):
-            if splits.get(split, []) == []:
-                faults.add("bad-split", SPLITS, split, f"it has no image to {purpose}")
-        for name in sorted(annotations.keys() - samples.keys()):
-            kind = "unlisted" if is_plain(name) else "unsafe-name"
-            faults.add(kind, ANNOTATIONS, name, "annotated, but in no split")
-        for name in sorted((pictures or set()) - samples.keys()):
-            faults.add("unlisted", f"{IMAGES}/{name}", name, "on disk, but in no split")
-    faults = Faults(dict.fromkeys(faults))  # an image in two splits is at fault once
-    return {split: [samples[n] for n in listed if samples[n]] for split, listed in names.items()}, faults
+        _check_whole(splits, annotations, set(pictures or ()), listed, faults)
+    faults = Faults(dict.fromkeys(faults))  # a name in two splits is at fault in both
+    return {split: [samples[n] for n in part if n in samples] for split, part in names.items()}, faults
 
 
-def _check_header(sample: Sample, entry: dict, root: Path, max_pixels: int, faults: Faults) -> None:
-    """Hold the image's header against the bounds, and against the original size and ratios of FSC147's entries."""
-    file = f"{IMAGES}/{sample.name}"
+@contextmanager
+def _reported(faults: Faults, kind: str, file: str | Path, entry: str) -> Iterator[None]:
+    """Make an error in the block a fault of this kind, or of kind "missing-file"."""
     try:
-        need_inside(sample.image_path, root)
-        height, width = sample.size
-    except (OSError, DataError) as error:
-        faults.add("unreadable-image", file, sample.name, f"cannot be read ({error.__cause__ or error})")
-        return
-    if problem := size_problem(width, height, max_pixels):
-        faults.add("bad-size", file, sample.name, problem)
-    for side, ratio, size in (("H", "ratio_h", height), ("W", "ratio_w", width)):
-        factors = entry.get(side), entry.get(ratio)
-        numbers = all(type(factor) in (int, float) and abs(factor) < 1e9 for factor in factors)
-        if side in entry and ratio in entry and not (numbers and abs(factors[0] * factors[1] - size) <= 1):
-            problem = f"{side} x {ratio} is {factors[0]!r} x {factors[1]!r} in the annotation, {size} in the image"
-            faults.add("size-mismatch", file, sample.name, problem)
-
-
-def _read_entry(root: Path, name: str, annotations, classes, maps: Collection[str], faults: Faults) -> Sample | None:
-    """The sample of one name, or None with a fault added; `maps` are the density files that exist."""
-    if not is_plain(name):
-        faults.add("unsafe-name", SPLITS, name, "the name is no plain file name")
-        return None
-    if name not in annotations:
-        faults.add("no-annotation", ANNOTATIONS, name, "in a split, but not annotated")
-        return None
-    entry = annotations[name]
-    if name in annotations.repeated or getattr(entry, "repeated", None):
-        faults.add("duplicate-key", ANNOTATIONS, name, "the entry, or a key in it, is there twice")
-    try:
-        points, given = _read_numbers(entry, "points", 2), "box_examples_coordinates" in entry
-        corners = _read_numbers(entry, "box_examples_coordinates", 4, 2) if given else np.zeros((0, 4, 2), np.float32)
-        if len(points) > MAX_COUNT:
-            raise ValueError(f"{len(points):,} dots, more than the {MAX_COUNT:,} that an answer can tell")
-    except ValueError as error:
-        faults.add("bad-annotation", ANNOTATIONS, name, str(error))
-        return None
-    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
-    flat = boxes[(boxes[:, 2:] <= boxes[:, :2]).any(axis=1)]
-    if len(flat):
-        faults.add("bad-box", ANNOTATIONS, name, f"box {flat[0].tolist()} has no area")
-    category = FALLBACK_CATEGORY
-    if classes is not None:  # None: the whole file is at fault already
-        category = classes.get(name, FALLBACK_CATEGORY)
-        if name not in classes:
-            faults.add("no-category", CLASSES, name, "no line gives its category")
-        if name in classes.repeated:
-            faults.add("duplicate-key", CLASSES, name, "two lines give its category")
-    density = Path(name).stem + ".npy"
-    density_path = root / DENSITIES / density if density in maps else None
-    try:
-        need_inside(density_path or root, root)
-    except OSError as error:
-        faults.add("bad-density", f"{DENSITIES}/{density}", name, str(error))
-        density_path = None
-    return Sample(name, category, points, boxes, root / IMAGES / name, density_path)
-
-
-def _read_numbers(entry: dict, key: str, *shape: int) -> np.ndarray:
-    """`entry[key]`, nested lists, as float32 [N, *shape]; ValueError says what is wrong with it."""
-    if not isinstance(entry, dict) or key not in entry:
-        raise ValueError(f"the entry has no {key!r}")
-    values = [entry[key]]
-    for length in (None, *shape):
-        for value in values:
-            if type(value) is not list or length not in (None, len(value)):
-                raise ValueError(f"{key!r} holds {value!r:.60} instead of a list{f' of {length}' if length else ''}")
-        values = list(chain.from_iterable(values))
-    for value in values:
-        if type(value) not in (int, float) or not abs(value) < 1e9:  # true is no number; nor is NaN below anything
-            raise ValueError(f"{key!r} holds {value!r:.60} instead of a finite number of pixels")
-    return np.array(values, dtype=np.float32).reshape(-1, *shape)
-
-
-def _split_names(splits: "_Object", split: str, faults: Faults) -> list[str]:
-    """The names of one split; empty with a fault added if it is no list of strings."""
-    names = splits[split]
-    if not split.isprintable():
-        faults.add("bad-split", SPLITS, split, "its name holds characters that cannot be shown")
-        return []
-    if type(names) is not list or not all(type(name) is str for name in names):
-        faults.add("bad-split", SPLITS, split, "not a list of strings")
-        return []
-    if split in splits.repeated:
-        faults.add("duplicate-key", SPLITS, split, "the split is there twice")
-    for name, times in Counter(names).items():
-        if times > 1:
-            faults.add("duplicate-name", SPLITS, name, f"{times} times in {split!r}")
-    for other in PARTS if split in PARTS else ():
-        if PARTS[other] != PARTS[split] and type(splits.get(other)) is list:
-            pair = " and in ".join(repr(s) for s in PARTS if s in (split, other))
-            for name in set(names).intersection(n for n in splits[other] if type(n) is str):
-                faults.add("duplicate-name", SPLITS, name, f"in {pair}")
-    return names
-
-
-def _read_part(root: Path, part: str, read: Callable, faults: Faults, needed: bool = True):
-    """`read` of a file's text or a folder ("folder/", "" for the root); None, with a fault added, where it cannot."""
-    file, entry = part or root, part.rstrip("/") or "ROOT"
-    try:
-        path = need_inside(root / part, root)
-        return read(path if part in ("", f"{entry}/") else need_file(path).read_text("utf-8-sig"))
-    except FileNotFoundError:
-        if needed:
-            faults.add("missing-file", file, entry, f"there is no such {'folder' if part.endswith('/') else 'file'}")
-    except json.JSONDecodeError as error:
-        faults.add("broken-file", file, f"line {error.lineno}, column {error.colno}", f"not JSON: {error.msg}")
+        yield
     except (OSError, ValueError, RecursionError, MemoryError) as error:
-        faults.add("broken-file", file, entry, f"cannot be read: {getattr(error, 'strerror', None) or error}")
-    return None
+        kind = "missing-file" if isinstance(error, FileNotFoundError) else kind
+        faults.add(kind, file, entry, str(getattr(error, "strerror", None) or error.__cause__ or error))
 
 
-def _names_in(folder: Path) -> set[str]:
-    return set(os.listdir(folder))
+def _read(root: Path, part: str, parse: Callable, faults: Faults):
+    """`parse` of a file or folder of the root; None, with a fault added, where that fails."""
+    with _reported(faults, "broken-file", part, part):
+        return parse(need_inside(root / part, root))
 
 
-class _Object(dict):
-    """What a file says by key, and which keys were there more than once."""
-
-    def __init__(self, pairs: list[tuple]):
-        super().__init__(pairs)
-        times = Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
-        self.repeated = {key for key in times if times[key] > 1}
-
-
-def _parse_json(text: str) -> _Object:
-    value = json.loads(text, object_pairs_hook=_Object)
-    if not isinstance(value, _Object):
+def _parse_json(path: Path) -> dict:
+    value = json.loads(need_file(path).read_text("utf-8-sig"), object_pairs_hook=_without_repeats)
+    if not isinstance(value, dict):
         raise ValueError("the top level is no JSON object")
     return value
 
 
-def _parse_classes(text: str, faults: Faults) -> _Object:
+def _without_repeats(pairs: list[tuple]) -> dict:
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"the key {key!r} is there twice: readers silently drop all but the last")
+    return dict(pairs)
+
+
+def _parse_classes(path: Path, faults: Faults) -> dict[str, str]:
     """Category by image name, from lines of name, tab, category."""
-    pairs = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    classes: dict[str, str] = {}
+    for number, line in enumerate(need_file(path).read_text("utf-8-sig").splitlines(), start=1):
         name, _, category = (part.strip() for part in line.partition("\t"))
-        problem = "has no name, tab and category" if line.strip() else ""
-        if name and category:
-            problem = category_problem(category)
-        if problem:
+        problem = category_problem(category) if name and category else "has no name, tab and category"
+        if problem and line.strip():
             faults.add("bad-class-line", CLASSES, f"line {number}", f"{category or line!r:.60} {problem}")
-        elif name:
-            pairs.append((name, category))
-    return _Object(pairs)
+        elif name in classes:
+            faults.add("duplicate-name", CLASSES, name, "two lines give its category")
+        elif line.strip():
+            classes[name] = category
+    return classes
+
+
+def _split_names(splits: dict, split: str, faults: Faults) -> list[str]:
+    """The names of a split; empty, with a fault added, where it is no list of strings."""
+    names = splits[split]
+    if type(names) is not list or not all(type(name) is str for name in names):
+        faults.add("bad-split", SPLITS, split, "not a list of strings")
+        return []
+    for name, times in Counter(names).items():
+        if times > 1:
+            faults.add("duplicate-name", SPLITS, name, f"{times} times in {split!r}")
+    for other, part in PARTS.items():
+        if split in PARTS and part != PARTS[split] and type(splits.get(other)) is list:
+            pair = " and in ".join(repr(s) for s in PARTS if s in (split, other))
+            for name in sorted(set(names) & {name for name in splits[other] if type(name) is str}):
+                faults.add("duplicate-name", SPLITS, name, f"in {pair}")
+    return names
+
+
+def _read_sample(
+    root: Path, name: str, annotations: dict, classes: dict | None, maps: set[str], faults: Faults
+) -> Sample | None:
+    """The sample of a name; None, with a fault added, where it has no readable annotation."""
+    density, path = f"{DENSITIES}/{Path(name).stem}.npy", None
+    if not is_plain(name):
+        faults.add("unsafe-name", SPLITS, name, "the name is no plain file name")
+    elif name not in annotations:
+        faults.add("no-annotation", ANNOTATIONS, name, "in a split, but not annotated")
+    else:
+        if f"{Path(name).stem}.npy" in maps:
+            with _reported(faults, "bad-density", density, name):
+                path = need_inside(root / density, root)
+        with _reported(faults, "bad-annotation", ANNOTATIONS, name):
+            points, boxes = _read_marks(annotations[name])
+            if classes is not None and name not in classes:  # None: the whole file is at fault already
+                faults.add("no-category", CLASSES, name, "no line gives its category")
+            category = (classes or {}).get(name, FALLBACK_CATEGORY)
+            return Sample(name, category, points, boxes, root / IMAGES / name, path)
+    return None
+
+
+def _read_marks(entry: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Dots [N, 2] x, y and boxes [K, 4] x1, y1, x2, y2 of an annotation; a ValueError says what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError("the entry is no JSON object")
+    points = _numbers("points", entry.get("points"), (2,))
+    corners = _numbers("box_examples_coordinates", entry.get("box_examples_coordinates", []), (4, 2))
+    if len(points) > MAX_COUNT:
+        raise ValueError(f"{len(points):,} dots, more than the {MAX_COUNT:,} that an answer can tell")
+    return points, np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def _numbers(key: str, lists, shape: tuple[int, ...]) -> np.ndarray:
+    """Nested lists as float32 [N, *shape]; a ValueError says what is wrong with them."""
+    values = np.array(lists, dtype=object)  # lists of unequal lengths end up as elements
+    if values.shape != (0,) and values.shape[1:] != shape:
+        raise ValueError(
+            f"{key!r} is {lists!r:.60}, and no list of lists of {' lists of '.join(map(str, shape))} numbers"
+        )
+    for value in values.flat:
+        if not _is_number(value):
+            raise ValueError(f"{key!r} holds {value!r:.60} instead of a finite number of pixels")
+    return values.astype(np.float32).reshape(-1, *shape)
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9  # true is no number, and NaN is not below 1e9
+
+
+def _check_image(sample: Sample, entry: dict, root: Path, max_pixels: int, faults: Faults) -> None:
+    """Hold the image's header against the bounds, and against the original size and ratios of FSC147's entries."""
+    file, name = f"{IMAGES}/{sample.name}", sample.name
+    with _reported(faults, "unreadable-image", file, name):
+        need_inside(sample.image_path, root)
+        height, width = sample.size
+        if problem := size_problem(width, height, max_pixels):
+            faults.add("bad-size", file, name, problem)
+        for side, ratio, size in (("H", "ratio_h", height), ("W", "ratio_w", width)):
+            factors = [entry[key] for key in (side, ratio) if key in entry]
+            known = all(map(_is_number, factors))
+            if len(factors) == 2 and not (known and abs(factors[0] * factors[1] - size) <= 1):
+                problem = f"{side} x {ratio} is {factors[0]!r} x {factors[1]!r} in the annotation, {size} in the image"
+                faults.add("size-mismatch", file, name, problem)
+
+
+def _check_whole(splits: dict, annotations: dict, pictures: set[str], listed: set[str], faults: Faults) -> None:
+    """Add the faults that only the whole root shows; `listed` are the names of all splits."""
+    for split, purpose in (("train", "train on"), ("val", "validate on")):
+        if splits.get(split, []) == []:
+            faults.add("bad-split", SPLITS, split, f"it has no image to {purpose}")
+    for name in sorted(annotations.keys() - listed):
+        kind = "unlisted" if is_plain(name) else "unsafe-name"
+        faults.add(kind, ANNOTATIONS, name, "annotated, but in no split")
+    for name in sorted(pictures - listed):
+        faults.add("unlisted", f"{IMAGES}/{name}", name, "on disk, but in no split")

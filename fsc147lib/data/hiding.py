@@ -1,7 +1,4 @@
-"""Cells of a picture hidden, so that one can ask again: the picture without them, and the dots that are left.
-
-Left out: asking (`model.occlusion`).
-"""
+"""Hide cells of a picture, and the dots in them, to ask what is left to count."""
 
 from typing import Literal, get_args
 
@@ -14,22 +11,15 @@ from .faults import DataError, need_category
 from .samples import Sample
 
 Fill = Literal["grey", "mean", "blur"]
-"""What stands in hidden cells: middle grey, the picture's mean colour, or the picture blurred beyond recognition."""
-
-BLUR_GRID = 7  # a blurred picture is the smooth surface through so many by so many mean colours
+"""Content of hidden cells: middle grey, the picture's mean colour, or the picture blurred beyond recognition."""
 
 
 def hide(sample: Sample, cells: np.ndarray, fill: Fill = "grey", category: str | None = None) -> Sample:
-    """The sample with some cells of its picture hidden, and without the dots and boxes in them.
+    """The sample, its image in memory, with some cells hidden and without the dots and boxes in them.
 
     Args:
-        sample: with an image.
-        cells: [rows, columns] True where hidden; any grid stretched over the image, 14x14 for a heatmap's cells.
-        category: what to count in it; None for what was counted in the sample.
-
-    Returns:
-        A sample whose image lies in memory; a dot outside the image belongs to the nearest cell, a box to that
-        of its centre.
+        cells: [rows, columns] True where hidden: any grid stretched over the image, 14x14 for a heatmap's cells.
+        category: objects to count in it; None for the sample's own.
 
     Raises:
         DataError: the cells are no grid, or the category or the fill is not known.
@@ -48,9 +38,9 @@ def hide(sample: Sample, cells: np.ndarray, fill: Fill = "grey", category: str |
 
 
 def covers(cells: np.ndarray, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Whether each point [N, 2] x, y of an image of `size` (height, width) pixels lies in a cell that is True.
+    """Whether points [N, 2] x, y of an image of (height, width) pixels lie in cells that are True.
 
-    `cells` [..., rows, columns] bool -> [..., N] bool.
+    `cells` [..., rows, columns] bool -> [..., N] bool; a point outside the image belongs to the nearest cell.
     """
     rows, columns = cells.shape[-2:]
     x, y = (points * [columns, rows] / size[::-1]).astype(np.int64).T
@@ -58,24 +48,20 @@ def covers(cells: np.ndarray, points: np.ndarray, size: tuple[int, int]) -> np.n
 
 
 def hide_cells(image: torch.Tensor, cells: torch.Tensor, fill: Fill) -> torch.Tensor:
-    """A picture [H, W, 3] uint8 once for each choice of hidden cells, [N, H, W, 3].
+    """Pictures [N, H, W, 3] uint8, each with other cells [N, rows, columns] bool of the image [H, W, 3] hidden.
 
-    `cells` [N, rows, columns] bool is a grid stretched over it; a pixel belongs to the cell of its centre.
+    A pixel belongs to the cell of its centre.
     """
     y, x = (
         (2 * torch.arange(length, device=image.device) + 1) * n // (2 * length)
         for length, n in zip(image.shape, cells.shape[1:], strict=False)
     )
-    return torch.where(cells[:, y][:, :, x, None], _filling(image, fill), image)
-
-
-def _filling(image: torch.Tensor, fill: Fill) -> torch.Tensor:
-    """What hides: [3] or [H, W, 3] uint8."""
-    if fill == "grey":
-        return image.new_full((3,), 127)
     colours = image.permute(2, 0, 1)[None].float()  # [1, 3, H, W]
-    if fill == "mean":
-        return colours.mean(dim=(0, 2, 3)).round().to(image.dtype)
-    coarse = F.interpolate(colours, (BLUR_GRID, BLUR_GRID), mode="area")
-    smooth = F.interpolate(coarse, image.shape[:2], mode="bilinear")
-    return smooth[0].permute(1, 2, 0).round().to(image.dtype)
+    if fill == "grey":
+        filling = image.new_full((3,), 127)
+    elif fill == "mean":
+        filling = colours.mean(dim=(0, 2, 3)).round().to(image.dtype)
+    else:
+        coarse = F.interpolate(colours, (7, 7), mode="area")  # too coarse to show an object
+        filling = F.interpolate(coarse, image.shape[:2], mode="bilinear")[0].permute(1, 2, 0).round().to(image.dtype)
+    return torch.where(cells[:, y][:, :, x, None], filling, image)

@@ -1,9 +1,8 @@
-"""Draw a small data set in FSC147's own layout: something to learn on, with no download.
+"""Draw a small data set in FSC147's own layout, to learn on with no download.
 
-Each picture shows one counted category among distractors that share its look or its shape, on its own cluttered
-background and under its own uneven light; a few show distractors alone.  A dot lies in the middle of each object, and
-three have boxes.  A seed gives the same bytes again (with the same version of Pillow).
-Left out: what an object looks like (`drawing`, and `sprites` for cut-outs).
+Each picture shows a counted category among distractors that share its look or its shape, on a cluttered background
+and under uneven light; a few show distractors alone.  A dot lies in the middle of each object, and three have boxes.
+A seed gives the same bytes again (with the same version of Pillow).
 """
 
 import math
@@ -17,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tyro.conf import Positional
 
 from ..files import new_folder
-from .drawing import Shapes, any_colour
+from .drawing import Shapes, any_colour, rgb
 from .faults import IMAGES, write_layout
 from .sprites import Sprites, read_sprites
 
@@ -26,39 +25,31 @@ WIDTHS = (384, 432, 480, 512, 576, 640)
 COUNTS = (1, 60)  # objects of the counted category in a picture that has any: drawn log-uniformly between
 EMPTY = 0.04  # part of the pictures that show distractors alone: the answer is 0
 MAX_DISTRACTORS = 10  # drawn log-uniformly from none, whatever the count is, so that the total tells little
-DRAWN = ("train", "val", "test", "val_seen", "test_seen")  # the last two: new pictures of training's categories
+DRAWN = ("train", "val", "test", "val_seen", "test_seen")  # the last two show training's categories
 RADII = (16, 44)  # smallest and largest of an object, in pixels
 OVERLAP = 0.85  # least distance of two objects, in sums of their radii
-_SHADOW = [round(0.42 * value) for value in range(256)]  # of a mask's values
 
 
 @dataclass(frozen=True)
 class SynthConfig:
     """Draw a small data set in FSC147's official layout."""
 
-    out: Positional[Path]
-    """Folder to make."""
-    train: int = 800
-    """Pictures in each split; val_seen and test_seen get as many as val and test."""
-    val: int = 100
-    """Pictures of pairs that are never trained on."""
-    test: int = 50
-    """Pictures of still other such pairs."""
-    seed: int = 0
-    """The same seed draws the same bytes."""
-    sprites: Path | None = None
-    """Cut-outs (PNG or WebP with transparency) to draw with: a folder per category, or named by what they show."""
+    out: Positional[Path]  # Folder to make.
+    train: int = 800  # Pictures in each split; val_seen and test_seen get as many as val and test.
+    val: int = 100  # Pictures of categories that are never trained on.
+    test: int = 50  # Pictures of still other such categories.
+    seed: int = 0  # The same seed draws the same bytes.
+    sprites: Path | None = None  # Draw with cut-outs (PNG or WebP with transparency): a folder for each category.
 
 
 Stock = Shapes | Sprites  # what scenes are made of
 
 
 def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | None = None) -> tuple[Image.Image, dict]:
-    """Draw one picture of a split, of composed shapes or from a stock of cut-outs; `rng` decides everything.
+    """Draw a picture of a split, of composed shapes or from a stock of cut-outs; `rng` decides everything.
 
-    Returns:
-        The RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points` [N, 2] x, y,
-        `boxes` [min(N, 3), 4] x1 y1 x2 y2, in pixels; `distractors`, their categories, and `distractor_points`.
+    Returns the RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points` [N, 2] x, y and
+    `boxes` [min(N, 3), 4] x1 y1 x2 y2 in pixels, and `distractors`, the categories of the other objects.
     """
     stock = stock or Shapes()
     size = (HEIGHT, int(rng.choice(WIDTHS)))
@@ -76,15 +67,11 @@ def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | No
     slant = rng.uniform(0.08, 0.3) * np.array([rng.choice([-1, 1]), 1])
     for i, kind in enumerate(kinds):
         boxes[i] = _paste(image, *stock.cut_out(rng, kind, radii[i]), centres[i], slant * radii[i])
-    counted = np.array([kind == category for kind in kinds], dtype=bool)
-    points = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return _light(rng, image), {
-        "category": category,
-        "points": points[counted],
-        "boxes": boxes[counted][:3],
-        "distractors": [kind for kind in kinds if kind != category],
-        "distractor_points": points[~counted],
-    }
+    counted = np.array(kinds) == category
+    points = (boxes[counted, :2] + boxes[counted, 2:]) / 2
+    distractors = [kind for kind in kinds if kind != category]
+    scene = {"category": category, "points": points, "boxes": boxes[counted][:3], "distractors": distractors}
+    return _light(rng, image), scene
 
 
 def _place(rng: np.random.Generator, number: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +115,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     pen = ImageDraw.Draw(ground)
 
     def ink() -> tuple[int, ...]:
-        return tuple(int(v) for v in 0.45 * any_colour(rng) + 0.55 * base * rng.uniform(0.6, 1.1))
+        return rgb(0.45 * any_colour(rng) + 0.55 * base * rng.uniform(0.6, 1.1))
 
     for _ in range(int(rng.integers(0, 13))):
         steps = rng.normal(0, 9, 2) + rng.normal(0, 5, (24, 2)).cumsum(axis=0)
@@ -146,7 +133,7 @@ def _paste(image: Image.Image, pixels: Image.Image, mask: Image.Image, centre: n
     x, y = max(0, min(x, image.width - pixels.width)), max(0, min(y, image.height - pixels.height))
     soft = 2 + pixels.width // 20
     shadow = Image.new("L", (pixels.width + 2 * soft, pixels.height + 2 * soft))
-    shadow.paste(mask.point(_SHADOW), (soft, soft))
+    shadow.paste(mask.point(lambda value: round(0.42 * value)), (soft, soft))
     across, down = slant.round().astype(int).tolist()
     image.paste((8, 8, 16), (x - soft + across, y - soft + down), shadow.filter(ImageFilter.BoxBlur(soft * 0.6)))
     image.paste(pixels, (x, y), mask)
@@ -168,36 +155,33 @@ def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 def make_dataset(
     out: str | Path, train: int, val: int, test: int, seed: int = 0, sprites: str | Path | None = None
 ) -> Path:
-    """Draw a whole root in FSC147's official layout, and return it; it appears only when it is complete.
+    """Draw a whole root in FSC147's official layout, and return it; arguments as in `SynthConfig`.
 
-    Arguments as in `SynthConfig`.  A picture depends on the seed, its split and its place there alone.
-
-    Raises:
-        FileExistsError: `out` holds something already.
-        ValueError: a split without pictures, a negative seed, or cut-outs that cannot be used.
+    A picture depends on the seed, its split and its place there alone.  Raises FileExistsError where `out` holds
+    something; ValueError for a split without pictures, a negative seed, or cut-outs that cannot be used.
     """
     for name, value, least in (("train", train, 1), ("val", val, 1), ("test", test, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"--{name} is {value}, but must be at least {least}")
     stock = Shapes() if sprites is None else read_sprites(sprites, seed)
-    sizes = dict(zip(DRAWN, (train, val, test, val, test), strict=True))
+    sizes = zip(DRAWN, (train, val, test, val, test), strict=True)
+    jobs = [(split, index) for split, size in sizes for index in range(size)]
     splits: dict[str, list[str]] = {split: [] for split in DRAWN}
-    jobs = [(split, index) for split, number in sizes.items() for index in range(number)]
-    paths = [f"{number}.jpg" for number in range(1, len(jobs) + 1)]
+    entries, categories = {}, {}
     with new_folder(Path(out)) as draft:
         (draft / IMAGES).mkdir(parents=True)
         with ProcessPoolExecutor() as pool:  # a process for each core
-            draw = partial(_save_scene, seed, stock)
-            drawn = list(pool.map(draw, jobs, [draft / IMAGES / name for name in paths], chunksize=8))
-        for (split, _), name in zip(jobs, paths, strict=True):
-            splits[split].append(name)
-        categories = {name: category for name, (category, _) in zip(paths, drawn, strict=True)}
-        write_layout(draft, {name: entry for name, (_, entry) in zip(paths, drawn, strict=True)}, splits, categories)
+            paths = [draft / IMAGES / f"{number}.jpg" for number in range(1, len(jobs) + 1)]
+            scenes = pool.map(partial(_save_scene, seed, stock), jobs, paths, chunksize=8)
+            for (split, _), path, (category, entry) in zip(jobs, paths, scenes, strict=True):
+                splits[split].append(path.name)
+                entries[path.name], categories[path.name] = entry, category
+        write_layout(draft, entries, splits, categories)
     return Path(out)
 
 
 def _save_scene(seed: int, stock: Stock, job: tuple[str, int], path: Path) -> tuple[str, dict]:
-    """Draw a picture of a split; returns its category and its annotation, as FSC147 has it."""
+    """Draw a picture of a split; returns its category and its annotation as in FSC147."""
     split, index = job
     image, scene = draw_scene(np.random.default_rng([seed, DRAWN.index(split), index]), split, stock)
     image.save(path, quality=90)

@@ -1,40 +1,33 @@
-"""Dots to density to target heatmap, maps from one grid to another, and the divergence between two.
+"""Dots to density to target heatmap, maps from one grid to another, and the divergence between two maps.
 
-The density of an image follows Ranjan et al., "Learning To Count Everything" (CVPR 2021): one Gaussian on each dot, in
-a window as wide as the image's mean nearest-neighbour distance, with a standard deviation of a quarter of that window.
-The window is square, so a Gaussian is the product of a row profile and a column profile: a whole density map is one
-matrix product, and its 14x14 heatmap never needs the pixels at all.
+The density follows Ranjan et al., "Learning To Count Everything" (CVPR 2021): a Gaussian on each dot, in a square
+window as wide as the image's mean nearest-neighbour distance, with a standard deviation of a quarter of that.  Such a
+Gaussian is the product of a row profile and a column profile, so a density map or its 14x14 sum is a matrix product.
 """
 
 import numpy as np
 import torch
 from scipy.spatial import KDTree
 
-GRID = 14  # rows and columns of the target heatmap, as in the first script of this project
+GRID = 14  # rows and columns of the target heatmap
 TINY_MASS = 1e-8  # floor under a heatmap's cells inside the logarithm of the KL divergence
 LONE_WINDOW = 0.25  # of the image's shorter side, where a lone dot has no neighbour
 MIN_WINDOW = 2.0  # pixels: at least one pixel centre lies in it, even where dots coincide
 CHUNK = 4096  # dots whose Gaussians are in memory at once; more than FSC147's largest count
 
 
-def nearest_neighbour_distance(points: np.ndarray) -> float:
-    """Mean distance in pixels from each dot, [N, 2] x, y, to its nearest other; NaN with fewer than two dots."""
-    if len(points) < 2:
-        return float("nan")
-    places, place, times = np.unique(np.float32(points), axis=0, return_inverse=True, return_counts=True)
-    _, nearest = KDTree(places).query(places, k=[2])  # itself is the nearest; len(places) where there is no other
-    distances = np.sqrt(((places - places[nearest[:, 0] % len(places)]) ** 2).sum(axis=1))
-    distances[times > 1] = 0
-    return float(distances[place].mean())
-
-
 def gaussian_window(points: np.ndarray, size: tuple[int, int]) -> float:
-    """Width in pixels of the window that every Gaussian of this image gets (std = window / 4)."""
-    return max(nearest_neighbour_distance(points) if len(points) > 1 else LONE_WINDOW * min(size), MIN_WINDOW)
+    """Width in pixels of each Gaussian's window: the mean distance of the dots [N, 2] to their nearest neighbours."""
+    if len(points) < 2:
+        return max(LONE_WINDOW * min(size), MIN_WINDOW)
+    places, times = np.unique(np.float32(points), axis=0, return_counts=True)
+    distances = KDTree(places).query(places, k=[2])[0][:, 0]  # the nearest is the place itself
+    distances[times > 1] = 0
+    return max(float(np.average(distances, weights=times)), MIN_WINDOW)
 
 
 def _profiles(centres: np.ndarray, length: int, window: float) -> np.ndarray:
-    """One truncated Gaussian per dot along one axis, each summing to 1 inside the image: [N, length].
+    """A truncated Gaussian for each dot along an axis, each summing to 1 inside the image: [N, length].
 
     Dots outside are moved onto the border, and the part of a Gaussian that would fall outside goes to the rest.
     """
@@ -48,11 +41,8 @@ def _profiles(centres: np.ndarray, length: int, window: float) -> np.ndarray:
 def density_map(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] | None = None) -> np.ndarray:
     """The density of dots [N, 2] x, y in pixels over an image of (height, width) pixels.
 
-    Args:
-        grid: rows and columns to sum it up to, stretched over the image; None for its pixels.
-
-    Returns:
-        [height, width] or `grid` float64, objects per pixel or cell, summing to N; dots outside count on the border.
+    Returns [height, width], or [rows, columns] of a `grid` stretched over the image: float64, objects per pixel or
+    cell, summing to N.  Dots outside count on the border.
     """
     points = np.asarray(points).reshape(-1, 2)
     window, total = gaussian_window(points, size), np.zeros(grid or size)
@@ -66,46 +56,35 @@ def density_map(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int]
 
 
 def target_heatmap(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Where the objects are: the density on a coarse grid stretched over the image, over its sum.
-
-    Returns [14, 14] float32, non-negative, summing to 1; zeros without a dot, for then there is no distribution to
-    aim at: losses and metrics leave such an image out.
-    """
+    """The density on a grid stretched over the image, scaled: [14, 14] float32 summing to 1; zeros without a dot."""
     return (density_map(points, size, (GRID, GRID)) / max(1, len(points))).astype(np.float32)
 
 
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
-    """How much of each input cell lies in each output cell, both grids stretched over the same length.
+    """The part of each input cell in each output cell, both grids stretched over the same length.
 
     Returns [n_out, n_in] float64 in 0..1; every column sums to 1, so applying it keeps the mass.
     """
-    edges_in = np.arange(n_in + 1) / n_in
-    edges_out = np.arange(n_out + 1) / n_out
+    edges_in, edges_out = np.arange(n_in + 1) / n_in, np.arange(n_out + 1) / n_out
     right = np.minimum(edges_out[1:, None], edges_in[None, 1:])
     left = np.maximum(edges_out[:-1, None], edges_in[None, :-1])
     return np.clip(right - left, 0, None) * n_in
 
 
 def resample_map(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Move a map of masses (not densities) [..., h, w] to another grid of rows and columns over the image.
-
-    By exact areas, so [..., rows, columns] has the same sum.
-    """
+    """A map of masses (not densities) [..., h, w] on another grid [..., rows, columns], by exact areas; sums stay."""
     rows, columns = area_weights(values.shape[-2], grid[0]), area_weights(values.shape[-1], grid[1])
     return rows @ values @ columns.T
 
 
 def kl_divergence(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
-    """KL(P || A) of each image, in nats: target P and heatmap A [B, 14, 14], each summing to 1 -> [B].
-
-    0 where the target is all zeros.
-    """
+    """KL(P || A) in nats of target P and heatmap A, [B, 14, 14] each summing to 1 -> [B]; 0 where P is all zeros."""
     target, heatmap = target.float(), heatmap.float()
     return (torch.xlogy(target, target) - target * heatmap.clamp_min(TINY_MASS).log()).sum(dim=(1, 2))
 
 
 def centre_blob(target: torch.Tensor, spread: float = 1 / 8) -> torch.Tensor:
-    """Maps like `target` [B, 14, 14] that know nothing of their image: a Gaussian in the middle, each summing to 1.
+    """Maps like `target` [B, 14, 14] of a Gaussian in the middle, each summing to 1.
 
     `spread` is its standard deviation as a part of the side.
     """

@@ -3,7 +3,7 @@
 Left out: drawing the numbers (`report`).
 """
 
-from .answering import EvaluateConfig, Evaluation, ImageResult, evaluate, evaluate_samples
+from .answering import EvaluateConfig, Evaluation, ImageResult, Reading, evaluate, evaluate_samples
 from .faithfulness import Faithfulness, faithfulness_table, measure_maps, own_against_true, own_against_true_table
 from .metrics import (
     absolute_errors,
@@ -15,12 +15,11 @@ from .metrics import (
     counting_metrics,
     paired_difference,
 )
-from .ridge import ridge_baseline
 from .tables import metrics_table
 
 __all__ = [
-    "EvaluateConfig", "Evaluation", "Faithfulness", "ImageResult", "absolute_errors", "alignment", "answer_histogram",
-    "bootstrap_interval", "calibration", "constant_baselines", "counting_metrics", "evaluate", "evaluate_samples",
-    "faithfulness_table", "measure_maps", "metrics_table", "own_against_true", "own_against_true_table",
-    "paired_difference", "ridge_baseline",
+    "EvaluateConfig", "Evaluation", "Faithfulness", "ImageResult", "Reading", "absolute_errors", "alignment",
+    "answer_histogram", "bootstrap_interval", "calibration", "constant_baselines", "counting_metrics", "evaluate",
+    "evaluate_samples", "faithfulness_table", "measure_maps", "metrics_table", "own_against_true",
+    "own_against_true_table", "paired_difference",
 ]  # fmt: skip

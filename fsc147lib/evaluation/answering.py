@@ -6,7 +6,7 @@ forced, so that they can be compared with the training log.  Left out: drawing, 
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ..data.fsc147 import MAX_PIXELS, open_split, split_counts
 from ..files import write_json, write_text
 from ..model import (
     Attention,
+    Batch,
     Collate,
     Compute,
     CountingModel,
@@ -33,8 +34,8 @@ from ..model import (
     read_prompts,
     to_device,
 )  # fmt: skip
-from ..model.answers import count_loss, longest_answer
-from ..model.prompt import parse_count, parse_count_leniently
+from ..model.answers import count_loss
+from ..model.prompt import longest_answer, parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
 from ..readers import leave_signals_to_parent, progress_bar, read
 from .metrics import absolute_errors, absurd_answers, alignment, constant_baselines, counting_metrics, metrics_by_bin
@@ -93,12 +94,14 @@ class ImageResult:
     count: int
     predicted: int | None  # None where the answer does not parse
     answer: str
-    kl: float | None  # this and the next three are None in an empty scene, which has no target
-    mass_on_objects: float | None
-    pearson: float | None
-    pointing: float | None
     error: float  # in objects, see `metrics.absolute_errors`
     predicted_leniently: int | None = None  # read by `parse_count_leniently`; decides nothing
+    alignment: dict[str, float | None] = field(default_factory=dict)  # None in an empty scene, which has no target
+
+    def row(self) -> dict:
+        """Flat, for the CSV."""
+        row = asdict(self)
+        return {**row, **row.pop("alignment")}
 
 
 @dataclass
@@ -113,7 +116,7 @@ class Evaluation:
     def write(self, path: str | Path, **about) -> None:
         """Write `path` (JSON: metrics, bins, baselines, `about`) and, beside it with the ending .csv, the images."""
         write_json(path, {**about, "metrics": self.metrics, "bins": self.bins, "baselines": self.baselines})
-        write_text(Path(path).with_suffix(".csv"), to_csv([asdict(image) for image in self.images]))
+        write_text(Path(path).with_suffix(".csv"), to_csv([image.row() for image in self.images]))
 
 
 def to_csv(rows: list[dict]) -> str:
@@ -128,33 +131,35 @@ def _plain_cell(value):
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How images reach the model."""
+
+    batch_size: int = 16  # images answered at once
+    batch_tokens: int | None = None  # of a batch with its padding, in place of `batch_size`
+    workers: int = 0  # processes that read images
+    features: KeptFeatures | None = None  # in place of images
+    store: PixelStore | None = None  # keeps images for another evaluation
+    longest: int | None = None  # tokens of an answer at the most; None for those of the longest number that parses
+
+
 @torch.no_grad()
 def evaluate_samples(
     model: CountingModel,
     samples: list[Sample],
-    batch_size: int = 16,
     heatmap: Heatmap | None = None,
     compute: Compute | None = None,
-    workers: int = 0,
-    cache: KeptFeatures | None = None,
-    store: PixelStore | None = None,
     training_counts: Sequence[int] = (),
-    longest: int | None = None,
-    batch_tokens: int | None = None,
+    reading: Reading = Reading(),
 ) -> Evaluation:
-    """Evaluate a model that is already in memory; it is moved to the compute's device, and answers in eval mode.
+    """Evaluate a model that is in memory; it is moved to the compute's device, and answers in eval mode.
 
     Args:
         heatmap: what is held against the target; None for the attention.
         compute: device and precision; None for `choose_compute()`.
-        workers: processes that read images; with a cache of their features there are none to read.
-        store: keeps the images, for another evaluation.
         training_counts: of the training images: their mean is the cost of an answer without a number on an empty
             scene, their largest tells which answers are absurd, and baselines follow from them.  Without any the mean
             is that of `samples`.
-        longest: tokens of an answer at the most; None for those of the longest number that parses, which cuts
-            off a model that was never fine-tuned.
-        batch_tokens: of a batch with its padding, in place of `batch_size`.
 
     Returns:
         Metrics: `counting_metrics`, `absurd_answers`, unparsed (rate, 0..1), unparsed_leniently and mae_lenient (the
@@ -164,46 +169,52 @@ def evaluate_samples(
     Raises:
         ValueError: a metric is not finite.
     """
-    compute = compute or choose_compute()
-    network, end = model.network.to(compute.device), model.tokenizer.eos_token_id
-    was_training = network.training
-    network.eval()
-    heatmap = heatmap or make_heatmap(network)
-    collate = Collate(model.tokenizer, model.image_processor, store, pixels=cache is None)
-    places = answering_chunks([collate.lengths(sample)[2] for sample in samples], batch_size, batch_tokens)
-    order, chunks = sum(places, []), [[samples[i] for i in chunk] for chunk in places]
-    if cache or store and store.holds(samples):
-        workers = 0  # the rest takes less time than starting them and handing it over
+    compute, counts = compute or choose_compute(), [sample.count for sample in samples]
+    empty_cost, was_training = float(np.mean(list(training_counts) or counts)), model.network.training
+    model.network.to(compute.device).eval()
+    results: dict[int, ImageResult] = {}
+    loss = tokens = 0.0
+    for places, batch, said, summed, maps in answer_batches(model, samples, heatmap, compute, reading):
+        loss, tokens = loss + summed, tokens + batch["answer_tokens"]
+        for row, place in enumerate(places):
+            sample, text, predicted = samples[place], said[row][0], parse_count(said[row][0])
+            error = float(absolute_errors([predicted], [sample.count], empty_cost)[0])
+            aligned = {name: values[row] if sample.count else None for name, values in maps.items()}
+            lenient = parse_count_leniently(text, complete=said[row][1])
+            result = ImageResult(sample.name, sample.category, sample.count, predicted, text, error, lenient, aligned)
+            results[place] = result
+    model.network.train(was_training)
+    images = [results[place] for place in range(len(samples))]
+    return _summarise(images, float(loss) / tokens, empty_cost, training_counts)
+
+
+def answer_batches(
+    model: CountingModel, samples: list[Sample], heatmap: Heatmap | None, compute: Compute, reading: Reading
+) -> Iterator[tuple[list[int], Batch, list[tuple[str, bool]], torch.Tensor, dict[str, list[float]]]]:
+    """Of each batch: places in `samples`, the batch, answers (text, and whether it ends), the count loss, alignment."""
+    network, tokenizer, features = model.network, model.tokenizer, reading.features
+    heatmap, longest = heatmap or make_heatmap(network), reading.longest or longest_answer(tokenizer)
+    collate = Collate(tokenizer, model.image_processor, reading.store, pixels=features is None)
+    lengths = [collate.lengths(sample)[2] for sample in samples]
+    chunks = answering_chunks(lengths, reading.batch_size, reading.batch_tokens)
+    in_memory = features is not None or reading.store is not None and reading.store.holds(samples)
     loader = DataLoader(
-        chunks, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        [[samples[i] for i in chunk] for chunk in chunks], batch_size=None, collate_fn=collate,
+        num_workers=0 if in_memory else reading.workers, pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_parent,
     )  # fmt: skip
-    longest = longest or longest_answer(model.tokenizer)
-    found = []  # stays on the device until the end
-    for batch in progress_bar(read(loader), desc="evaluate", total=len(chunks), leave=False):
+    batches = progress_bar(read(loader), desc="evaluate", total=len(chunks), leave=False)
+    for places, batch in zip(chunks, batches, strict=True):
         batch = to_device(batch, compute.device)
-        batch = cache.add_to(batch) if cache else batch
+        batch = features.add_to(batch) if features else batch
         with compute.autocast():
             prompts = read_prompts(network, batch)
             logits, looked = heatmap.with_logits(batch, prompts=prompts)
-            answers = prompts.greedy(longest, end)
-        loss = count_loss(logits.detach(), batch["answer_labels"])
-        found.append((answers, loss, alignment(looked, batch["target"])))
-    network.train(was_training)
-    empty_cost = float(np.mean(list(training_counts) or [sample.count for sample in samples]))
-    results: dict[int, ImageResult] = {}
-    for answers, _, maps in found:
-        maps = {key: value.tolist() for key, value in maps.items()}
-        texts = model.tokenizer.batch_decode(answers.tolist(), skip_special_tokens=True)
-        for i, (text, tokens) in enumerate(zip(texts, answers.tolist(), strict=True)):
-            place = order[len(results)]
-            sample, predicted = samples[place], parse_count(text)
-            row = {key: value[i] if sample.count else None for key, value in maps.items()}
-            row["error"] = float(absolute_errors([predicted], [sample.count], empty_cost)[0])
-            row["predicted_leniently"] = parse_count_leniently(text, complete=end in tokens)
-            results[place] = ImageResult(sample.name, sample.category, sample.count, predicted, text, **row)
-    loss = sum(float(summed) for _, summed, _ in found) / sum(len(collate.tokens(sample).answer) for sample in samples)
-    return _summarise([results[place] for place in range(len(samples))], loss, empty_cost, training_counts)
+            answers = prompts.greedy(longest, tokenizer.eos_token_id).tolist()
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        said = [(text, tokenizer.eos_token_id in tokens) for text, tokens in zip(texts, answers, strict=True)]
+        maps = {name: values.tolist() for name, values in alignment(looked, batch["target"]).items()}
+        yield places, batch, said, count_loss(logits.detach(), batch["answer_labels"]), maps
 
 
 def answering_tokens(training_tokens: int, heatmap: Heatmap) -> int:
@@ -237,8 +248,8 @@ def _summarise(images: list[ImageResult], loss: float, empty_cost: float, traini
         "mae_lenient": float(absolute_errors(leniently, *counts[1:]).mean()),
         "count_loss": loss,
     }
-    for key in ("kl", "mass_on_objects", "pearson", "pointing"):
-        values = [getattr(image, key) for image in images if image.count]
+    for key in images[0].alignment:
+        values = [image.alignment[key] for image in images if image.count]
         metrics[key] = float(np.mean(values)) if values else None
     if wrong := [f"{name} is {value}" for name, value in metrics.items() if not np.isfinite(value or 0)]:
         raise ValueError(f"{', '.join(wrong)}: the model is broken, or its images are; look with `verify`")
@@ -253,7 +264,5 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     compute = choose_compute(config.precision)
     heatmap = make_heatmap(model.network, config.heatmap, config.attention_layers, config.attention_heads)
     workers = default_workers() if config.workers is None else config.workers
-    return evaluate_samples(
-        model, samples, config.batch_size, heatmap, compute, workers, longest=config.longest,
-        training_counts=split_counts(config.data),
-    )  # fmt: skip
+    reading = Reading(config.batch_size, workers=workers, longest=config.longest)
+    return evaluate_samples(model, samples, heatmap, compute, split_counts(config.data), reading)

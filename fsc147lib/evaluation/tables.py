@@ -22,6 +22,10 @@ MEASURES = {  # key of `counting_metrics` or `alignment`: words, which end is go
     "pearson": ("correlation of map and target (-1..1)", "high", "{:.2f}"),
     "pointing": ("map's largest cell has an object", "high", "{:.0%}"),
 }
+PLAIN_MEASURE = ("", "", "{:.3f}")
+"""A metric without a line above is told by its key."""
+TOLD_BELOW = ("absurd", "mae_without_absurd", "constant")
+
 PUBLISHED = [
     {"name": "FamNet (published)", "mae": 22.08, "rmse": 99.54},
     {"name": "CountGD, text only (published)", "mae": 14.76, "rmse": 120.42},
@@ -52,9 +56,10 @@ def metrics_table(
     """
     columns = columns | {f"{name} {row['constant']:.1f}": row for name, row in baselines.items()}
     rows = [["", "good", *columns]]
-    for key, (words, good, _) in MEASURES.items():
-        if any(key in metrics for metrics in columns.values()):
-            rows.append([words, good, *(_cell(metrics, key) for metrics in columns.values())])
+    found = dict.fromkeys(key for metrics in columns.values() for key in metrics if key not in TOLD_BELOW)
+    for key in (*(key for key in MEASURES if key in found), *(key for key in found if key not in MEASURES)):
+        words, good, _ = MEASURES.get(key, PLAIN_MEASURE)
+        rows.append([words or key, good, *(_cell(metrics, key) for metrics in columns.values())])
     text = f"{title}\n\n{aligned(rows)}"
     if told := [_absurd_answers(name, metrics) for name, metrics in columns.items() if metrics.get("absurd")]:
         text += "\n\n" + "\n".join(told)
@@ -74,4 +79,5 @@ def _absurd_answers(name: str, metrics: dict) -> str:
 
 
 def _cell(metrics: dict, key: str) -> str:
-    return "-" if metrics.get(key) is None else MEASURES[key][2].format(metrics[key]).replace("%", " %")
+    form = MEASURES.get(key, PLAIN_MEASURE)[2]
+    return "-" if metrics.get(key) is None else form.format(metrics[key]).replace("%", " %")

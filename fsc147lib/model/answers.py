@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from .collate import Batch
 from .forward import Prompts, read_prompts
 from .network import CountingModel
-from .prompt import MAX_DIGITS
+from .prompt import longest_answer
 
 
 def count_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -23,11 +23,6 @@ def digits_score(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     labels = batch["answer_labels"].clamp_min(0).unsqueeze(-1)
     digits = batch["digit_weights"] > 0  # [B, A]
     return (log_probability.gather(-1, labels)[..., 0] * digits).sum(dim=1)
-
-
-def longest_answer(tokenizer) -> int:
-    """Tokens of the longest answer that parses, its end included."""
-    return len(tokenizer.encode("COUNT: " + "0" * MAX_DIGITS, add_special_tokens=False)) + 1
 
 
 @torch.no_grad()

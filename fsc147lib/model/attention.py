@@ -80,11 +80,15 @@ def vision_attention(
         tokens = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [P, H, D]
         bounds = cu_seq_lens_q
         return varlen_attn(*tokens, bounds, bounds, max_length_q, max_length_q, scale=scaling)[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    images = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     with backends(second_derivative):
-        outputs = [F.scaled_dot_product_attention(*image, scale=scaling) for image in images]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        return _image_by_image(query, key, value, cu_seq_lens_q, scaling), None
+
+
+@torch.compiler.disable  # it would be compiled anew for each number of images
+def _image_by_image(query, key, value, bounds, scaling):
+    images = zip(*(x.split(bounds.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
+    outputs = [F.scaled_dot_product_attention(*image, scale=scaling) for image in images]
+    return torch.cat(outputs, dim=2).transpose(1, 2)  # [1, P, H, D]
 
 
 AttentionInterface.register(IMPLEMENTATIONS["text_config"], text_attention)

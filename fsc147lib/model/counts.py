@@ -10,20 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from .forward import Prompts
-from .network import CountingModel, ModelError
+from .network import CountingModel
+from .prompt import number_tokens
 
 COUNT_DIGITS = 4  # of the largest number whose probability is followed; FSC147's largest count is 3,701
 SHARE = 0.001  # not followed, of what was found, at which the search ends
 AT_ONCE = 128  # prefixes that one pass follows, of each image
-
-
-def number_tokens(tokenizer) -> tuple[list[int], list[int]]:
-    """Tokens of "COUNT: ", and of the ten digits; a ModelError where a digit is no token of its own."""
-    prefix = tokenizer.encode("COUNT: ", add_special_tokens=False)
-    digits = [token for digit in "0123456789" for token in tokenizer.encode(digit, add_special_tokens=False)]
-    if tokenizer.encode("COUNT: 9876543210", add_special_tokens=False) != [*prefix, *reversed(digits)]:
-        raise ModelError("the tokenizer does not write each digit as one token: probabilities of counts need that")
-    return prefix, digits
 
 
 def follow_numbers(
@@ -63,22 +55,22 @@ def follow_numbers(
 def count_log_probabilities(
     model: CountingModel, prompts: Prompts, digits: int = COUNT_DIGITS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability that the model's whole answer is "COUNT: n" and an end, for each n from 0 up.
+    """Log-probability that the model's whole answer is `prompt.answer(n)`, for each n from 0 up.
 
     Prefixes are evaluated many in one pass, each attending to the question and to its own digits.  [B, 10 ** digits]
     float64 on the CPU, and [B] the probability that was not followed, see `follow_numbers`.  Any other answer, such as
-    "COUNT: 007", is none of these.
+    one with the number 007, is none of these.
     """
-    prefix, digit_tokens = number_tokens(model.tokenizer)
+    prefix, digit_tokens, after_number = number_tokens(model.tokenizer)
     device, size = prompts.seen.device, 1 + len(prefix)
-    chosen = torch.tensor([*digit_tokens, model.tokenizer.eos_token_id], device=device)
+    chosen = torch.tensor([*digit_tokens, after_number], device=device)
     start = torch.tensor(prefix, device=device).expand(len(prompts.seen), -1)  # [B, P]
     positions = prompts.last_position + torch.arange(size, device=device)
     causal = torch.ones(1, size, size, dtype=torch.bool, device=device).tril()
     logits, _ = prompts.go_on(torch.cat([prompts.last_token, start], dim=1), positions, causal)
     begun = logits[:, :-1].float().log_softmax(dim=-1).gather(2, start[..., None]).double().sum(dim=(1, 2))
     powers = 10 ** torch.arange(digits, device=device)
-    followed = start[:, :0]  # [B, N] the prefixes whose last digits' keys stand behind "COUNT: "
+    followed = start[:, :0]  # [B, N] the prefixes whose last digits' keys stand behind what comes before them
 
     def next_log_p(numbers: torch.Tensor) -> torch.Tensor:
         nonlocal followed

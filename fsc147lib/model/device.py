@@ -24,7 +24,7 @@ class Compute:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products."""
+        """Type of products."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     def autocast(self) -> torch.autocast:
@@ -33,9 +33,9 @@ class Compute:
 
 
 def choose_compute(precision: Precision = "auto") -> Compute:
-    """The GPU if there is one, else the CPU.
+    """The GPU, or the CPU without one; "auto" is bf16 on a GPU, fp16 on an older one, fp32 on a CPU.
 
-    "auto" is bf16 on a GPU that has it, fp16 on an older one, fp32 elsewhere.  A ConfigError refuses fp16 on a CPU.
+    A ConfigError refuses fp16 on a CPU.
     """
     on_gpu = torch.cuda.is_available()
     if precision == "auto":
@@ -49,35 +49,35 @@ def choose_compute(precision: Precision = "auto") -> Compute:
 
 
 def default_workers() -> int:
-    """Processes that read images: one less than there are cores, up to 8, beside a GPU; else none."""
+    """Processes that read images: beside a GPU one less than there are cores, 8 at most; 0 without a GPU."""
     return min(8, max(1, (os.cpu_count() or 1) - 1)) if torch.cuda.is_available() else 0
 
 
 def free_models() -> None:
-    """Give the memory of models that nobody refers to any more back to the GPU."""
+    """Give the memory of models without references back to the GPU."""
     gc.collect()
-    torch.cuda.empty_cache()  # which does nothing where there is no GPU
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def free_memory() -> int:
-    """Bytes of this machine's memory that are free for use."""
+    """Free bytes of this machine's memory."""
     return psutil.virtual_memory().available
 
 
 def gpu_memory() -> tuple[int, int]:
-    """Bytes of the GPU that this process could have at the most, and those that nobody else holds."""
+    """Bytes of the GPU that this process may use, and those of them that no other process holds."""
     free, total = torch.cuda.mem_get_info()
     most = int(total * torch.cuda.get_per_process_memory_fraction())
     return most, min(most, free + torch.cuda.memory_reserved())
 
 
 def memory_in_use(device: str) -> int:
-    """Bytes of the tensors on "cuda", or else of the whole process."""
+    """Bytes of tensors on "cuda", on another device of the whole process."""
     return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """MiB at the highest point of a call: of tensors on "cuda", or else of the whole process; None if not on Linux."""
+    """Peak of a call in MiB: of tensors on "cuda", on another device of the process, None where not on Linux."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -92,7 +92,7 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
-    """Seconds of a call; on "cuda" what it asks of the GPU included."""
+    """Seconds of a call, the GPU's work included."""
     wait_for(device)
     started = time.perf_counter()
     run()

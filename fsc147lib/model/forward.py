@@ -8,11 +8,11 @@ import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from .attention import rows_of_layers
@@ -27,16 +27,13 @@ Rows = dict[int, torch.Tensor]
 """Layer -> [B, H, A, K] float32 attention probabilities at the answer's positions, each row summing to 1."""
 
 
-class ImageFeatures(NamedTuple):
-    """Outputs of the vision encoder for V visual tokens, as `mm_encoder_outputs` takes them."""
-
-    pooler_output: list[torch.Tensor]  # [V, C]: what stands in the sequence
-    deepstack_features: list[list[torch.Tensor]]  # [V, C] each: added after the language model's first layers
-
-    @classmethod
-    def of(cls, tensors: list[torch.Tensor]) -> "ImageFeatures":
-        """Of the 1 + D tensors [V, C] that `encode_images` gives."""
-        return cls([tensors[0]], [[x] for x in tensors[1:]])
+def image_outputs(features: list[torch.Tensor]) -> dict[str, BaseModelOutputWithDeepstackFeatures]:
+    """The `mm_encoder_outputs` of the 1 + D tensors [V, C] that `encode_images` gives."""
+    embeddings, *deepstack = features
+    outputs = BaseModelOutputWithDeepstackFeatures(
+        pooler_output=[embeddings], deepstack_features=[[x] for x in deepstack]
+    )
+    return {"image": outputs}
 
 
 def answer_logits(
@@ -65,7 +62,7 @@ def answer_logits(
     with rows_of_layers(network, rows_of, answer) as rows, narrow_embeddings(network):
         logits = network(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
-            mm_encoder_outputs={"image": ImageFeatures.of(features)}, logits_to_keep=answer,
+            mm_encoder_outputs=image_outputs(features), logits_to_keep=answer,
             second_derivative=second_derivative,
         ).logits  # fmt: skip
     return logits, {layer: found[0] for layer, found in rows.items()}
@@ -160,7 +157,7 @@ def read_prompts(network, batch: Batch) -> Prompts:
     with torch.compiler.set_stance("force_eager"), narrow_embeddings(network):
         network(
             input_ids=batch["input_ids"][:, :length], position_ids=batch["position_ids"][:, :, :length],
-            mm_encoder_outputs={"image": ImageFeatures.of(features)}, use_cache=True, logits_to_keep=1,
+            mm_encoder_outputs=image_outputs(features), use_cache=True, logits_to_keep=1,
             **{CACHE: cache},
         )  # fmt: skip
     seen = torch.arange(length, device=last.device) < last

@@ -1,7 +1,4 @@
-"""A Qwen3-VL with what it needs to read a question about an image: which of its weights train, how it is saved.
-
-Left out: where its weights come from (`load`).
-"""
+"""A Qwen3-VL with its tokenizer and image processor: its trained weights, compiling and saving."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -24,7 +21,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model trains with unless told otherwise; a file beside its weights."""
+    """A model's defaults in training; a file beside its weights."""
 
     learning_rate: float = 1e-5
     train_vision: bool = False
@@ -33,7 +30,7 @@ class Recipe:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Recipe":
-        """The recipe in a model's folder, or a ModelError; without the file, that of a large trained model."""
+        """The recipe in a model's folder, or that of a large trained model; a ModelError where it is damaged."""
         path = Path(folder) / cls.FILE
         if not path.is_file():
             return cls()
@@ -48,7 +45,7 @@ class Recipe:
 
 @dataclass
 class CountingModel:
-    """A Qwen3-VL network with what it needs to read a question about an image."""
+    """A Qwen3-VL network with its tokenizer and image processor."""
 
     network: Qwen3VLForConditionalGeneration
     tokenizer: PreTrainedTokenizerFast
@@ -59,26 +56,22 @@ class CountingModel:
         self.network.set_attn_implementation(IMPLEMENTATIONS)
 
     def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors), config, tokenizer and image processor, all or nothing.
-
-        The folder loads again with `load_model`, and in plain transformers.
-        """
+        """Write weights, config, tokenizer and image processor, all or nothing, for `load_model` or transformers."""
         with new_folder(Path(folder), replace=True) as draft:
             self.write_into(draft)
 
     def write_into(self, folder: Path) -> None:
-        """Write the parts into a folder that nobody reads yet (`checkpoint` puts more beside them)."""
+        """Write the parts into a new folder; `checkpoint` adds more files."""
         self.network.save_pretrained(folder, state_dict=merged_weights(self.network))
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         (folder / Recipe.FILE).write_text(json.dumps(asdict(self.recipe)))
 
 
-def compile_layers(network: Qwen3VLForConditionalGeneration, rows_of: tuple[int, ...] = ()) -> None:
-    """Compile the layers, each kind once for all sizes; a saved or copied network is not compiled.
+def compile_layers(network: nn.Module, rows_of: tuple[int, ...] = ()) -> None:
+    """Compile the layers for all sizes; layers in `rows_of` in parts, below the hook that asks for their rows.
 
-    A hook tells the layers `rows_of` to hand on their attention rows, so these are compiled in parts, below the hook.
-    Raises torch's public limit of kinds: passes with a gradient and without, of text, images and parts, make a dozen.
+    torch's limit of kinds is raised: with and without gradient, text, images and parts make a dozen.
     """
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 32)
     parts = [*network.model.visual.blocks, network.model.language_model.norm]
@@ -88,18 +81,16 @@ def compile_layers(network: Qwen3VLForConditionalGeneration, rows_of: tuple[int,
         part.compile(dynamic=True)
 
 
-def freeze_vision(network: Qwen3VLForConditionalGeneration, frozen: bool) -> None:
+def freeze_vision(network: nn.Module, frozen: bool) -> None:
     """Stop or resume training of the vision encoder, its mergers included."""
     network.model.visual.requires_grad_(not frozen)
 
 
-def save_memory(
-    network: Qwen3VLForConditionalGeneration, lora: int | None, checkpointing: bool, precision: str
-) -> None:
-    """Prepare a network to train in less memory: with `checkpointing` activations are computed a second time.
+def save_memory(network: nn.Module, lora: int | None, checkpointing: bool, precision: str) -> None:
+    """Prepare a network to train in less memory; `checkpointing` computes activations a second time.
 
-    With a rank `lora` low-rank adapters (Hu et al., "LoRA", 2021), which start as no change, train beside the language
-    model's layers; all else is frozen, and kept in training's `precision` if that is "bf16" or "fp16".
+    With a rank `lora`, adapters (Hu et al., "LoRA", 2021) train beside the language model's layers.  All other weights
+    are frozen, and stored in `precision` if it is "bf16" or "fp16".
     """
     if checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
@@ -120,8 +111,8 @@ def save_memory(
             parameter.data = parameter.data.float()
 
 
-def merged_weights(network: Qwen3VLForConditionalGeneration) -> dict[str, torch.Tensor] | None:
-    """The weights with adapters added in, under their plain names; None if there are no adapters."""
+def merged_weights(network: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The weights with adapters added in, under plain names; None without adapters."""
     adapted = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
     if not adapted:
         return None

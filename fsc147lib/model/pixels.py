@@ -1,7 +1,6 @@
 """Photographs as the vision encoder takes them: resized once, kept as bytes, cut into patches.
 
-The bytes are those that transformers' PIL processor has before it scales them; scaling is left to the device
-(`forward.normalised_pixels`), because bytes travel at a quarter of the cost.  Left out: decoding (`data`).
+Bytes are what transformers' PIL processor has before scaling; `forward.normalised_pixels` scales them on the device.
 """
 
 import shutil
@@ -17,24 +16,20 @@ from ..data.faults import DataError
 from ..data.samples import Sample
 from .device import free_memory
 
-SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps memory that processes share; a container may have little of it
+SHARED_MEMORY = Path("/dev/shm")  # memory that processes share; a container may have little of it
 
 
 def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
-    """(height, width) in pixels that the processor's rule gives an image: multiples of 32, within its limits.
-
-    A DataError where it refuses the image, for example one 200 times as wide as high.
-    """
-    factor = image_processor.patch_size * image_processor.merge_size
-    limits = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    """(height, width) in pixels after resizing, multiples of 32; a DataError where an image is too narrow for it."""
+    factor, limits = image_processor.patch_size * image_processor.merge_size, image_processor.size
     try:
-        return smart_resize(*sample.size, factor, *limits)
+        return smart_resize(*sample.size, factor, limits["shortest_edge"], limits["longest_edge"])
     except ValueError as error:
         raise DataError(f"the image processor refuses {sample.image_path}: {error}") from error
 
 
 def resized_patches(sample: Sample, image_processor) -> torch.Tensor:
-    """The decoded image at that size, in patches."""
+    """The decoded and resized image in patches."""
     height, width = resized_size(sample, image_processor)
     image = sample.image.resize((width, height), Image.Resampling(image_processor.resample))
     return to_patches(torch.from_numpy(np.array(image)), image_processor.patch_size, image_processor.merge_size)
@@ -47,25 +42,25 @@ def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
 
 
 def from_patches(patches: torch.Tensor, columns: int, patch: int, merge: int) -> torch.Tensor:
-    """The image that `to_patches` cut into so many columns of patches."""
+    """The image [H, W, 3] that `to_patches` cut, from its number of patch columns."""
     blocks = patches.view(-1, columns // merge, merge, merge, 3, patch, patch)
     return blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(-1, columns * patch, 3)
 
 
 class PixelStore:
-    """Patches of resized images, kept as bytes from the first time they are asked for.
+    """Patches of resized images, kept as bytes from their first use.
 
     Args:
-        samples: all that will be asked for, mirror images aside.
+        samples: all images that will be used, without mirror images.
         image_processor: of a `CountingModel`.
-        shared: let worker processes share what each of them has decoded.
+        shared: worker processes share decoded images.
 
-    Only the room is taken here, and none where less than twice as much is free: then nothing is kept.
+    Nothing is kept unless twice the room is free.
     """
 
     def __init__(self, samples: list[Sample], image_processor, shared: bool = False):
         self.image_processor = image_processor
-        kept = [sample for sample in samples if sample.in_memory is None]  # whose names need not differ
+        kept = [sample for sample in samples if sample.in_memory is None]  # names in memory may repeat
         sizes = {sample.image_path: resized_size(sample, image_processor) for sample in kept}
         starts = [0, *accumulate(3 * height * width for height, width in sizes.values())]
         free = free_memory()
@@ -81,24 +76,23 @@ class PixelStore:
             self.filled.share_memory_()
 
     def holds(self, samples: list[Sample]) -> bool:
-        """Whether the patches of all of them are kept already, so that there is nothing to decode."""
+        """Whether the patches of all samples are kept, so that nothing is decoded."""
         files = [sample.mirror_of or sample for sample in samples]
         places = [None if sample.in_memory else self.places.get(sample.image_path) for sample in files]
         return all(place and self.filled[place[0]] for place in places)
 
     def patches(self, sample: Sample) -> torch.Tensor:
-        """[P, 3 * patch * patch] uint8; mirrored after the resizing if at all: within a grey level of before."""
-        processor = self.image_processor
-        patch, merge = processor.patch_size, processor.merge_size
+        """[P, 3 * patch * patch] uint8; mirror images are resized first, a grey level off the other order at most."""
+        patch, merge = self.image_processor.patch_size, self.image_processor.merge_size
         if sample.mirror_of is not None:
-            tokens = resized_size(sample, processor)[1] // (patch * merge)  # in a row
             kept = self.patches(sample.mirror_of)
+            tokens = resized_size(sample, self.image_processor)[1] // (patch * merge)  # in a row
             return kept.view(-1, tokens, merge, merge, 3, patch, patch).flip(1, 3, 6).view_as(kept)
         if sample.in_memory is not None or sample.image_path not in self.places:
-            return resized_patches(sample, processor)
+            return resized_patches(sample, self.image_processor)
         number, start, end = self.places[sample.image_path]
         kept = self.bytes[start:end].view(-1, 3 * patch * patch)
         if not self.filled[number]:
-            kept.copy_(resized_patches(sample, processor))
-            self.filled[number] = True  # last: another worker may be looking
+            kept.copy_(resized_patches(sample, self.image_processor))
+            self.filled[number] = True  # last, for another worker may look
         return kept

@@ -1,19 +1,21 @@
-"""The question, the answer "COUNT: 37", its tokens, and parsing of what comes back: strict, and leniently beside it.
-
-Left out: padding and tensors (`collate`), and the chat template, which belongs to the tokenizer.
-"""
+"""The question, the answer "COUNT: 37", its tokens, and parsing of answers: strict, and lenient."""
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
+
+from .network import ModelError
 
 NEUTRAL = "Write a general description of the image."
-"""A question that asks for no objects: Zhang et al., "MLLMs Know Where to Look" (ICLR 2025)."""
+"""The neutral question of Zhang et al., "MLLMs Know Where to Look" (ICLR 2025)."""
 IMAGE_TOKEN = "<|image_pad|>"
 
-MAX_DIGITS = 6  # of the longest number that counts as an answer; FSC147's largest count, 3,701, has four
-_PARSED = re.compile(rf"COUNT: ([0-9]{{1,{MAX_DIGITS}}})")
+BEFORE, AFTER = "COUNT: ", ""
+"""Text around the number of an answer; another form needs other weights."""
+MAX_DIGITS = 6  # of an answer's longest number; FSC147's largest count is 3,701
+_PARSED = re.compile(rf"{re.escape(BEFORE)}([0-9]{{1,{MAX_DIGITS}}}){re.escape(AFTER)}")
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_WITH_DIGITS = r"[\w.,+-]*[0-9][\w.,+-]*"  # "37.", "1,234", and "3.7" or "IMG2", which are no whole numbers
+_WITH_DIGITS = r"[\w.,+-]*[0-9][\w.,+-]*"  # "37." and "1,234", and also "3.7" or "IMG2"
 _MARKED = re.compile(rf"\bCOUNT\b\W*?({_WITH_DIGITS})", re.IGNORECASE)
 _WHOLE = re.compile(r"[0-9]{1,3}(,[0-9]{3})+|[0-9]+")
 
@@ -25,22 +27,20 @@ def question(category: str) -> str:
 
 def answer(count: int) -> str:
     """The target answer, for example "COUNT: 37"."""
-    return f"COUNT: {count}"
+    return f"{BEFORE}{count}{AFTER}"
 
 
 def parse_count(text: str) -> int | None:
-    """The number in an answer, or None: strictly, a text of "COUNT: " and 1 to MAX_DIGITS digits, white space aside."""
+    """The number of an answer that is "COUNT: " and 1 to MAX_DIGITS digits, white space aside; None of any other."""
     match = _PARSED.fullmatch(text.strip())
     return int(match.group(1)) if match else None
 
 
 def parse_count_leniently(text: str, complete: bool = True) -> int | None:
-    """The one whole number in an answer of a model that was never fine-tuned, or None.
+    """The single whole number in an answer, or None; tells a model that counts in other words from one that does not.
 
-    Read beside `parse_count`, to tell a model that counts in words of its own from one that does not count.
-    What stands between <think> and </think> is skipped.  Of the rest, numbers after a "COUNT" go before others;
-    there must be one number, though it may be repeated.  Numbers in words are not read, nor one at the very end of
-    an answer that is not complete, since it may have had more digits.
+    Text within <think> is skipped.  Numbers after "COUNT" go before others, and a number may be repeated.
+    Without `complete`, a number at the very end is not read, since it may lack digits.
     """
     text = _THOUGHT.sub("", text).rstrip()
     if not complete and re.search(rf"{_WITH_DIGITS}\Z", text):
@@ -52,34 +52,46 @@ def parse_count_leniently(text: str, complete: bool = True) -> int | None:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One prompt and its answer as token ids; the image is still to be put between head and tail."""
+    """A prompt and its answer as token ids; the image comes between head and tail."""
 
     head: list[int]  # up to the image
     tail: list[int]  # after the image, up to where the answer begins
-    answer: list[int]  # "COUNT: 37" and the end-of-turn token, or what the model said of its own
-    is_digit: list[bool]  # for each answer token: is it a part of the number?  Of an answer without one, all are
+    answer: list[int]  # for example "COUNT: 37" and the end-of-turn token
+    is_digit: list[bool]  # whether each answer token is part of the number; all are without one
 
     def with_answer(self, tokenizer, ids: list[int]) -> "Tokens":
-        """The same prompt with another answer, for example the model's own (`answers.own_answers`)."""
+        """The same prompt with another answer."""
         is_digit = [tokenizer.decode([token]).strip().isdigit() for token in ids]
         return replace(self, answer=ids, is_digit=is_digit if any(is_digit) else [True] * len(ids))
 
 
-def tokenize(tokenizer, category: str, count: int) -> Tokens:
-    """Put question and right answer into the model's own chat template; raises ValueError where that cannot be.
+def longest_answer(tokenizer) -> int:
+    """Tokens of the longest answer that parses, its end included."""
+    return len(tokenizer.encode(answer(10**MAX_DIGITS - 1), add_special_tokens=False)) + 1
 
-    Prompt and answer are tokenised apart, as they are when the model answers by itself.
+
+def number_tokens(tokenizer) -> tuple[list[int], list[int], int]:
+    """Tokens before the number of an answer, of the ten digits, and the first one after the number.
+
+    A ModelError where a digit is no token of its own.
     """
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    before, digits = encode(BEFORE), [token for digit in "0123456789" for token in encode(digit)]
+    after = [*encode(AFTER), tokenizer.eos_token_id]
+    if encode(answer(9876543210)) != [*before, *reversed(digits), *after[:-1]]:
+        raise ModelError("the tokenizer does not write each digit as one token: probabilities of counts need that")
+    return before, digits, after[0]
+
+
+def tokenize(tokenizer, category: str, count: int) -> Tokens:
+    """Tokens of the question in the model's chat template, and of the right answer; ValueError where that fails."""
     ids = tokenizer.encode(answer(count), add_special_tokens=False)
     head, tail = _around_image(tokenizer, chat_text(tokenizer, category))
     return Tokens(head, tail, [], []).with_answer(tokenizer, [*ids, tokenizer.eos_token_id])
 
 
 def chat_text(tokenizer, category: str) -> str:
-    """The question about an image in the model's own chat template, up to where the answer begins.
-
-    A ValueError where the category holds the text of a control token, such as "<think>".
-    """
+    """The question in the model's chat template, up to the answer; ValueError for control tokens in the category."""
     for token in tokenizer.get_added_vocab():
         if token in category:
             problem = f"the category {category!r:.60} holds {token}, which the model reads as a control token"
@@ -88,7 +100,7 @@ def chat_text(tokenizer, category: str) -> str:
 
 
 def neutral_tail(tokenizer) -> list[int]:
-    """Tokens of the neutral question from after the image up to where an answer begins."""
+    """Tokens of the neutral question, from the image to the answer."""
     return _around_image(tokenizer, _in_template(tokenizer, NEUTRAL))[1]
 
 

@@ -22,11 +22,10 @@ from ..model.heatmaps import METHODS, make_heatmap, method_names
 from ..model.network import CountingModel, compile_layers, freeze_vision
 from ..options import Precision, need, need_report
 from ..training.losses import DualLoss, LossParts
+from ..training.setup import TrainConfig
 from ..training.step import TrainingStep, make_accelerator, make_optimizer
 from .shapes import drawn_root, load_or_shape
 from .timing import table, write_report
-
-WEIGHT = 0.1  # of a trained attention loss; its size costs nothing
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def variants_of(methods: tuple[str, ...], batch_size: int) -> list[dict]:
 class HeatmapBesideCount(DualLoss):
     """The count loss of a pass whose heatmap is computed and thrown away."""
 
-    def forward(self, batch: Batch, tokens=None, images=None, weight=None) -> LossParts:
+    def forward(self, batch: Batch, weight, tokens=None, images=None) -> LossParts:
         logits, _ = self.heatmap.with_logits(batch)
         count = count_loss(logits, batch["answer_labels"]) / tokens
         return LossParts(count, count, torch.zeros_like(count))
@@ -122,7 +121,8 @@ def time_losses(model: CountingModel, samples: list[Sample], config: OverheadCon
         heatmap = make_heatmap(network, "attention" if counts_alone else row["method"])
         loss_class = DualLoss if row["trained"] or counts_alone else HeatmapBesideCount
         loss = loss_class(network, heatmap=heatmap, heatmap_images=row["images"])
-        step = partial(TrainingStep(loss, optimizer, accelerator, compute), weight=WEIGHT if row["trained"] else 0)
+        weight = TrainConfig.attention_weight if row["trained"] else 0
+        step = partial(TrainingStep(loss, optimizer, accelerator, compute), weight=weight)
         try:
             step([batches[0]])  # the first step allocates what stays
             row["peak_memory"] = peak_memory(partial(step, [batches[0]]), device)

@@ -15,6 +15,7 @@ from PIL import Image
 from ..data import GRID, Picture, Sample
 from ..evaluation import alignment
 from ..model import CountingModel, Look, Prediction, count_without, default_layers, look, mean_map
+from ..model.heatmaps import METHODS, Attention
 from ..model.prompt import parse_count
 from .figures import LABEL, NO_TARGET, colour_scale
 from .predictions import view_figure
@@ -94,7 +95,7 @@ class Choice:
     @property
     def has_heads(self) -> bool:
         """Whether the method has layers and heads to choose from."""
-        return "attention" in self.method
+        return issubclass(METHODS[self.method], Attention)
 
     def look(self) -> Look:
         """The heatmap [1, 14, 14] that sums to 1."""

@@ -24,9 +24,10 @@ from ..model.device import peak_memory, seconds_of, wait_for
 from ..model.network import CountingModel
 from ..options import need, need_report
 from ..training.batches import make_loader
-from ..training.loop import Run, TrainConfig
+from ..training.loop import open_run
 from ..training.losses import LossParts
 from ..training.memory import heaviest_parts
+from ..training.setup import Run, TrainConfig
 from .shapes import load_or_shape
 from .timing import table, write_report
 
@@ -40,6 +41,7 @@ class ThroughputConfig(TrainConfig):
     """
 
     PRESETS: ClassVar[dict[str, dict]] = {}
+    """None: those of `train` say how long it trains."""
     batch_sizes: tuple[int, ...] = (16, 32, 64)
     """Batches that are tried; a row is that of the fastest."""
     rounds: int = 3
@@ -135,7 +137,7 @@ def measure(name: str, config: ThroughputConfig) -> dict:
         run.training_step.loss = PlainLoss(run.model.network).to(device)
         readers = make_loader(run.samples["train"], run.batches, PlainCollate(run.model), run.workers)
         run.loader = run.accelerator.prepare(readers)
-    run.open()
+    open_run(run)
     run.model.network.train()
     collate = PlainCollate(run.model) if name == PLAIN else run.collate
     heaviest = [to_device(collate(part), device) for part in heaviest_parts(run, config.batch_size)]
@@ -201,7 +203,7 @@ class PlainLoss(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, batch: Batch, tokens=None, images=None, weight=None) -> LossParts:
+    def forward(self, batch: Batch, weight, tokens=None, images=None) -> LossParts:
         loss = self.network(**{key: batch[key] for key in INPUTS}, use_cache=False).loss
         return LossParts(loss, loss, torch.zeros_like(loss))
 

@@ -23,7 +23,7 @@ from ..model.load import RANDOM
 from ..model.network import compile_layers, freeze_vision, merged_weights, save_memory
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text, parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
-from ..training import DualLoss
+from ..training import DualLoss, TrainConfig
 from ..training.step import TrainingStep, make_accelerator, make_optimizer
 from .shapes import load_or_shape
 from .timing import machine, write_report
@@ -229,7 +229,7 @@ def training_step(subject: Subject):
     if device == "cuda":
         compile_layers(network, loss.heatmap.layers)
     step = TrainingStep(loss, make_optimizer(network, 1e-5), make_accelerator(subject.compute), subject.compute)
-    before, run = norms(network), partial(step, [subject.batch], loss.weight)
+    before, run = norms(network), partial(step, [subject.batch], TrainConfig.attention_weight)
     network.train()
     (_, count, attention), _ = run()  # compiles
     peak = peak_memory(run, device)

@@ -76,17 +76,3 @@ class Signals:
         finally:
             self.held = False
         self.check()
-
-
-def stopped(run, number: int) -> Interrupted:
-    """Save the steps of a `loop.Run` that are not saved yet, and say how to go on."""
-    if run.step > run.saved and not run.torn:
-        run.training_step.check()
-        run.folder.save(run)
-    if not run.saved:
-        return Interrupted(number)
-    where = f"after step {run.saved} of {run.total_steps}, all of it in {run.folder.out}/last"
-    how = "go on with the same command and --resume (in Python: resume=True)"
-    if run.config.lora:
-        how = "its adapters are merged, so it cannot go on, but last/ is a model"
-    return Interrupted(number, f"{where}: {how}")

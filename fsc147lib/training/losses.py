@@ -33,9 +33,8 @@ class DualLoss(nn.Module):
     The attention loss leaves out images without objects: there is no target to hold their heatmap against.
 
     Args:
-        weight: of the attention loss; 0 leaves it out altogether, its heatmap included.
-        kind: a name in ATTENTION_LOSSES.
         heatmap: what is held against the target; None for the attention.
+        attention_loss: a name in ATTENTION_LOSSES.
         heatmap_images: look at so many images of a batch only, chosen at random among those with objects, in a
             pass of their own; the mean over all choices is the loss of the whole batch.  None looks at all.
     """
@@ -43,32 +42,25 @@ class DualLoss(nn.Module):
     def __init__(
         self,
         network,
-        weight: float = 0.1,
-        kind: str = "kl",
         heatmap: Heatmap | None = None,
+        attention_loss: str = "kl",
         heatmap_images: int | None = None,
     ):
         super().__init__()
-        self.network, self.weight, self.kind, self.heatmap_images = network, weight, kind, heatmap_images
-        self.heatmap = heatmap or make_heatmap(network)
+        self.network, self.heatmap = network, heatmap or make_heatmap(network)
+        self.attention_loss, self.heatmap_images = attention_loss, heatmap_images
 
-    def forward(
-        self,
-        batch: Batch,
-        tokens: int | None = None,
-        images: int | None = None,
-        weight: float | None = None,
-    ) -> LossParts:
+    def forward(self, batch: Batch, weight: float, tokens: int | None = None, images: int | None = None) -> LossParts:
         """The losses of a batch.  Nothing here waits for the GPU.
 
         Args:
+            weight: of the attention loss; 0 leaves it out, its heatmap included.
             tokens, images: answer tokens and images with objects, to divide the sums by; None for this batch's own.
                 With gradient accumulation these are the numbers of the whole window, of all processes, so that every
                 answer token weighs the same and the parts of the window add up.
-            weight: of this step's attention loss; None for the loss's own.
         """
         with_objects = [row for row, count in enumerate(batch["count"]) if count]
-        weight = (self.weight if weight is None else weight) if with_objects else 0.0
+        weight = weight if with_objects else 0.0
         looked_at, share = batch, 1.0
         all_images = self.heatmap_images is None or self.heatmap_images >= len(batch["names"])
         if weight and all_images:  # one pass for both
@@ -84,7 +76,7 @@ class DualLoss(nn.Module):
         attention = torch.zeros_like(count)
         if weight:
             target = looked_at["target"]
-            divergence = ATTENTION_LOSSES[self.kind](target, heatmap)
+            divergence = ATTENTION_LOSSES[self.attention_loss](target, heatmap)
             divergence = divergence * (target > 0).any(dim=2).any(dim=1)
             attention = divergence.sum() / share / (len(with_objects) if images is None else images)
         return LossParts(count + weight * attention, count, attention)

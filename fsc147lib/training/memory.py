@@ -2,19 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..data import Sample
-from ..evaluation.answering import answering_tokens, evaluate_samples
+from ..evaluation.answering import Reading, answering_tokens, evaluate_samples
 from ..model.collate import to_device
 from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, seconds_of
 from ..model.features import KeptFeatures
 from .batches import Shown
-
-if TYPE_CHECKING:
-    from .loop import Run
+from .setup import Run
 
 GPU_SHARE, HOST_SHARE = 0.25, 0.5
 """Kept features may take these shares of the GPU's whole memory, and of the machine's free memory."""
@@ -46,7 +43,7 @@ def choose_place(size: int, beside: int) -> str:
     return "host" if size <= HOST_SHARE * free_memory() else "disk"
 
 
-def heaviest_parts(run: "Run", size: int) -> list[list[Sample]]:
+def heaviest_parts(run: Run, size: int) -> list[list[Sample]]:
     """A batch of `size` training images in the passes that --batch-tokens cuts it into, each the heaviest one.
 
     Without --batch-tokens these are the longest images.  Under it, more of slightly shorter images can be heavier.
@@ -61,38 +58,32 @@ def heaviest_parts(run: "Run", size: int) -> list[list[Sample]]:
     return [[run.samples["train"][i] for i in part] for part in parts]
 
 
-def pass_tokens(run: "Run") -> int:
-    """Tokens of a run's heaviest training pass, padding included."""
-    longest = max(tokens for *_, tokens in run.batches.lengths)
-    return run.config.batch_tokens or run.config.batch_size * longest
-
-
-def heaviest_answers(run: "Run") -> list[Sample]:
+def heaviest_answers(run: Run) -> list[Sample]:
     """The longest validation images that are answered at once."""
     lengths = [run.collate.lengths(sample)[2] for sample in run.samples["val"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    many = max(1, answering_tokens(pass_tokens(run), run.heatmap) // lengths[order[-1]])
+    many = max(1, answering_tokens(run.pass_tokens, run.heatmap) // lengths[order[-1]])
     return [run.samples["val"][i] for i in order[-many:]]
 
 
-def bytes_of_token(run: "Run") -> int:
+def bytes_of_token(run: Run) -> int:
     """Bytes of a visual token's kept features."""
     vision = run.model.network.config.vision_config
     width = (1 + len(vision.deepstack_visual_indexes)) * vision.out_hidden_size
     return width * (4 if run.compute.precision == "fp32" else 2)
 
 
-def features_bytes(run: "Run") -> int:
+def features_bytes(run: Run) -> int:
     """Bytes of all kept image features of a run, mirror images among them."""
     train, val = (sum(map(run.collate.visual_tokens, run.samples[split])) for split in ("train", "val"))
     return ((1 + run.config.flip) * train + val) * bytes_of_token(run)
 
 
-def measure(run: "Run", size: int) -> Measured:
+def measure(run: Run, size: int) -> Measured:
     """A step's passes forward and back, and a validation's batch, of the heaviest images; OutOfMemoryError."""
     step, device, found = run.training_step, run.compute.device, Measured()
     parts, answers = heaviest_parts(run, size), heaviest_answers(run)
-    tokens = answering_tokens(pass_tokens(run), run.heatmap)
+    tokens = answering_tokens(run.pass_tokens, run.heatmap)
     if run.config.caches_vision and not run.config.vision_trains(run.epoch):
         kept = [*(sample for part in parts for sample in part), *answers]
         step.features = KeptFeatures.encode(run.model, kept, run.compute, "host", Path(), run.workers)
@@ -107,7 +98,8 @@ def measure(run: "Run", size: int) -> Measured:
         step.optimizer.zero_grad()
 
     def answer() -> None:
-        evaluate_samples(run.model, answers, 1, run.heatmap, run.compute, cache=step.features, batch_tokens=tokens)
+        reading = Reading(batch_tokens=tokens, features=step.features)
+        evaluate_samples(run.model, answers, run.heatmap, run.compute, reading=reading)
 
     try:
         run.model.network.train()  # or layers would keep what --gradient-checkpointing lets them forget
@@ -124,7 +116,7 @@ def measure(run: "Run", size: int) -> Measured:
         free_models()
 
 
-def place_of_features(run: "Run") -> str:
+def place_of_features(run: Run) -> str:
     """Where a run's kept features lie.  Not on the GPU where a step has no room, nor with several processes, which
     would wait for one that ran out of memory."""
     if run.config.vision_cache != "auto":

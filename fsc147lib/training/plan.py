@@ -8,8 +8,8 @@ import torch
 from ..model.device import free_memory, free_models, gpu_memory
 from ..model.load import count_parameters
 from ..model.network import freeze_vision
-from .loop import Run, TrainConfig
 from .memory import choose_place, features_bytes, heaviest_parts, measure
+from .setup import Run, TrainConfig
 
 
 @dataclass(frozen=True)

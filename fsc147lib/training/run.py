@@ -14,16 +14,18 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
+import torch
 from filelock import Timeout
 
 from ..data import Sample
-from ..evaluation.answering import to_csv
+from ..evaluation.answering import ImageResult, to_csv
 from ..files import file_lock, recover_folder, set_aside, write_json, write_text
+from ..model.network import CountingModel
 from ..options import ConfigError
 from .checkpoint import RUN_ID, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
 
@@ -130,7 +132,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """A run's folder, which an earlier run cannot be lost from and no two runs share (`locked`).
+    """A run's folder.  An earlier run in it stays until the first checkpoint of the new one; see also `locked`.
 
     Attributes:
         writes: whether this process is the one of the run that writes; others read.
@@ -175,54 +177,49 @@ class RunFolder:
             if self.config.tracking != "disabled":
                 self.tracker = start_tracker(self.out, self.config.tracking, json.loads(resolved.to_json()))
 
-    def restore(self, run) -> None:
-        """Put the checkpoint's steps, epochs, history, moments and, in fp16, loss scale back into a `loop.Run`."""
-        result, step = run.result, run.training_step
-        state = load_training_state(self.checkpoint, step.optimizer)
-        known, now = state["data"], run.fingerprint
-        if changed := [part for part in now if part not in known or known[part] != now[part]]:
+    def restore(self, optimizer: torch.optim.Optimizer, seen: dict[str, str]) -> dict:
+        """Put the checkpoint's moments back into the optimizer, and return the rest of what was saved with it.
+
+        A ConfigError where `seen`, the `fingerprint` of the images, is another.
+        """
+        state = load_training_state(self.checkpoint, optimizer)
+        if changed := [part for part in seen if state["data"].get(part) != seen[part]]:
             raise ConfigError(
                 f"{' and '.join(changed)} of train or val in {self.config.data} are not those that the run in "
                 f"{self.out} was started with: give its --data, or start a new run with another --out"
             )
-        result.steps, result.epochs = state["steps"], state["epochs"]
-        run.step, run.epoch, run.saved = state["step"], state["epoch"], state["step"]
-        if state.get("scaler"):
-            step.scaler.load_state_dict(state["scaler"])
-        if self.writes:
-            if state["step"] == state["epochs"][-1]["step"]:  # a crash may have come between last/ and best/
-                self._publish(result)
-            lines = sorted([*state["steps"], *state["epochs"]], key=lambda line: (line["step"], "val" in line))
-            write_text(self.out / "metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        return state
+
+    def rewrite(self, result: TrainResult, step: int) -> None:
+        """Write the files of a run that goes on from this step as its checkpoint knows them."""
+        if result.epochs[-1]["step"] == step:  # a crash may have come between last/ and best/
+            self._publish(result)
+        lines = sorted([*result.steps, *result.epochs], key=lambda line: (line["step"], "val" in line))
+        write_text(self.out / "metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
     def log(self, line: dict) -> None:
         """Add a line to metrics.jsonl and to what is tracked."""
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.tracker is not None:
-            self.tracker.log(line)
+            self.tracker.log(line, step=line["step"])
 
-    def save(self, run) -> None:
-        """Write last/ of a `loop.Run`; after an epoch's validation also summary.json, and best/ if its MAE is lowest.
+    def save(
+        self, model: CountingModel, optimizer: torch.optim.Optimizer, state: dict, result: TrainResult,
+        images: list[ImageResult] | None,
+    ) -> None:  # fmt: skip
+        """Write last/; with the `images` of an epoch's validation also summary.json, and best/ if its MAE is lowest.
 
-        Within an epoch, the one before counts as the last whole one.
+        `state` are JSON values that `restore` gives back.
         """
-        result, step = run.result, run.training_step
-        if not self.writes:
-            return
-        state = {"step": run.step, "epoch": result.epochs[-1]["epoch"], "data": run.fingerprint,
-                 "steps": result.steps, "epochs": result.epochs, "scaler": step.scaler.state_dict()}  # fmt: skip
-        whole = result.epochs[-1]["step"] == run.step
-        listed = to_csv([asdict(image) for image in run.validation.images]) if whole else None
-        last = self.out / "last"
+        last, listed = self.out / "last", None if images is None else to_csv([image.row() for image in images])
         if self.checkpoint != last:  # the last is damaged, and the one before must not make room for it
             last.rename(self.out / f"damaged-{uuid4().hex[:8]}")
             recover_folder(last)
             self.checkpoint = last
-        save_checkpoint(last, run.model, step.optimizer, state, (self.out / RUN_ID).read_text(), listed)
-        if whole:
+        save_checkpoint(last, model, optimizer, state, (self.out / RUN_ID).read_text(), listed)
+        if images is not None:
             self._publish(result)
-        run.saved = run.step
         shutil.rmtree(self.before, ignore_errors=True)
 
     def _publish(self, result: TrainResult) -> None:

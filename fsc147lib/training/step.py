@@ -6,6 +6,7 @@ Left out: which batches make a window (`batches`).
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -51,14 +52,20 @@ def make_optimizer(network: nn.Module, learning_rate: float, weight_decay: float
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
 
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+"""The learning rate after the warmup, as a part of the highest: a function of the part of the steps that is done."""
+
+
 def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
-    """Linear rise over the first part of the steps, then half a cosine or a line to 0, or 1; step counts from 0."""
+    """A linear rise over the first part of the steps, then one of SCHEDULES; step counts from 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
-    done, falling = step - rising, max(1, steps - rising)
-    cosine = 0.5 * (1 + math.cos(math.pi * done / falling))
-    return {"cosine": cosine, "linear": 1 - done / falling, "constant": 1.0}[schedule]
+    return SCHEDULES[schedule]((step - rising) / max(1, steps - rising))
 
 
 def lazy_weight(weight: float, every: int, step: int) -> float:
@@ -140,7 +147,7 @@ class TrainingStep:
             batch = self.features.add_to(batch) if self.features and "image_features" not in batch else batch
             with self.accelerator.no_sync(self.loss) if i + 1 < len(window) else nullcontext():
                 with self.compute.autocast():
-                    parts = self.loss(batch, tokens, images, weight)
+                    parts = self.loss(batch, weight, tokens, images)
                 self.scaler.scale(parts.total * self.accelerator.num_processes).backward()  # processes average it
             losses = LossParts(*(summed + part.detach() for summed, part in zip(losses, parts, strict=True)))
         losses = LossParts(*self.accelerator.reduce(torch.stack(losses), "sum"))

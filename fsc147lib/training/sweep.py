@@ -18,8 +18,8 @@ import tyro
 from ..evaluation.answering import EvaluateConfig, evaluate
 from ..files import write_json
 from ..options import ConfigError, need, parse_options
-from .loop import TrainConfig
 from .run import need_same_run, read_run
+from .setup import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -154,5 +154,5 @@ def answer_split(config: TrainConfig, split: str) -> dict:
         config.data, str(config.out / "last"), split, batch_size=64, category=config.category,
         max_pixels=config.max_pixels, precision=config.precision,
     ))  # fmt: skip
-    images = {key: [getattr(image, key) for image in found.images] for key in ("error", "kl")}
+    images = {key: [image.row()[key] for image in found.images] for key in ("error", "kl")}
     return {"metrics": found.metrics, **images}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fsc147lib.data import FSC147, DataError, Picture, Sample, check
-from fsc147lib.data.own import ImportConfig, import_pictures, read_coco
+from fsc147lib.data.own import ImportConfig, import_pictures
 from fsc147lib.data.samples import open_picture, shrunk, to_rgb
 from fsc147lib.options import ConfigError
 
@@ -56,7 +56,7 @@ def test_of_several_categories_one_is_chosen(tmp_path, images):
     points = write_csv(
         tmp_path / "dots.csv", "image,x,y,category", "a.jpg,1,2,shells", "a.jpg,3,4,nails", "c.jpg,5,6,nails"
     )
-    with pytest.raises(DataError, match=r"dots\.csv, line 3: a\.jpg shows 'shells' and 'nails'.*--category"):
+    with pytest.raises(DataError, match=r"dots\.csv: a\.jpg shows nails, shells: choose one with --category"):
         import_pictures(ImportConfig(tmp_path / "root", images, points=points))
     import_pictures(ImportConfig(tmp_path / "root", images, points=points, category="shells"))
     assert {name: (s.category, s.count) for name, s in all_samples(tmp_path / "root").items()} == {
@@ -66,10 +66,10 @@ def test_of_several_categories_one_is_chosen(tmp_path, images):
 def test_a_folder_of_csv_files(tmp_path, images):
     (tmp_path / "dots").mkdir()
     write_csv(tmp_path / "dots" / "a.csv", "x, y", "10, 20", "30, 40")
-    write_csv(tmp_path / "dots" / "b.csv", "x,y")
+    write_csv(tmp_path / "dots" / "b.csv", "x,y")  # nothing to count
     import_pictures(ImportConfig(tmp_path / "root", images, points=tmp_path / "dots", category="shells", val=0.5))
     assert {name: s.count for name, s in all_samples(tmp_path / "root").items()} == {"a.jpg": 2, "b.jpg": 0}
-    with pytest.raises(DataError, match=r"a\.csv: the category is None"):
+    with pytest.raises(DataError, match=r"a\.csv, line 2: the category is None"):
         import_pictures(ImportConfig(tmp_path / "other", images, points=tmp_path / "dots"))
 
 
@@ -94,65 +94,63 @@ def coco_file(path, **change):
 
 def test_coco_boxes_become_dots_in_their_centres(tmp_path, images):
     file = coco_file(tmp_path / "coco.json")
-    with pytest.raises(DataError, match=r"a\.jpg shows bus, car: choose one with --category"):
-        read_coco(file)
-    labels = read_coco(file, "car")
-    assert {name: label.points for name, label in labels.items()} == {"a.jpg": [(25, 40)], "d.png": []}  # c: a crowd
+    for category, message in (
+        (None, r"a\.jpg shows bus, car: choose one"),
+        ("tram", "no dots of category 'tram', only of bus, car"),
+    ):
+        with pytest.raises(DataError, match=message):
+            import_pictures(ImportConfig(tmp_path / "root", images, coco=file, category=category))
     assert import_pictures(ImportConfig(tmp_path / "root", images, coco=file, category="car")) == {"train": 1, "val": 1}
-    samples = all_samples(tmp_path / "root")
-    np.testing.assert_allclose(samples["a.jpg"].points, [[12.5, 20]])
+    samples = all_samples(tmp_path / "root")  # without c.jpg, which shows a crowd
+    assert {name: sample.points.tolist() for name, sample in samples.items()} == {"a.jpg": [[12.5, 20]], "d.jpg": []}
     assert samples["d.jpg"].category == "car"
 
 
+def test_of_a_single_coco_category_pictures_without_annotations_have_a_count_of_0(tmp_path, images):
+    file = coco_file(tmp_path / "coco.json", categories=[{"id": 7, "name": "car"}], annotations=[])
+    assert import_pictures(ImportConfig(tmp_path / "root", images, coco=file)) == {"train": 2, "val": 1}
+    assert {(sample.category, sample.count) for sample in all_samples(tmp_path / "root").values()} == {("car", 0)}
+
+
+HEAD = "image,x,y,category"
+NO_CROWD = [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4]}]
+
+
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("labels", "message"),
     [
         (["a.jpg,1,2"], "must begin with a line that names the columns image, x, y"),
-        (["image,x,y,category", "a.jpg,one,2,shells"], "line 2: x is 'one', but must be a number of pixels"),
-        (["image,x,y,category", "a.jpg,nan,2,shells"], "line 2: x is 'nan'"),
-        (["image,x,y,category", "a.jpg,1,,shells"], "line 2: y is ''"),
-        (["image,x,y,category", "a.jpg,1,2,"], "line 2: the category is None"),
-        (["image,x,y,category", "a.jpg,1,2,<|im_end|>"], "line 2: the category is '<|im_end|>'"),
-        (["image,x,y,category", ",1,2,shells"], "line 2: no image is named"),
-        (["image,x,y,category", "z.jpg,1,2,shells"], "must hold one picture called 'z.jpg', but has none"),
-        (["image,x,y,category", "../images/a.jpg,1,2,shells"], "must hold one picture called"),
-        (["image,x,y,category", "a.jpg,1537,2,shells"], "1536 x 768 pixels, but has a dot at (1537, 2)"),
-        (["image,x,y,category", "a.jpg,.2,.3,shells", "a.jpg,.4,.5,shells"], "one pixel: give x and y in pixels"),
-        (["image,x,y,category", "a.jpg,1,2,shells"], "too few pictures for train and val: there is 1"),
-        (["image,x,y,category"], "names no picture"),
-    ],
-)  # fmt: skip
-def test_bad_csv_is_refused_in_a_sentence(tmp_path, images, lines, message):
-    points = write_csv(tmp_path / "dots.csv", *lines)
-    with pytest.raises(DataError) as error:
-        import_pictures(ImportConfig(tmp_path / "root", images, points=points))
-    assert message in str(error.value) and not (tmp_path / "root").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+        ([HEAD, "a.jpg,one,2,shells"], "line 2: x is 'one', but must be a number of pixels"),
+        ([HEAD, "a.jpg,nan,2,shells"], "line 2: x is 'nan'"),
+        ([HEAD, "a.jpg,1,,shells"], "line 2: y is ''"),
+        ([HEAD, "a.jpg,1,2,"], "line 2: the category is None"),
+        ([HEAD, "a.jpg,1,2,<|im_end|>"], "line 2: the category is '<|im_end|>'"),
+        ([HEAD, ",1,2,shells"], "line 2: no image is named"),
+        ([HEAD, "z.jpg,1,2,shells"], "must hold one picture called 'z.jpg', but has []"),
+        ([HEAD, "../images/a.jpg,1,2,shells"], "must hold one picture called"),
+        ([HEAD, "a.jpg,1537,2,shells"], "1536 x 768 pixels, but has a dot at (1537, 2)"),
+        ([HEAD, "a.jpg,.2,.3,shells", "a.jpg,.4,.5,shells"], "one pixel: give x and y in pixels"),
+        ([HEAD, "a.jpg,1,2,shells"], "too few pictures for train, val (1) and test (0): 1 in all"),
+        ([HEAD], "has no picture to count anything in"),
         ({"images": None}, "is no COCO file"),
         ({"categories": [{"id": 7}]}, "is no COCO file (KeyError: 'name' in {'id': 7})"),
         ({"annotations": [{"image_id": 9, "category_id": 7, "bbox": [1, 2, 3, 4]}]}, "(KeyError: 9 in {'image_id': 9"),
         ({"annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3]}]}, "in {'image_id': 1, 'category_id'"),
-        ({"images": [{"id": i, "file_name": f"{i}/a.jpg", "width": 1, "height": 1} for i in (1, 2)],
-          "annotations": []}, "two images are called a.jpg"),
-        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "(KeyError: 'width' in {'id': 1"),
-        ({"images": [{"id": 1, "file_name": "a.jpg", "width": 768, "height": 1536}], "annotations": []},
+        ({"images": [{"id": i, "file_name": f"{i}/a.jpg", "width": 1, "height": 1} for i in (1, 2)]},
+         "two images are called a.jpg"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}]}, "(KeyError: 'width' in {'id': 1"),
+        ({"images": [{"id": 1, "file_name": "a.jpg", "width": 768, "height": 1536}], "annotations": NO_CROWD},
          "1536 x 768 pixels, but its labels are of 768 x 1536"),
     ],
 )  # fmt: skip
-def test_bad_coco_is_refused_in_a_sentence(tmp_path, images, change, message):
-    file = coco_file(tmp_path / "coco.json", **change)
+def test_labels_that_cannot_be_used_are_refused_in_a_sentence(tmp_path, images, labels, message):
+    if isinstance(labels, list):
+        config = ImportConfig(tmp_path / "root", images, points=write_csv(tmp_path / "dots.csv", *labels))
+    else:
+        config = ImportConfig(tmp_path / "root", images, coco=coco_file(tmp_path / "c.json", **labels), category="car")
     with pytest.raises(DataError) as error:
-        import_pictures(ImportConfig(tmp_path / "root", images, coco=file, category="car"))
-    assert message in str(error.value)
-
-
-def test_what_coco_does_not_have_is_named(tmp_path):
-    with pytest.raises(DataError, match="no category 'tram', only bus, car"):
-        read_coco(coco_file(tmp_path / "coco.json"), "tram")
+        import_pictures(config)
+    assert message in str(error.value) and not (tmp_path / "root").exists()
 
 
 def test_nothing_is_overwritten_and_names_stay_apart(tmp_path, images):
@@ -220,24 +218,16 @@ def test_what_is_half_transparent_is_blended_with_white(mode):
     assert np.abs(to_rgb(image) - blended[..., None]).max() <= 1.5
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "the file is empty"), (b"<html>404</html>", "UnidentifiedImageError"), (None, "FileNotFoundError")],
-)
-def test_what_is_no_picture_gets_a_sentence(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "x.jpg").write_bytes(content)
-    with pytest.raises(DataError, match=rf"x\.jpg cannot be used as a picture \({message}"):
-        open_picture(tmp_path / "x.jpg")
-
-
-def test_broken_and_huge_pictures_get_a_sentence(tmp_path, images):
+def test_what_is_no_picture_gets_a_sentence(tmp_path, images):
     whole = (images / "a.jpg").read_bytes()
-    (images / "a.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"a\.jpg cannot be used as a picture"):
-        open_picture(images / "a.jpg")
+    for content, problem in ((b"", "the file is empty"), (b"<html>", "Unidentified"), (whole[: len(whole) // 2], "")):
+        (tmp_path / "x.jpg").write_bytes(content)
+        with pytest.raises(DataError, match=rf"x\.jpg cannot be used as a picture \(.*{problem}.*: give a whole JPEG"):
+            open_picture(tmp_path / "x.jpg")
     Image.new("1", (20_000, 6_000)).save(tmp_path / "huge.png")
-    with pytest.raises(DataError, match="20000 x 6000 = 120,000,000 pixels are more than 100,000,000"):
-        open_picture(tmp_path / "huge.png")
-    with pytest.raises(DataError, match="cannot be used as a picture"):
-        open_picture(tmp_path)
+    for name, problem in (
+        ("huge.png", "20000 x 6000 = 120,000,000 pixels are more than 100,000,000"),
+        ("y", "No such"),
+    ):
+        with pytest.raises(DataError, match=f"{name} cannot be used as a picture .*{problem}"):
+            open_picture(tmp_path / name)

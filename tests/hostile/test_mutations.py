@@ -25,10 +25,10 @@ from small_root import NAMES, SIZE, edit, make_root
 from fsc147lib.data import FSC147, DataError, check, open_split
 from fsc147lib.data.faults import ANNOTATIONS, CLASSES, DENSITIES, IMAGES, SPLITS
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.device import make_accelerator
+from fsc147lib.model.device import choose_compute
 from fsc147lib.model.load import load_model
 from fsc147lib.training.losses import DualLoss
-from fsc147lib.training.step import TrainingStep, make_optimizer
+from fsc147lib.training.step import TrainingStep, make_accelerator, make_optimizer
 
 pytestmark = pytest.mark.medium
 
@@ -267,12 +267,10 @@ def pristine(tmp_path_factory):
 @pytest.fixture(scope="module")
 def step():
     """A training step of the tiny model, whose weights stay; and its collate."""
-    model = load_model("tiny-random")
-    accelerator = make_accelerator("fp32")
+    model, compute = load_model("tiny-random"), choose_compute("fp32")
     optimizer = make_optimizer(model.network, learning_rate=0.0)
-    return TrainingStep(DualLoss(model.network), optimizer, accelerator), Collate(
-        model.tokenizer, model.image_processor
-    )
+    made = TrainingStep(DualLoss(model.network), optimizer, make_accelerator(compute), compute)
+    return made, Collate(model.tokenizer, model.image_processor)
 
 
 def use(root, split, step, train):

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 import torch
-from hostile.small_root import edit, make_root
 from safetensors.torch import load, load_file
+from small_root import edit, make_root
 
 from fsc147lib.__main__ import main
 from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES
@@ -239,7 +239,7 @@ def test_a_killed_worker_is_a_sentence(small_root, tmp_path, monkeypatch, capsys
         for _ in range(100):
             next(iter(self.loader))
 
-    monkeypatch.setattr(training.Run, "train_epoch", train_with_dead_worker)
+    monkeypatch.setattr(training, "train_epoch", train_with_dead_worker)
     words = ("train", "--data", small_root, "--out", tmp_path / "run", "--model", "tiny-random", "--workers", 1)
     assert main([*map(str, words), "--tracking=disabled"]) == 2
     printed = capsys.readouterr().err
@@ -248,10 +248,10 @@ def test_a_killed_worker_is_a_sentence(small_root, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
 def test_a_worker_killed_while_it_hands_over_is_the_same_sentence(small_root, tmp_path, monkeypatch, capsys, error):
-    def train_epoch(self, progress):
+    def train_epoch(run, progress):
         raise error
 
-    monkeypatch.setattr(training.Run, "train_epoch", train_epoch)
+    monkeypatch.setattr(training, "train_epoch", train_epoch)
     words = ("train", "--data", small_root, "--out", tmp_path / "run", "--model", "tiny-random", "--tracking=disabled")
     assert main([*map(str, words)]) == 2
     assert "a process that reads images was killed" in capsys.readouterr().err

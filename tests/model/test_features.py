@@ -41,7 +41,7 @@ def kept_files(folder):
 
 def losses(model, batch):
     with torch.no_grad():
-        parts = DualLoss(model.network)(batch)
+        parts = DualLoss(model.network)(batch, 0.1)
     return parts.count.item(), parts.attention.item()
 
 
@@ -270,6 +270,6 @@ def test_merged_weights_answer_as_the_adapters_did(config, tiny, batch, tmp_path
     again = load_model(tmp_path / "merged")
     networks = run.model.network.eval(), again.network, tiny.network
     with torch.no_grad():
-        adapted, merged, before = (training.DualLoss(network)(batch).count for network in networks)
+        adapted, merged, before = (DualLoss(network)(batch, 0.1).count for network in networks)
     assert merged.item() == pytest.approx(adapted.item(), rel=1e-4)
     assert before.item() != pytest.approx(adapted.item(), rel=1e-2)

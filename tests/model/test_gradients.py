@@ -97,7 +97,7 @@ def test_gradient_of_the_attention_loss_is_its_finite_difference(exact, method, 
     network, batch = exact
     freeze_vision(network, frozen)
     loss = DualLoss(network, heatmap=make_heatmap(network, method))
-    loss(batch).attention.backward()
+    loss(batch, 0.1).attention.backward()
     names = ["embed_tokens.weight", "layers.0.mlp.down_proj.weight", "layers.2.self_attn.k_proj.weight"]
     names += ["norm.weight"] if method != "attention" else []  # nothing is attended to behind it
     names = [f"model.language_model.{name}" for name in names]
@@ -112,7 +112,7 @@ def test_gradient_of_the_attention_loss_is_its_finite_difference(exact, method, 
         with torch.no_grad():
             for step in (1e-5, -1e-5):
                 weight += step * direction
-                sides.append(loss(batch).attention.item())
+                sides.append(loss(batch, 0.1).attention.item())
                 weight -= step * direction
         slope = (weight.grad * direction).sum().item()
         assert abs(slope) > 1e-9, name
@@ -139,7 +139,7 @@ def test_every_method_is_a_distribution_and_leaves_no_trace(tiny, batch, method)
 @pytest.mark.parametrize("method", TRAINABLE)
 def test_one_pass_serves_both_losses(tiny, batch, method):
     """The count loss beside a heatmap has the gradient that it has alone."""
-    DualLoss(tiny.network, weight=0)(batch).count.backward()
+    DualLoss(tiny.network)(batch, 0).count.backward()
     alone = [p.grad.clone() for p in tiny.network.parameters()]
     for create_graph in (False, True):
         tiny.network.zero_grad()
@@ -157,7 +157,7 @@ def test_twelve_steps_bring_the_loss_down(tiny, mixed_samples, method):
     optimizer, losses = torch.optim.AdamW(tiny.network.parameters(), lr=3e-3), []
     for _ in range(13):
         optimizer.zero_grad()
-        parts = loss(batch)
+        parts = loss(batch, 0.1)
         parts.total.backward()
         optimizer.step()
         losses.append(parts.attention.item())
@@ -173,7 +173,7 @@ def test_checkpointing_gives_the_same_gradients(tiny, batch, method):
             tiny.network.activation_checkpointing_enable({"use_reentrant": False})
         tiny.network.train()
         tiny.network.zero_grad()
-        DualLoss(tiny.network, heatmap=heatmap)(batch).total.backward()
+        DualLoss(tiny.network, heatmap=heatmap)(batch, 0.1).total.backward()
         gradients.append([p.grad.clone() for p in tiny.network.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-3)
@@ -183,9 +183,9 @@ def test_checkpointing_gives_the_same_gradients(tiny, batch, method):
 @pytest.mark.parametrize("method", TRAINABLE)
 def test_bf16_autocast_trains(tiny, batch, method):
     loss = DualLoss(tiny.network, heatmap=make_heatmap(tiny.network, method))
-    exact = loss(batch).attention.item()
+    exact = loss(batch, 0.1).attention.item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        parts = loss(batch)
+        parts = loss(batch, 0.1)
     parts.total.backward()
     assert parts.attention.item() == pytest.approx(exact, rel=0.1)
     assert all(p.grad.isfinite().all() for p in tiny.network.parameters() if p.grad is not None)
@@ -200,7 +200,7 @@ def test_lazy_regularisation_has_the_same_mean_gradient(tiny, batch):
     for plan in (weights[:4], [0.1] * 4):
         tiny.network.zero_grad()
         for weight in plan:
-            (loss(batch, weight=weight).total / 4).backward()
+            (loss(batch, weight).total / 4).backward()
         sums.append([p.grad.clone() for p in tiny.network.parameters()])
     for lazy, every in zip(*sums, strict=True):
         torch.testing.assert_close(lazy, every, atol=1e-6, rtol=1e-3)

@@ -154,8 +154,11 @@ def test_a_folder_without_a_model(tmp_path):
 
 def test_another_kind_of_model_is_named(tmp_path):
     BertConfig().save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match="'bert' model.*Qwen3-VL"):
-        load_model(tmp_path / "bert")
+    for use in (load_model, count_parameters):
+        with pytest.raises(
+            ModelError, match=r"'bert' model.*Qwen3-VL \(model_type 'qwen3_vl' or 'qwen3_vl_moe'\) only"
+        ):
+            use(tmp_path / "bert")
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):

@@ -183,7 +183,7 @@ def test_throughput_bars_name_batch_and_multiple():
 
 def test_predictions_and_lost_answers():
     def axes_of(*pairs):
-        images = [ImageResult("x", "y", count, predicted, "", 0, 0, 0, 0, 0) for count, predicted in pairs]
+        images = [ImageResult("x", "y", count, predicted, "", 0) for count, predicted in pairs]
         return figures.predictions_against_truth(images).axes[0]
 
     axes = axes_of((10, 12), (30, 25), (7, None), (9, 8))

@@ -1,6 +1,7 @@
 """`verify` passes on a sound model, and a planted fault fails the line that it belongs to."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tokenizers import AddedToken
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from fsc147lib.__main__ import main
-from fsc147lib.model import forward
+from fsc147lib.model import answers
 from fsc147lib.report import verify
 from fsc147lib.report.verify import VerifyConfig, verify_model
 
@@ -82,8 +83,12 @@ def test_a_head_that_is_not_tied_as_the_config_says(tiny, monkeypatch, root, cap
 
 
 @pytest.mark.slow
-def test_a_pass_that_is_not_transformers_own(tiny, monkeypatch, root):
-    embed = forward.encode_images
+def test_answers_that_begin_at_another_place(tiny, monkeypatch, root):
+    read = answers.read_prompts
 
-    monkeypatch.setattr(forward, "encode_images", lambda *batch, **options: [1.3 * x for x in embed(*batch, **options)])
-    assert failed(tiny, monkeypatch, root)[0] == "attention heatmap"
+    def shifted(network, batch):
+        prompts = read(network, batch)
+        return replace(prompts, last_position=prompts.last_position + 40)
+
+    monkeypatch.setattr(answers, "read_prompts", shifted)
+    assert failed(tiny, monkeypatch, root) == ["greedy answers"]

@@ -16,7 +16,8 @@ from PIL import Image
 from fsc147lib.data import FSC147, DataError
 from fsc147lib.evaluation import evaluate_samples
 from fsc147lib.model import Prediction, count_without, load_model, look, mean_map, predict_samples
-from fsc147lib.report.scene import bars
+from fsc147lib.model.heatmaps import METHODS, Attention
+from fsc147lib.report.scene import Choice, bars
 from fsc147lib.report.viewer import Viewer
 
 pytestmark = pytest.mark.medium
@@ -96,6 +97,12 @@ def test_layers_heads_word_whose_and_method_change_the_map(window, samples, mode
     expected = look(model, [samples[place]], method="token_gradient", answer="true", word="first").maps[0]
     need_panel(window, "map", expected, rtol=1e-3, atol=1e-9)
     assert window.controls["layers"].layout.display == "none" and scene(window)["atlas"] is None
+
+
+def test_layers_are_chosen_where_a_method_reads_attention(samples, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", type("Mine", (Attention,), {"name": "mine"}))
+    chosen = [method for method in METHODS if Choice(samples[0], method=method).has_heads]
+    assert chosen == ["attention", "relative_attention", "mine"]
 
 
 def test_hidden_cells_are_counted_without(window, samples, model):

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from fsc147lib.data.targets import centre_blob, kl_divergence
 from fsc147lib.options import ConfigError
 from fsc147lib.training import losses
-from fsc147lib.training.loop import Run, TrainConfig
+from fsc147lib.training.loop import Run, TrainConfig, open_run, train_epoch
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def drawn_to(config, monkeypatch):
     monkeypatch.setitem(losses.ATTENTION_LOSSES, "kl", watched)
     loss = run.training_step.loss
     loss.register_forward_pre_hook(lambda _, args: batches.append(args[0]))
-    run.open()
+    open_run(run)
     with tqdm(total=run.total_steps, disable=True) as progress:
-        run.train_epoch(progress)
+        train_epoch(run, progress)
     run.folder.close()
     keys = []
     for batch in batches:

@@ -1,41 +1,28 @@
-"""fp16 with a loss scale.  On a CPU the scale and autocast are real, only accelerate has to be talked into them."""
+"""fp16 with a loss scale.  A CPU computes it as well, slowly, so `choose_compute` alone has to be passed by."""
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.model import Collate, to_device
-from fsc147lib.model.device import make_accelerator
+from fsc147lib.model.device import Compute, choose_compute
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import freeze_vision, save_memory
 from fsc147lib.options import ConfigError
-from fsc147lib.training import DualLoss, TrainConfig, loop, step, train
+from fsc147lib.training import DualLoss, TrainConfig, setup, step, train
 from fsc147lib.training.losses import LossParts
-from fsc147lib.training.step import NonFiniteLoss, TrainingStep, make_optimizer
+from fsc147lib.training.step import NonFiniteLoss, TrainingStep, make_accelerator, make_optimizer
 
 
-def fp16_accelerator(scale=2.0**16):
-    if torch.cuda.is_available():
-        accelerator = make_accelerator("fp16")
-    else:
-        AcceleratorState._reset_state()
-        accelerator = Accelerator(mixed_precision="fp16")
-        accelerator.native_amp = True
-    accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=scale)
-    return accelerator
-
-
-@pytest.fixture(autouse=True)
-def one_precision_at_a_time():
-    yield
-    AcceleratorState._reset_state()
+def in_fp16(precision="fp16"):
+    """What `choose_compute` gives on an old GPU, here on the device that there is."""
+    return Compute(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp16")
 
 
 class Toy(nn.Module):
@@ -54,8 +41,10 @@ TOY_BATCH = {"names": ["1.jpg"], "count": [3], "answer_tokens": 2}
 
 
 def toy_step(scale, **kwargs):
-    loss = Toy(**kwargs)
-    return loss, TrainingStep(loss, torch.optim.AdamW(loss.parameters(), lr=0.1, fused=True), fp16_accelerator(scale))
+    loss, compute = Toy(**kwargs), in_fp16()
+    made = TrainingStep(loss, torch.optim.AdamW(loss.parameters(), lr=0.1), make_accelerator(compute), compute)
+    made.scaler = torch.amp.GradScaler(compute.device.type, init_scale=scale)
+    return loss, made
 
 
 def test_an_overflow_skips_the_step_and_training_goes_on():
@@ -94,7 +83,8 @@ def test_a_loss_that_is_not_finite_still_stops_at_once():
 @pytest.mark.slow
 def test_skipped_steps_are_counted_and_logged(root, tmp_path, monkeypatch):
     """With adapters over fp16 weights, and checkpointing: as on a card of 16 GB."""
-    monkeypatch.setattr(loop, "make_accelerator", lambda precision: fp16_accelerator(2.0**40))
+    monkeypatch.setattr(setup, "choose_compute", in_fp16)
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
     config = TrainConfig(root, tmp_path / "run", "tiny", epochs=12, limit=4, batch_size=2, lora=4, log_every=1,
                          gradient_checkpointing=True, compile=False, tracking="disabled")  # fmt: skip
     train(config)
@@ -115,13 +105,15 @@ def test_two_hundred_small_steps_move_the_weights_as_fp32_does(root):
     """At learning rate 1e-6, a 20,000th of a weight: within 5 % of the distance, skipped steps and all."""
     samples, moved = list(FSC147(root, "train"))[:2], {}
     for precision in ("fp32", "fp16"):
-        accelerator = make_accelerator("fp32") if precision == "fp32" else fp16_accelerator()
+        compute = choose_compute("fp32") if precision == "fp32" else in_fp16()
         model = load_model("tiny-random")
         network = model.network
         model.image_processor.size = {"shortest_edge": 64 * 64, "longest_edge": 64 * 96}
         freeze_vision(network, True)
-        training_step = TrainingStep(DualLoss(network), make_optimizer(network, 1e-6), accelerator)
-        batch = to_device(Collate(model.tokenizer, model.image_processor)(samples), accelerator.device)
+        training_step = TrainingStep(
+            DualLoss(network), make_optimizer(network, 1e-6), make_accelerator(compute), compute
+        )
+        batch = to_device(Collate(model.tokenizer, model.image_processor)(samples), compute.device)
         before = {name: weight.detach().clone() for name, weight in network.named_parameters() if weight.requires_grad}
         for _ in range(200):
             training_step([batch], 0.1)
@@ -145,18 +137,18 @@ def test_frozen_matrices_are_narrow_and_the_stream_through_the_layers_is_not(tin
         lambda module, inputs: incoming.append(inputs[0].dtype)
     )
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
-        DualLoss(tiny.network)(batch)
+        DualLoss(tiny.network)(batch, 0.1)
     assert incoming == [torch.float32]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
 def test_fp16_without_a_gpu_is_refused():
     with pytest.raises(ConfigError, match=r"precision \(--precision\) is fp16, but must be fp32 or bf16"):
-        make_accelerator("fp16")
+        choose_compute("fp16")
 
 
 def test_a_gradient_heatmap_in_fp16_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "make_accelerator", lambda precision: fp16_accelerator())
+    monkeypatch.setattr(setup, "choose_compute", in_fp16)
     with pytest.raises(ConfigError, match="token_gradient .* too small for fp16"):
         train(TrainConfig(root, tmp_path / "run", "tiny-random", heatmap="token_gradient"))
 
@@ -171,20 +163,13 @@ def test_training_in_fp16_on_a_gpu(root, tmp_path):
 
 
 def test_a_gpu_without_bfloat16_trains_in_fp16(monkeypatch):
-    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr(
-        "fsc147lib.model.device.OwnAccelerator", lambda **kwargs: chosen.append(kwargs["mixed_precision"])
-    )
-    make_accelerator("auto")
-    assert chosen == ["fp16"]
+    assert choose_compute("auto") == Compute(torch.device("cuda", 0), "fp16")
 
 
 def test_apple_s_mps_is_left_alone_and_says_so(monkeypatch):
-    chosen = []
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr("fsc147lib.model.device.OwnAccelerator", lambda **kwargs: chosen.append(kwargs["cpu"]))
     with pytest.warns(UserWarning, match="MPS was never tried with this library, so it computes on the CPU"):
-        make_accelerator("fp32")
-    assert chosen == [True]
+        assert choose_compute("fp32").device.type == "cpu"

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsc147lib.model.device import signals_later
 from fsc147lib.model.network import CountingModel
-from fsc147lib.training import loop as training
+from fsc147lib.readers import signals_later
 from fsc147lib.training import run as folders
+from fsc147lib.training import setup
 from fsc147lib.training.batches import SizeBatches, make_loader
 from fsc147lib.training.interrupt import Interrupted, Signals
 from fsc147lib.training.loop import TrainConfig, train
@@ -94,15 +94,15 @@ def test_a_signal_ends_the_run_between_steps_and_it_goes_on_there(config, stoppe
 
 def test_a_signal_during_validation_loses_no_step(config, monkeypatch):
     train(config("whole"))
-    evaluate, sent = training.evaluate_samples, []
+    evaluate, sent = setup.evaluate_samples, []
 
-    def measured(*args):
+    def measured(*args, **options):
         if len(sent) == 1:  # the validation after the first epoch
             os.kill(os.getpid(), signal.SIGTERM)
         sent.append(1)
-        return evaluate(*args)
+        return evaluate(*args, **options)
 
-    monkeypatch.setattr(training, "evaluate_samples", measured)
+    monkeypatch.setattr(setup, "evaluate_samples", measured)
     with pytest.raises(Interrupted, match="SIGTERM after step 3 of 6"):
         train(config())
     monkeypatch.undo()
@@ -126,14 +126,14 @@ def test_accumulation_goes_on_within_an_epoch(config, stopped):
 
 def test_a_tie_leaves_best_with_the_first(config, monkeypatch):
     """Resumed where the last epoch's error is the best one's: an uninterrupted run keeps the earlier."""
-    evaluate = training.evaluate_samples
+    evaluate = setup.evaluate_samples
 
-    def measured(*args):
-        found = evaluate(*args)
+    def measured(*args, **options):
+        found = evaluate(*args, **options)
         found.metrics["mae"] = 5.0
         return found
 
-    monkeypatch.setattr(training, "evaluate_samples", measured)
+    monkeypatch.setattr(setup, "evaluate_samples", measured)
     train(config())
     train(config(resume=True))
     state = json.loads((config().out / "best" / "training_state.json").read_text())
@@ -154,7 +154,7 @@ def send_to_all(number, times=1):
 def test_readers_outlive_signals_to_all_and_end_with_their_parent(root):
     """A signal to all processes of a run leaves the parent its readers; a parent that exits ends them by SIGTERM."""
     before = multiprocessing.active_children()
-    samples = training.open_split(root, "train")
+    samples = setup.open_split(root, "train")
     batches = SizeBatches([(2, 2, 4)] * len(samples), 1, 0, flip=False)
     loader = iter(make_loader(samples, batches, lambda part: [sample.name for sample in part], workers=2))
     read = next(loader) + next(loader)  # one of each reader

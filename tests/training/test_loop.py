@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
-from functools import partial
+import sys
+import traceback
+from functools import partial, partialmethod
 from itertools import islice
 
 import numpy as np
@@ -14,12 +16,13 @@ from safetensors.torch import load_file
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.data.scenes import make_dataset
 from fsc147lib.evaluation import Evaluation, ImageResult
-from fsc147lib.model import layers, pixels
+from fsc147lib.model import pixels
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import ModelError, Recipe
 from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
+from fsc147lib.training import setup
 from fsc147lib.training.batches import SizeBatches, TrainingImages, windows
 from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.losses import DualLoss
@@ -66,7 +69,7 @@ def test_logged_losses_are_those_of_the_batch(config, finished):
     collate = Collate(model.tokenizer, model.image_processor)
     lengths = [collate.lengths(sample) for sample in images.samples]
     first_batch = next(iter(SizeBatches(lengths, settings.batch_size, settings.seed)))
-    parts = DualLoss(model.network)(collate([images[place] for place in first_batch]))
+    parts = DualLoss(model.network)(collate([images[place] for place in first_batch]), 0.1)
     first = lines(finished[0])[1]
     assert first["step"] == 1
     assert first["count_loss"] == pytest.approx(parts.count.item(), rel=1e-5)
@@ -103,7 +106,7 @@ def test_empty_scenes_train_and_are_answered(half_empty_root, config, changes):
 def test_logged_validation_is_that_of_the_checkpoint(finished, root):
     model = load_model(finished[0] / "last")
     batch = Collate(model.tokenizer, model.image_processor)(list(FSC147(root, "val")))
-    parts = DualLoss(model.network)(batch)
+    parts = DualLoss(model.network)(batch, 0.1)
     logged = lines(finished[0])[-1]["val"]
     assert logged["count_loss"] == pytest.approx(parts.count.item(), rel=1e-4)
     assert logged["kl"] == pytest.approx(parts.attention.item(), rel=1e-4)
@@ -283,9 +286,9 @@ def test_gradient_checkpointing_trains_the_same(config, finished):
 
 
 def test_clipping_bounds_the_gradient(config, monkeypatch):
-    """With plain gradient descent, for AdamW would hide the gradient's size."""
-    descent = partial(torch.optim.SGD, lr=1.0, fused=True)
-    monkeypatch.setattr(training, "make_optimizer", lambda network, *_: descent(network.parameters()))
+    """With plain gradient descent, for AdamW would hide the gradient's size; any optimizer of torch will do."""
+    descent = partial(torch.optim.SGD, lr=1.0)
+    monkeypatch.setattr(setup, "make_optimizer", lambda network, *_: descent(network.parameters()))
     result = train(config(epochs=1, limit=8, clip=1e-3, learning_rate=1.0, warmup=0))
     assert len(result.steps) == 1 and result.steps[0]["gradient_norm"] > 1e-3  # logged as it was before
     before = dict(load_model("tiny-random").network.named_parameters())
@@ -299,7 +302,7 @@ def test_best_is_the_epoch_with_the_lowest_error(config, monkeypatch):
     errors = iter([9.0, 3.0, 1.0, 2.0])
 
     def measured(self):
-        self.validation = Evaluation({}, {}, [ImageResult("1.jpg", "apples", 1, 1, "COUNT: 1", 0, 0, 0, 0, 0)])
+        self.validation = Evaluation({}, {}, [ImageResult("1.jpg", "apples", 1, 1, "COUNT: 1", 0)])
         self.log({"step": self.step, "epoch": self.epoch, "val": {"mae": next(errors)}})
 
     monkeypatch.setattr(training.Run, "validate", measured)
@@ -503,19 +506,27 @@ def test_batches_by_size_hold_little_padding():
 
 @pytest.mark.medium
 def test_a_step_asks_for_no_number(config, monkeypatch):
-    """On a GPU each would be a wait; they are fetched together, every few steps."""
+    """On a GPU each would be a wait; they are fetched together, every few steps.  transformers asks for one a pass."""
     run = training.Run(config(epochs=1))
     batches = list(islice(run.loader, 2))
     step = run.training_step
     step([batches[0]], 0.1)  # the first step makes the optimizer's state
 
-    def refuse(*_):
-        raise AssertionError("a step waits for a number")
+    asked = []
+
+    def watched(ask):
+        def wrapped(*args):
+            files = (frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._getframe(1)))
+            asked.append(next(file for file in files if "/torch/" not in file))
+            return ask(*args)
+
+        return wrapped
 
     with monkeypatch.context() as patch:
         for name in ("item", "__bool__", "__float__", "__int__", "numpy"):
-            patch.setattr(torch.Tensor, name, refuse)
+            patch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
         step([batches[1]], 0.1)
+    assert len(asked) <= 2 and all("/transformers/" in file for file in asked), asked
     assert len(step.unchecked) == 2
     step.check()
     assert not step.unchecked
@@ -567,15 +578,15 @@ def test_offline_tracking_writes_here_and_asks_nobody(config, monkeypatch):
     assert list((settings.out / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_a_whole_run_compiles_few_kinds_of_graph(config, tiny, tmp_path, monkeypatch):
-    """Each costs seconds before a first step: six of the language model (three with gradients, and three without), one
-    of decoding, one of the vision encoder, which is frozen; two epochs with answers before, between and after."""
+    """Each costs seconds before a first step.  Two epochs of four widths, with answers before, between and after: four
+    graphs of the language model, and sixteen of the encoder, whose images a CPU takes one by one.
+    """
     tiny.recipe = Recipe(train_vision=False)
     tiny.save(tmp_path / "frozen")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    layers._compile.cache_clear()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     train(config(model=str(tmp_path / "frozen"), compile=True, epochs=2, vision_cache="off"))
-    layers._compile.cache_clear()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 20

@@ -63,9 +63,9 @@ TOY_STEPS = """
 import gc, math
 import torch
 from torch import nn
-from fsc147lib.model.device import make_accelerator
+from fsc147lib.model.device import choose_compute
 from fsc147lib.training.losses import LossParts
-from fsc147lib.training.step import NonFiniteLoss, TrainingStep, make_optimizer
+from fsc147lib.training.step import NonFiniteLoss, TrainingStep, make_accelerator, make_optimizer
 
 class Toy(nn.Module):
     def __init__(self):
@@ -79,9 +79,10 @@ class Toy(nn.Module):
         return LossParts(count, count.detach(), torch.zeros(()))
 
 gc.disable()
-accelerator, loss = make_accelerator("bf16"), Toy()
+compute, loss = choose_compute("bf16"), Toy()
+accelerator = make_accelerator(compute)
 rank = accelerator.process_index
-step = TrainingStep(loss, make_optimizer(loss, 0.1), accelerator)
+step = TrainingStep(loss, make_optimizer(loss, 0.1), accelerator, compute)
 batch = {"names": [f"{rank}.jpg"], "count": [rank], "answer_tokens": 2, "x": torch.ones(3, 2)}
 for trains in (False, True, True):
     loss.first.requires_grad_(trains)
