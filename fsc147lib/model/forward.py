@@ -1,7 +1,6 @@
-"""Calls of transformers' network: a pass over questions and answers, and passes that go on from questions alone.
+"""Calls of transformers' network.
 
-`answer_logits` is the one pass of training, losses and maps.  `read_prompts` keeps a pass over the questions, from
-which answers are read or written token by token.
+`answer_logits` is the pass of training, losses and maps.  `read_prompts` reads questions alone, and answers follow.
 """
 
 import inspect
@@ -18,11 +17,9 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from .attention import rows_of_layers
 from .collate import Batch, need_right_padding
 
-CACHE = (
+CACHE = (  # transformers 5.24 gave this argument a new name
     "cache" if "cache" in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters else "past_key_values"
 )
-"""transformers 5.24 gave this argument a new name."""
-
 Rows = dict[int, torch.Tensor]
 """Layer -> [B, H, A, K] float32 attention probabilities at the answer's positions, each row summing to 1."""
 
@@ -35,7 +32,7 @@ class ImageFeatures(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[torch.Tensor]) -> "ImageFeatures":
-        """Of the 1 + D tensors [V, C] that `encode_images` gives."""
+        """From the 1 + D tensors [V, C] of `encode_images`."""
         return cls([tensors[0]], [[x] for x in tensors[1:]])
 
 
@@ -51,15 +48,15 @@ def answer_logits(
 
     Args:
         network: from `load_model`.
-        batch: from `Collate`, on the network's device; ValueError where it is padded on the left.
-        rows_of: layers of the language model whose attention rows are wanted.
+        batch: from `Collate`, on the network's device; padding on the left is a ValueError.
+        rows_of: layers of the language model that hand on their attention rows.
         features: of `encode_images`; None encodes the batch's images.
-        second_derivative: compute attention so that it has one.
+        second_derivative: attention gets a second derivative.
 
     Returns:
         [B, A, V] logits of the tokens in `batch["answer_labels"]`, and the rows.
     """
-    need_right_padding(batch)  # padding is on the right, where causal attention keeps it out of sight
+    need_right_padding(batch)
     answer = batch["answer_positions"]
     features = features or encode_images(network, batch, second_derivative=second_derivative)
     with rows_of_layers(network, rows_of, answer) as rows, narrow_embeddings(network):
@@ -73,10 +70,7 @@ def answer_logits(
 
 @contextmanager
 def narrow_embeddings(network):
-    """Within, the sum that runs through all layers is as narrow as autocast's products.
-
-    Not in fp16, which ends at 65,504: single numbers of that sum come near it in large models.
-    """
+    """Within, the sum through all layers is bf16 where autocast is; not fp16, whose limit of 65,504 it may exceed."""
     embedding = network.get_input_embeddings()
     kind = embedding.weight.device.type
     if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != torch.bfloat16:
@@ -94,7 +88,7 @@ def narrow_embeddings(network):
 
 @dataclass
 class Prompts:
-    """What a network has read of B questions: all but the last token of each, which the first pass of `go_on` reads."""
+    """B questions as a network has read them, up to their last tokens, with which `go_on` begins."""
 
     network: torch.nn.Module
     cache: DynamicCache  # keys and values of K positions
@@ -109,7 +103,7 @@ class Prompts:
         attended: torch.Tensor,  # [B or 1, S, N + S] which of the N tokens since the question, and of these, are seen
         rows_of: tuple[int, ...] = (),
     ) -> tuple[torch.Tensor, Rows]:
-        """Logits [B, S, V] after each of S tokens, and rows; the tokens' keys are added to the cache."""
+        """Logits [B, S, V] after each of S tokens, and rows; the cache grows by S."""
         size = tokens.shape[1]
         question = self.seen[:, None].expand(-1, size, -1)  # [B, S, K]
         mask = torch.cat([question, attended.expand(len(tokens), -1, -1)], dim=2)[:, None]
@@ -126,7 +120,7 @@ class Prompts:
         self.cache.crop(-tokens)
 
     def read_answers(self, batch: Batch, rows_of: tuple[int, ...] = ()) -> tuple[torch.Tensor, Rows]:
-        """`answer_logits` of the answers in a batch whose questions these are; the cache stays as it was."""
+        """`answer_logits` of the answers in a batch with these questions; the cache stays as it was."""
         tokens = batch["input_ids"].gather(1, batch["answer_positions"])  # [B, A]
         size = tokens.shape[1]
         positions = self.last_position + torch.arange(size, device=tokens.device)
@@ -136,7 +130,7 @@ class Prompts:
         return found
 
     def greedy(self, longest: int, end: int) -> torch.Tensor:
-        """The most probable token, again and again: [B, up to `longest`] int64; after an `end` only ends."""
+        """The most probable tokens, one by one: [B, up to `longest`] int64; after an `end` all are `end`."""
         token, tokens = self.last_token, []
         for step in range(longest):
             attended = torch.ones(1, 1, step + 1, dtype=torch.bool, device=token.device)
@@ -151,7 +145,7 @@ class Prompts:
 
 @torch.no_grad()
 def read_prompts(network, batch: Batch) -> Prompts:
-    """A pass over the questions of a batch, whatever answers it holds."""
+    """A pass over the questions of a batch, without its answers."""
     need_right_padding(batch)
     last = batch["answer_positions"][:, :1]  # [B, 1] the question's last token
     length = int(last.max())
@@ -182,10 +176,9 @@ def normalised_pixels(batch: Batch) -> torch.Tensor:
 
 
 def encode_images(network, batch: Batch, second_derivative: bool = False) -> list[torch.Tensor]:
-    """Outputs of the vision encoder for a batch's V visual tokens, or those that the batch brings along.
+    """1 + D outputs [V, C] of the vision encoder for a batch's images, or the batch's own `image_features`.
 
-    They are 1 + D times [V, C]: the embeddings that stand in the sequence, and the deepstack features that are added
-    after the language model's first D layers.
+    First the embeddings in the sequence, then the deepstack features for the first D layers.
     """
     if "image_features" in batch:  # [V, 1 + D, C]
         return list(batch["image_features"].unbind(1))
@@ -201,7 +194,7 @@ def encode_images(network, batch: Batch, second_derivative: bool = False) -> lis
 
 
 def _patch_positions(network, sizes: list[tuple[int, int]], device) -> dict[str, torch.Tensor]:
-    """What `get_image_features` would compute anew, and wait for, in each pass: places of all patches in the grids."""
+    """Positions of all patches, which `get_image_features` would compute in each pass, and wait for."""
     tower = network.model.visual
     tables = [_positions_of_one(*size, tower.num_grid_per_side, tower.spatial_merge_size, device) for size in sizes]
     names = "interp_indices", "interp_weights", "position_ids"
@@ -210,7 +203,7 @@ def _patch_positions(network, sizes: list[tuple[int, int]], device) -> dict[str,
 
 @lru_cache(maxsize=512)
 def _positions_of_one(height: int, width: int, side: int, merge: int, device) -> tuple[torch.Tensor, ...]:
-    """Of an image's P patches: corners in the learned grid [P, 4], their weights [P, 4], rows and columns [P, 2]."""
+    """Of P patches: corners in the learned grid [P, 4], their weights [P, 4], rows and columns [P, 2]."""
     grid = torch.tensor([[1, height, width]])
     indices, weights = get_vision_interpolation_indices_and_weights(
         grid, side, "bilinear", align_corners=True, spatial_merge_size=merge
