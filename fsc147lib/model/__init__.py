@@ -1,7 +1,5 @@
-"""`Sample` to answer, and where the model looked: Qwen3-VL with its prompt and pixels, the direct forward pass and its
-trace, greedy answers, and heatmaps (several methods, one signature).
-
-Left out: whether answer and heatmap are right (`evaluation`), and how they become so (`training`).
+"""The model: Qwen3-VL with its prompt and pixels, the forward pass, answers and their probabilities, and several
+methods that map where it looks.
 """
 
 from .answers import count_loss

@@ -1,4 +1,4 @@
-"""A model's own answers, and the loss of an answer.  How probable each number is: `counts`."""
+"""A model's own answers, and the loss of an answer."""
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,12 @@ from .prompt import longest_answer
 
 
 def count_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the answer's tokens in nats, *summed*: logits [B, A, V], labels [B, A] with -100 where unused.
-
-    The caller divides by the tokens of the whole step, which is more than one batch when gradients are accumulated.
-    """
+    """Summed cross-entropy of the answer's tokens in nats: logits [B, A, V], labels [B, A] with -100 where unused."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
 def digits_score(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Log-probability of each answer's digits, or of the word chosen (`looking.with_word`): [B], in nats."""
+    """Log-probability of each answer's digits, or of `looking.with_word`'s word: [B], in nats."""
     log_probability = logits.float().log_softmax(dim=-1)
     labels = batch["answer_labels"].clamp_min(0).unsqueeze(-1)
     digits = batch["digit_weights"] > 0  # [B, A]
@@ -27,10 +24,9 @@ def digits_score(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def own_answers(model: CountingModel, batch: Batch, longest: int | None = None) -> tuple[list[list[int]], Prompts]:
-    """What a model (in eval mode) answers to the questions of a batch, whatever answers the batch holds.
+    """Tokens of a model's own answer to each image, up to its end or `longest`, and the questions as read.
 
-    Of each image the tokens up to the end of the answer or to `longest` (None: as long as parses), never none; and
-    the questions as they were read.
+    The model must be in eval mode.  None for `longest` is the longest answer that parses.
     """
     end, prompts = model.tokenizer.eos_token_id, read_prompts(model.network, batch)
     tokens = prompts.greedy(longest or longest_answer(model.tokenizer), end)

@@ -1,7 +1,4 @@
-"""How probable each number is as a model's whole answer: a search over the numbers' first digits.
-
-Left out: the answer that a model gives (`answers`), and whether probabilities are right (`evaluation.metrics`).
-"""
+"""How probable each number is as a model's whole answer: a search over the numbers' first digits."""
 
 import math
 from collections.abc import Callable
@@ -13,26 +10,24 @@ from .forward import Prompts
 from .network import CountingModel
 from .prompt import number_tokens
 
-COUNT_DIGITS = 4  # of the largest number whose probability is followed; FSC147's largest count is 3,701
-SHARE = 0.001  # not followed, of what was found, at which the search ends
-AT_ONCE = 128  # prefixes that one pass follows, of each image
+COUNT_DIGITS = 4  # of the largest number that is followed; FSC147's largest count is 3,701
+SHARE = 0.001  # the search ends where open prefixes hold less, as a share of the numbers found
+AT_ONCE = 128  # prefixes of each image in a pass
 
 
 def follow_numbers(
     first: torch.Tensor, next_log_p: Callable[[torch.Tensor], torch.Tensor], digits: int = COUNT_DIGITS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Search the numbers without leading zeros from 0 to 10 ** digits - 1, the most probable first digits first.
-
-    A search ends when the prefixes that are left hold less than `SHARE` of what the numbers found hold.
+    """Search the numbers from 0 to 10 ** digits - 1, the most probable first digits first.
 
     Args:
         first: [B, 10] float64 log-probability that an answer begins with each digit.
-        next_log_p: called with prefixes [B, S], each written as its number, after the prefixes that are shorter by a
-            digit; gives the log-probability, finite, of each digit and of the end after it, [B, S, 11].
+        next_log_p: takes prefixes [B, S] as numbers, shorter ones first; gives the finite log-probability of each
+            digit and of the end after them, [B, S, 11].
 
     Returns:
-        [B, 10 ** digits] log-probability of each number, -inf where it was not followed; and [B] the probability
-        that was not followed: of all answers that begin as one of these, or as a number of more digits.
+        [B, 10 ** digits] log-probability of each number, -inf where it was not followed, and [B] the probability of
+        answers that begin as these, or as a number of more digits.
     """
     waiting = first.new_full((len(first), 10 ** (digits + 1)), -math.inf)  # prefixes; the longest are never followed
     waiting[:, :10] = first
@@ -41,10 +36,10 @@ def follow_numbers(
         size = min(AT_ONCE, int(open_[unsure].isfinite().sum(dim=1).min()))
         score, numbers = open_.topk(size, dim=1)  # [B, S]
         after = score[..., None] + next_log_p(numbers)  # [B, S, 11]
-        further = after[..., :10].masked_fill(numbers[..., None] == 0, -math.inf)  # no number begins with a 0
+        further = after[..., :10].masked_fill(numbers[..., None] == 0, -math.inf)  # no leading zeros
         longer = 10 * numbers[..., None] + torch.arange(10, device=first.device)  # [B, S, 10]
         rest = waiting.scatter(1, numbers, -math.inf).scatter_reduce(1, longer.flatten(1), further.flatten(1), "amax")
-        # an image whose search has ended stays as it is, whatever its neighbours need
+        # an image whose search has ended stays as it is
         found = torch.where(unsure[:, None], found.scatter(1, numbers, after[..., 10]), found)
         waiting = torch.where(unsure[:, None], rest, waiting)
         open_ = waiting[:, : 10**digits]
@@ -57,9 +52,8 @@ def count_log_probabilities(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability that the model's whole answer is `prompt.answer(n)`, for each n from 0 up.
 
-    Prefixes are evaluated many in one pass, each attending to the question and to its own digits.  [B, 10 ** digits]
-    float64 on the CPU, and [B] the probability that was not followed, see `follow_numbers`.  Any other answer, such as
-    one with the number 007, is none of these.
+    A pass evaluates many prefixes, each attending to the question and to its own digits.  Returns [B, 10 ** digits]
+    float64 on the CPU, and [B] the probability that was not followed (see `follow_numbers`).
     """
     prefix, digit_tokens, after_number = number_tokens(model.tokenizer)
     device, size = prompts.seen.device, 1 + len(prefix)
@@ -92,6 +86,6 @@ def count_log_probabilities(
 
 
 def _log_softmax_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of some tokens, [..., V] -> [..., tokens] float64, without a second table of the width of V."""
+    """Log-probabilities of some tokens, [..., V] -> [..., tokens] float64, without a second tensor of width V."""
     wide = logits.float()
     return (wide[..., tokens] - wide.logsumexp(dim=-1, keepdim=True)).double()

@@ -1,4 +1,4 @@
-"""Kept image features: a frozen vision encoder runs once for each image, and not in each epoch."""
+"""Kept image features: a frozen vision encoder runs once for each image."""
 
 import hashlib
 import json
@@ -42,13 +42,13 @@ class KeptFeatures:
     def encode(
         cls, model: CountingModel, samples: Iterable[Sample], compute: Compute, place: str, folder: Path, workers: int
     ) -> "KeptFeatures":
-        """Encode images whose features will be asked for; mirror images are samples of their own.
+        """Encode images; mirror images are samples of their own.
 
         Args:
             model: its vision encoder must not change while the features are in use.
             place: "gpu", "host" or "disk".
-            folder: of the file on disk.  Its name there is `features_key`, so another encoder or image never finds
-                it, and its checksum is compared.  Of several runs at once one encodes and the others wait.
+            folder: of the file on disk, named by `features_key` and compared by checksum.  One of several runs
+                encodes, the others wait.
             workers: processes that read images.
 
         Raises:
@@ -73,7 +73,11 @@ class KeptFeatures:
             return kept
         path = Path(folder) / features_key(model, list(by_size.values()), dtype)
         with file_lock(path.with_suffix(".lock"), wait=True):
-            if not _is_whole(path):
+            try:
+                is_whole = read_manifest(path, whole=True) is not None
+            except DamagedFolder:
+                is_whole = False
+            if not is_whole:
                 with new_folder(path, replace=True) as draft:
                     mapped = _new_file(draft / FILE, shape, dtype)
                     cls(torch.from_numpy(mapped).view(dtype), places, compute.device)._fill(network, compute, loader)
@@ -98,7 +102,7 @@ class KeptFeatures:
         return cast(Batch, {**batch, "image_features": torch.cat(kept)})
 
     def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Batches with their features; from the host, the next one's are copied while the GPU uses one's."""
+        """Batches with their features; the host's features are copied while the GPU works on the last batch."""
         if self.device.type != "cuda" or self.features.is_cuda:
             yield from map(self.add_to, batches)
             return
@@ -115,7 +119,7 @@ class KeptFeatures:
 
 
 def features_key(model: CountingModel, samples: list[Sample], dtype: torch.dtype) -> str:
-    """SHA-256 of all that image features depend on: encoder, preprocessing, precision, code, images and order."""
+    """A hash of encoder, preprocessing, precision, code, images and order."""
     visual = model.network.model.visual
     about = [str(dtype), model.image_processor.to_dict(), visual.config.to_json_string(), code_version()]
     key = hashlib.sha256(json.dumps(about, default=str).encode())
@@ -128,21 +132,14 @@ def features_key(model: CountingModel, samples: list[Sample], dtype: torch.dtype
 
 
 def code_version() -> str:
-    """Of all code between an image's file and its features: a hash of this library's modules, others' versions."""
+    """A hash of the modules between an image's file and its features, and other libraries' versions."""
     sources = b"".join(Path(module.__file__).read_bytes() for module in (images, pixels, forward, attention))
     others = [f"{library.__name__} {library.__version__}" for library in (torch, transformers, PIL)]
     return ", ".join([hashlib.sha256(sources).hexdigest()[:16], *others])
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        return read_manifest(folder, whole=True) is not None
-    except DamagedFolder:
-        return False
-
-
 def _new_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap:
-    """A map of a new file whose room on disk is taken: a process dies of SIGBUS where the disk fills up later."""
+    """A map of a new file with its room on disk; a process dies of SIGBUS where a disk fills up later."""
     path.parent.mkdir()
     try:
         mapped = np.lib.format.open_memmap(path, "w+", f"i{dtype.itemsize}", shape)  # numpy has no bfloat16

@@ -1,7 +1,7 @@
-"""Where the model looks: several methods, one class each, each a [B, 14, 14] heatmap that sums to 1.
+"""Methods that say where the model looks, a class each: a [B, 14, 14] heatmap that sums to 1.
 
-Maps on the token grid are moved to 14x14 by exact areas and scaled to sum 1.  Those of a `trainable` method can keep
-their graph, so that a loss on them trains the network.  A method of one's own is a subclass given to `register`.
+Token grids are moved to 14x14 by exact areas.  A loss on the map of a `trainable` method trains the network.
+A new method is a subclass of `Heatmap` given to `register`.
 """
 
 from typing import cast
@@ -16,20 +16,12 @@ from .forward import Prompts, Rows, answer_logits, encode_images, normalised_pix
 
 
 class Heatmap:
-    """One way to look; a subclass has a `name` and computes `mass`.
-
-    Args:
-        network: a Qwen3-VL (`load_model`).
-
-    Attributes:
-        trainable: whether the mass has a useful gradient with respect to the weights.
-        every, images: of `TrainConfig`, by default: look on each K-th step, at so many images of a batch (None: all).
-    """
+    """A method; a subclass has a `name` and computes `mass` with its network, a Qwen3-VL."""
 
     name: str
-    trainable = True
-    every = 1
-    images: int | None = None
+    trainable = True  # the mass has a useful gradient with respect to the weights
+    every = 1  # the default of `TrainConfig`: looks on each K-th step,
+    images: int | None = None  # at this number of images of a batch; None is all
 
     def __init__(self, network):
         self.network = network
@@ -39,25 +31,24 @@ class Heatmap:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The answer's logits [B, A, V] and a non-negative mass [B, 14, 14] of any sum above 0.
 
-        With `create_graph` the mass has a gradient with respect to the weights.  `prompts`, where given, has read
-        the batch's questions, images and all.
+        Args:
+            create_graph: the mass gets a gradient with respect to the weights.
+            prompts: the batch's questions where they are read already, with their images.
         """
         raise TypeError(f"{type(self).__name__} does not say how its mass is computed")
 
     def with_logits(
         self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The answer's logits [B, A, V] and the heatmap [B, 14, 14], non-negative, each summing to 1.
+        """The answer's logits [B, A, V] and the heatmap [B, 14, 14]; arguments as in `mass`.
 
-        With `create_graph` the heatmap has a graph, or a ConfigError says that the method cannot be trained; the
-        logits have theirs wherever gradients are on.
+        A ConfigError where `create_graph` is asked of a method that cannot be trained.
         """
         if create_graph and not self.trainable:
             choices = ", ".join(method_names(trainable=True))
             raise ConfigError(f"{self.name} is for looking, it has no useful gradient; train with one of {choices}")
         logits, mass = self.mass(batch, create_graph, prompts)
-        if not create_graph:
-            mass = mass.detach()
+        mass = mass if create_graph else mass.detach()
         return logits, mass / mass.sum(dim=(1, 2), keepdim=True)
 
     def __call__(self, batch: Batch, create_graph: bool = False) -> torch.Tensor:
@@ -69,7 +60,7 @@ METHODS: dict[str, type[Heatmap]] = {}
 
 
 def register(method: type[Heatmap]) -> type[Heatmap]:
-    """Make a method known under its name to `train`, `evaluate`, `look` and the notebooks; a known one is replaced."""
+    """Make a method known by its name to all commands and notebooks; the last one of a name counts."""
     METHODS[method.name] = method
     return method
 
@@ -82,10 +73,7 @@ def method_names(trainable: bool = False) -> tuple[str, ...]:
 def make_heatmap(
     network, name: str = "attention", layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None
 ) -> Heatmap:
-    """A method by its name; `layers` and `heads` are for methods that read attention.
-
-    A ConfigError where there is no such method, layer or head.
-    """
+    """A method by its name, with `layers` and `heads` if it reads attention; ConfigError where one is unknown."""
     if name not in METHODS:
         raise ConfigError(f"heatmap is {name!r}, but must be one of {', '.join(METHODS)}")
     method = METHODS[name]
@@ -96,19 +84,18 @@ def make_heatmap(
     return method(network)
 
 
-# --- From the token grid to 14x14
+# --- Token grids to 14x14
 
 
 def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mass on all positions [B, ..., T] moved to the cells of the 14x14 grid: [B, ..., 14, 14].
+    """Mass on positions [B, ..., T] moved to the 14x14 grid, [B, ..., 14, 14]; mass on text is dropped.
 
-    The sum is the mass on visual tokens; the rest went to text.  Rows may end before T, behind the image.
+    Rows may end early, behind the image.
     """
     shape, length = (len(rows), *(1,) * (rows.ndim - 2)), rows.shape[-1]
-    along_y, along_x = (
-        batch[key][..., :length].to(rows).unflatten(0, shape) for key in ("row_weights", "column_weights")
-    )
-    with torch.autocast(rows.device.type, enabled=False):  # in bf16 the product would lose mass
+    weights = (batch[key][..., :length].to(rows) for key in ("row_weights", "column_weights"))
+    along_y, along_x = (each.unflatten(0, shape) for each in weights)  # [B, ..., 14, T]
+    with torch.autocast(rows.device.type, enabled=False):  # a bf16 product would lose mass
         return (along_y * rows[..., : along_y.shape[-1]].unsqueeze(-2)) @ along_x.transpose(-1, -2)
 
 
@@ -119,7 +106,7 @@ def digits_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def layer_head_maps(rows: Rows, batch: Batch, layers: tuple[int, ...]) -> torch.Tensor:
-    """Attention mass on the image of each layer and head while the digits are predicted: [B, L, H, 14, 14]."""
+    """`digits_mass` of each layer and head: [B, L, H, 14, 14]."""
     return digits_mass(torch.stack([rows[layer] for layer in layers], dim=1), batch)
 
 
@@ -133,18 +120,15 @@ def tokens_mass(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """About four layers, evenly over the second half of the language model, where answers are put together."""
+    """About four layers, evenly over the second half of the language model."""
     return tuple(range(depth // 2, depth, max(1, depth // 7)))
 
 
 @register
 class Attention(Heatmap):
-    """Attention mass from the positions that predict the digits, averaged over digits, layers and heads.
+    """Attention from the positions that predict the digits, averaged over digits, layers and heads.
 
-    Only the answer's query rows are computed a second time, so this costs next to nothing.
-
-    Args:
-        layers, heads: None for `default_layers` and all heads; a ConfigError where the model has no such.
+    None for `layers` is `default_layers`, None for `heads` all; a ConfigError where the model has no such.
     """
 
     name = "attention"
@@ -174,10 +158,9 @@ class Attention(Heatmap):
 
 @register
 class RelativeAttention(Attention):
-    """`attention` over that for a neutral question (`prompt.NEUTRAL`), cell by cell: what is there anyhow cancels.
+    """`attention` divided, cell by cell, by the attention to a neutral question, from where its answer would begin.
 
-    After Zhang et al., "MLLMs Know Where to Look" (ICLR 2025).  The neutral attention is that of the position where
-    an answer would begin.
+    After Zhang et al., "MLLMs Know Where to Look" (ICLR 2025).
     """
 
     name, trainable = "relative_attention", False
@@ -191,38 +174,35 @@ class RelativeAttention(Attention):
 
 
 def with_neutral_question(batch: Batch) -> Batch:
-    """The batch with the neutral question behind each image, and the place where its answer begins as the answer."""
+    """The batch with the neutral question behind each image; its last token is the only answer position."""
     tail = batch["neutral_tail"]  # [S]
     room = F.pad(batch["input_ids"], (0, len(tail)))  # [B, T + S]
     places = torch.arange(room.shape[1], device=room.device)
     visual = F.pad(batch["mm_token_type_ids"], (0, len(tail)))
-    steps = places - (places * visual).amax(dim=1, keepdim=True) - 1  # [B, T + S] how far behind the image
+    steps = places - (places * visual).amax(dim=1, keepdim=True) - 1  # [B, T + S] distance behind the image
     ids = torch.where(steps < 0, room, tail[steps.clamp(0, len(tail) - 1)])
     positions = F.pad(batch["position_ids"], (0, len(tail)))  # [3, B, T + S]
     first = positions.gather(2, (steps < 0).sum(dim=1)[None, :, None].expand(3, -1, -1))  # [3, B, 1]
     ends = (steps == len(tail) - 1).int().argmax(dim=1, keepdim=True)  # [B, 1]
-    changed = {
-        "input_ids": ids,
-        "position_ids": torch.where(steps < 0, positions, first + steps),
-        "answer_positions": ends,
-    }
-    return cast(Batch, {**batch, **changed})
+    positions = torch.where(steps < 0, positions, first + steps)
+    return cast(Batch, {**batch, "input_ids": ids, "position_ids": positions, "answer_positions": ends})
 
 
 @register
 class TokenGradient(Heatmap):
     """|g * e| of each visual token, summed over channels: its features e, and the digits' gradient g.
 
-    The gradient is that of their log-probability (gradient x input: Shrikumar et al., 2016).  Features that enter
-    through deepstack count as parts of e.  The product is taken channel by channel: layers read a state only after
-    normalising it, so that g . e, the effect of scaling the whole state, vanishes towards the last layers.
+    Gradient x input (Shrikumar et al., 2016) of the digits' log-probability; deepstack features are parts of e.
+    Channels are not summed to g . e first: layers normalise a state, so that scaling the whole has little effect.
     """
 
-    name, every, images = "token_gradient", 32, 8  # fewer looks, for they are dear (notebook 02)
+    name, every, images = "token_gradient", 32, 8  # looks are dear, see notebook 02
 
     def mass(self, batch, create_graph=False, prompts=None):
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # compiled graphs are walked back once
-            features = [differentiable(x) for x in encode_images(self.network, batch)]  # [V, C] each
+            features = encode_images(self.network, batch)  # [V, C] each
+            # below frozen weights no gradient reaches them
+            features = [x if x.requires_grad else x.detach().requires_grad_() for x in features]
             logits, _ = answer_logits(self.network, batch, features=features, second_derivative=create_graph)
             gradients = digits_gradient(logits, batch, features, create_graph)
             tokens = sum((x * g).abs().sum(dim=-1) for x, g in zip(features, gradients, strict=True))  # [V]
@@ -233,7 +213,7 @@ class TokenGradient(Heatmap):
 class InputGradient(Heatmap):
     """|gradient| of the digits' log-probability with respect to the pixels, summed over each visual token's pixels.
 
-    The first script's heatmap.  To train it the whole network is differentiated twice, frozen or not.
+    Training differentiates the whole network twice, frozen or not.
     """
 
     name, every, images = "input_gradient", 64, 4
@@ -249,12 +229,7 @@ class InputGradient(Heatmap):
         return logits, tokens_mass(tokens, batch)
 
 
-def differentiable(x: torch.Tensor) -> torch.Tensor:
-    """x itself where a gradient can reach it; else, below frozen weights, a new leaf of the same values."""
-    return x if x.requires_grad else x.detach().requires_grad_()
-
-
 def digits_gradient(logits, batch: Batch, inputs: list[torch.Tensor], create_graph: bool) -> tuple[torch.Tensor, ...]:
-    """Gradients of the digits' log-probability; samples do not meet, so the sum over the batch serves them all."""
+    """Gradients of the digits' log-probability, of each image with respect to its own inputs."""
     score = digits_score(logits, batch).sum()
     return torch.autograd.grad(score, inputs, create_graph=create_graph, retain_graph=True)

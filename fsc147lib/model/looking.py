@@ -1,10 +1,4 @@
-"""`look`: where a model looks on some samples, by any method, and during which word of whose answer.
-
-A map is that of an answer: of the true one, as in training, or of what the model says of its own; and of all
-its digits, or of one word of it.
-
-Left out: how a map is made (`heatmaps`), and whether it is right (`evaluation`).
-"""
+"""`look`: where a model looks on some samples, by any method, while it gives its own or the true answer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,31 +21,30 @@ from .prompt import parse_count
 
 Whose = Literal["own", "true"]
 Word = Literal["all", "first", "last", "before"]
-"""Of an answer: all its digits, the first, the last, or the token before the first."""
+"""Of an answer: all digits, the first, the last, or the token before the first."""
 
 
 @dataclass
 class Look:
-    """Maps of some samples, and the answers during which they were seen."""
+    """Maps of N samples, and the answers to which they belong."""
 
-    maps: torch.Tensor
-    """[N, L, H, 14, 14] attention mass of every layer and head, or [N, 14, 14]: their mean, or another method's."""
-    answers: list[str]  # to each, for example "COUNT: 12"
+    maps: torch.Tensor  # [N, L, H, 14, 14] attention mass of each layer and head, or [N, 14, 14] of another method
+    answers: list[str]  # for example "COUNT: 12"
     whose: Whose  # the model's "own" answers, or the "true" ones
 
     @property
     def titles(self) -> list[str]:
-        """For example "own answer 12"; an answer without a number in its own words."""
+        """`map_title` of each sample."""
         return [map_title(answer, self.whose) for answer in self.answers]
 
     def __getitem__(self, rows) -> "Look":
-        """Some samples' maps: a list or slice of their places."""
+        """The maps of a list or slice of places."""
         places = range(len(self.answers))[rows] if isinstance(rows, slice) else list(rows)
         return Look(self.maps[list(places)], [self.answers[i] for i in places], self.whose)
 
 
 def map_title(answer: str, whose: str) -> str:
-    """How a figure names the answer that a map belongs to."""
+    """The answer of a map, for a figure: "own answer 12", or an answer without a number in its own words."""
     count = parse_count(answer)
     short = answer if len(answer) <= 20 else answer[:19] + "…"
     return f"{whose} answer {repr(short) if count is None else count}"
@@ -68,21 +61,15 @@ def look(
     heads: tuple[int, ...] | None = None,
     word: Word = "all",
 ) -> Look:
-    """Where a model looks on some samples while it answers.
+    """Where a model looks on some samples while it answers, the maps on the CPU in float32.
 
     Args:
         model: is moved to this machine's GPU, if it has one, and put in eval mode.
         samples: with images.
-        layers, heads: whose attention; None for `default_layers` and all heads.  The gradient methods and
-            `occlusion` have none to choose.
-        answer: "own": the digits are those that the model says (all tokens of an answer that has none); "true":
-            those of the true count, as in training and in `evaluate`.
-        method: any name in METHODS, registered ones included.
-        word: during which of the answer's digits.
-
-    Returns:
-        Maps float32 on the CPU, with the answers: of `attention` layer by layer and head by head, of another method
-        one for each sample, summing to 1.
+        layers, heads: of the attention; None for `default_layers` and all heads.
+        answer: "own" for the model's own answers, "true" for the true counts, as in training.
+        method: any name in METHODS.
+        word: the digits of the answer that count; of an answer without digits all tokens do.
 
     Raises:
         ConfigError: no such method, layer, head or word.
@@ -93,7 +80,7 @@ def look(
     for batch, prompts in answered_batches(model, samples, compute, batch_size, answer, word):
         with compute.autocast():
             if type(heatmap) is Attention:
-                _, rows = prompts.read_answers(batch, heatmap.layers)
+                rows = prompts.read_answers(batch, heatmap.layers)[1]
                 found = layer_head_maps(rows, batch, heatmap.layers)
                 found = found if heads is None else found[:, :, list(heads)]
             else:
@@ -111,8 +98,9 @@ def answered_batches(
     answer: Whose = "own",
     word: Word = "all",
 ) -> Iterator[tuple[Batch, Prompts]]:
-    """Batches of the samples in their order, with the answers and the word that is looked at (see `look`), and the
-    questions as the model has read them.  The model is moved to the compute's device and set to eval mode.
+    """Batches of samples with the answers and the word (see `look`), and the questions as the model has read them.
+
+    The model is moved to the compute's device and put in eval mode.
     """
     network = model.network.to(compute.device).eval()
     collate = Collate(model.tokenizer, model.image_processor)
@@ -130,7 +118,7 @@ def answered_batches(
 
 
 def with_word(batch: Batch, word: Word) -> Batch:
-    """The batch with one word of its answers in place of all digits; of an answer without digits, of all tokens."""
+    """The batch with a word of its answers in place of all digits (tokens, where an answer has no digits)."""
     if word not in get_args(Word):
         raise ConfigError(f"word is {word!r}, but must be one of {', '.join(get_args(Word))}")
     if word == "all":
@@ -143,26 +131,25 @@ def with_word(batch: Batch, word: Word) -> Batch:
 
 
 def answer_texts(model: CountingModel, batch: Batch) -> list[str]:
-    """The answers that a batch holds."""
+    """The answers in a batch."""
     ids = [[token for token in row if token >= 0] for row in batch["answer_labels"].tolist()]
     return model.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def mean_map(look: Look, layers: list[int] | None = None) -> Look:
-    """The heatmaps [N, 14, 14] of what was looked at, each summing to 1: of `attention`, the mean of layers and heads.
+    """Heatmaps [N, 14, 14], each summing to 1: of attention the mean over heads and layers.
 
-    `layers` are places of some layers among those looked at; None for all.
+    `layers` are places among the layers looked at; None is all.
     """
     if look.maps.ndim == 3:
         return look
-    maps = look.maps if layers is None else look.maps[:, layers]
-    mean = maps.mean(dim=(1, 2))
+    mean = (look.maps if layers is None else look.maps[:, layers]).mean(dim=(1, 2))
     return replace(look, maps=mean / mean.sum(dim=(1, 2), keepdim=True))
 
 
 def corner_share(maps: torch.Tensor) -> torch.Tensor:
-    """How much of each head's attention to the image lies in the top-left cell: [N, L, H, 14, 14] -> mean [L, H].
+    """Share of attention to the image in its top-left cell, where Qwen-VL's sinks: [N, L, H, 14, 14] -> mean [L, H].
 
-    Even attention would give 1/196.  Qwen-VL is known to let attention sink there.
+    Even attention gives 1/196.
     """
     return (maps[..., 0, 0] / maps.sum(dim=(-1, -2)).clamp_min(1e-9)).mean(dim=0)

@@ -1,9 +1,6 @@
-"""Hide a part of a picture and ask again: what the model counts without it, and how sure of its answer it stays.
+"""Hide parts of a picture and ask again: the fall of the answer's probability and of the count.
 
-Slow, for the whole network sees each hidden part anew; but it uses no gradient and no attention, so the other
-heatmaps can be held against it.
-
-Left out: hiding itself (`data.hiding`).
+Slow, for the whole network sees each hidden part; but independent of gradients and attention.
 """
 
 from collections.abc import Iterator
@@ -26,18 +23,12 @@ from .looking import answer_texts, answered_batches
 from .network import CountingModel
 from .pixels import from_patches, to_patches
 
-WINDOW = 2
-"""Rows and columns of cells that are hidden at once."""
-
-AT_ONCE = 16
-"""Hidden pictures in a batch."""
+WINDOW = 2  # rows and columns of cells that are hidden at once
+AT_ONCE = 16  # hidden pictures in a batch
 
 
 def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
-    """Square windows of `size` cells a side over the 14x14 grid, row by row: [W, 14, 14] bool.
-
-    From one to the next are `step` cells, None for windows side by side; the last ones end with the grid.
-    """
+    """Square windows of `size` cells a side, row by row, `step` cells apart (None: side by side): [W, 14, 14] bool."""
     starts = sorted({*range(0, GRID - size, step or size), GRID - size})
     covered = torch.zeros(len(starts), GRID, dtype=torch.bool)
     for row, start in zip(covered, starts, strict=True):
@@ -46,9 +37,9 @@ def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
 
 
 def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fill) -> Iterator[Batch]:
-    """One image of a batch and its answer, once for each choice of hidden cells [N, rows, columns], AT_ONCE in a batch.
+    """An image of a batch and its answer, once for each choice of hidden cells [N, rows, columns], AT_ONCE in a batch.
 
-    The cells are those of the picture as the network gets it.  A ConfigError where the batch has no pixels.
+    A ConfigError where the batch has no pixels.
     """
     if "pixel_values" not in batch:
         raise ConfigError("occlusion hides pixels, and this batch brings kept image features: use it without a cache")
@@ -64,21 +55,20 @@ def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fi
 def hidden_log_probabilities(
     network, batch: Batch, cells: list[torch.Tensor], fill: Fill = "grey"
 ) -> list[torch.Tensor]:
-    """Log-probability of each image's answer (`digits_score`) when cells [N, rows, columns] of it are hidden: [N]."""
-
-    def scores(row: int, choices: torch.Tensor) -> torch.Tensor:
+    """`digits_score` of each image when its cells [N, rows, columns] are hidden: [N] each."""
+    scores = []
+    for row, choices in enumerate(cells):
         hidden = hide_in_batch(network, batch, row, choices, fill)
-        return torch.cat([digits_score(answer_logits(network, one)[0], one) for one in hidden])
-
-    return [scores(row, choices) for row, choices in enumerate(cells)]
+        scores.append(torch.cat([digits_score(answer_logits(network, one)[0], one) for one in hidden]))
+    return scores
 
 
 @register
 class OcclusionMap(Heatmap):
-    """How far the log-probability of the digits falls when a window of cells is hidden, 0 where it rises.
+    """Fall of the digits' log-probability when windows of cells are hidden; 0 where it rises.
 
-    A cell has the mean of the windows that cover it (Zeiler and Fergus, "Visualizing and Understanding
-    Convolutional Networks", ECCV 2014).  A subclass with another `fill` or `window` hides otherwise.
+    A cell has the mean of its windows (Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks",
+    ECCV 2014).
     """
 
     name, trainable = "occlusion", False
@@ -97,11 +87,11 @@ class OcclusionMap(Heatmap):
 
 @dataclass
 class Occlusion:
-    """What happened when each of W windows of each of N pictures was hidden."""
+    """Effects of hiding each of W windows of each of N pictures."""
 
     windows: np.ndarray  # [W, 14, 14] bool
-    log_probability: np.ndarray  # [N, W] by how much that of the answer's digits fell, in nats
-    count: np.ndarray  # [N, W] by how much the expected count fell, in objects
+    log_probability: np.ndarray  # [N, W] fall of that of the answer's digits, in nats
+    count: np.ndarray  # [N, W] fall of the expected count, in objects
     objects: np.ndarray  # [N, W] dots under the window
     answers: list[str]  # to the whole pictures
 
@@ -110,10 +100,7 @@ class Occlusion:
 def occlude(
     model: CountingModel, samples: list[Sample], window: int = WINDOW, step: int | None = None, fill: Fill = "grey"
 ) -> Occlusion:
-    """Hide window after window of each picture: what becomes of the model's own answer, and of the expected count?
-
-    `window` and `step` are those of `windows`, `fill` that of `hide`.
-    """
+    """Hide each window of each picture (see `windows`, `data.hide`) and measure the model's own answer and count."""
     compute = choose_compute()
     hidden = windows(window, step)
     whole_first = torch.cat([torch.zeros_like(hidden[:1]), hidden])

@@ -1,8 +1,4 @@
-"""`predict`: what is counted in one picture from anywhere, no root and no dots, and `count_without` a part of it.
-
-What comes back is what the model says, how probable it finds each number, and where it looked while it said so.
-Left out: drawing (`report`), and whether its probabilities are right (`evaluation.metrics`).
-"""
+"""`predict`: the count in any picture, the probability of each number, and where the model looked."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,24 +50,24 @@ class PredictConfig:
 
 @dataclass
 class Prediction:
-    """What a model says of one picture."""
+    """A model's answer to one picture."""
 
     sample: Sample  # the picture, and what was counted in it
     answer: str  # greedy, raw
     count: int | None  # the number in it; None where it does not parse
-    distribution: np.ndarray  # [10000] float64, summing to 1: how probable each number is, if the answer is a number
-    covered: float  # probability that the answer is one of the numbers that were followed, in the form "COUNT: 37"
+    distribution: np.ndarray  # [10000] float64, summing to 1: probability of each number, if the answer is a number
+    covered: float  # probability that the answer is one of these numbers, in the form "COUNT: 37"
     heatmap: np.ndarray  # [14, 14] float32, summing to 1: where it looked during its own answer
-    not_followed: float = 0.0  # probability that it begins as a number that was not followed: those from 10,000 up
+    not_followed: float = 0.0  # probability of an answer that begins as a number from 10,000 up
 
     @property
     def mode(self) -> int:
-        """The most probable number; not always the greedy answer, which chooses digit by digit."""
+        """The most probable number; the greedy answer, chosen digit by digit, may be another."""
         return int(self.distribution.argmax())
 
     @property
     def no_number(self) -> float:
-        """Probability that the answer is something else: words, or another spelling such as "COUNT: 007"."""
+        """Probability of any other answer: words, or another spelling such as "COUNT: 007"."""
         return max(0.0, 1 - self.covered - self.not_followed)
 
     @property
@@ -79,14 +75,14 @@ class Prediction:
         return float(self.distribution @ np.arange(len(self.distribution)))
 
     def interval(self, level: float = 0.9) -> tuple[int, int]:
-        """First and last number of the central interval that holds so much probability, or a little more."""
+        """First and last number of the central interval that holds at least `level` of the probability."""
         below = self.distribution.cumsum()
         ends = np.searchsorted(below, ((1 - level) / 2, below[-1] - (1 - level) / 2))
         return int(ends[0]), int(min(ends[1], len(below) - 1))
 
     @property
     def map_title(self) -> str:
-        """Which answer the map belongs to, for a figure."""
+        """The answer of the map, for a figure."""
         return map_title(self.answer, "own")
 
     def __str__(self) -> str:
@@ -100,7 +96,7 @@ class Prediction:
         )
 
     def to_dict(self) -> dict:
-        """Plain values for JSON: of the distribution the numbers above one in a million."""
+        """Plain values for JSON, with the numbers that are more probable than one in a million."""
         likely = np.flatnonzero(self.distribution > 1e-6)
         return {
             "name": self.sample.name, "category": self.sample.category, "answer": self.answer, "count": self.count,
@@ -112,10 +108,10 @@ class Prediction:
 
 
 def predict(model: CountingModel, image: str | Path | Image.Image, category: str) -> Prediction:
-    """Count in one picture: a file, or an image in memory; what to count is, for example, "apples".
+    """Count objects such as "apples" in one picture, a file or an image; a DataError says why that cannot be.
 
-    The picture is turned upright and shrunk to 384 pixels on its shorter side.  The model is moved to this machine's
-    GPU, if it has one, and put in eval mode.  A DataError says why picture or category cannot be used.
+    The picture is turned upright, its shorter side is shrunk to 384 pixels.  The model moves to the GPU, if there is
+    one, in eval mode.
     """
     return predict_samples(model, [Picture(image, category)])[0]
 
@@ -123,11 +119,9 @@ def predict(model: CountingModel, image: str | Path | Image.Image, category: str
 def predict_files(config: PredictConfig) -> list[Prediction]:
     """Count in the pictures named and write the numbers; `fsc147lib predict` calls this."""
     pictures: list[Sample] = [Picture(path, config.category) for path in config.images]
-    model = load_model(config.model)
-    found = predict_samples(model, pictures, compute=choose_compute(config.precision))
+    found = predict_samples(load_model(config.model), pictures, compute=choose_compute(config.precision))
     if config.json is not None:
-        numbers = [prediction.to_dict() for prediction in found]
-        write_json(config.json, {"model": config.model, "predictions": numbers})
+        write_json(config.json, {"model": config.model, "predictions": [each.to_dict() for each in found]})
     return found
 
 
@@ -139,10 +133,7 @@ def predict_samples(
     heatmap: Heatmap | None = None,
     compute: Compute | None = None,
 ) -> list[Prediction]:
-    """`predict` for many `Picture`s, or samples of a root, whose true counts do not enter.
-
-    `heatmap` is where it looked, None for the attention; `compute` device and precision.
-    """
+    """`predict` for many samples; `heatmap` None is the attention, `compute` None the GPU or CPU at hand."""
     compute, heatmap = compute or choose_compute(), heatmap or make_heatmap(model.network)
     predictions: list[Prediction] = []
     for batch, prompts in answered_batches(model, samples, compute, batch_size):
@@ -150,7 +141,7 @@ def predict_samples(
             log_p, rest = count_log_probabilities(model, prompts)
             maps = heatmap.with_logits(batch, prompts=prompts)[1].float().cpu().numpy()
         for text, each, map_, missed in zip(answer_texts(model, batch), log_p, maps, rest.tolist(), strict=True):
-            distribution = each.softmax(dim=0).numpy()  # an untrained model's numbers are all very improbable
+            distribution = each.softmax(dim=0).numpy()
             sample, covered = samples[len(predictions)], float(each.exp().sum())
             predictions.append(Prediction(sample, text, parse_count(text), distribution, covered, map_, missed))
     return predictions
@@ -163,13 +154,13 @@ def count_without(
     fill: Fill = "grey",
     category: str | None = None,
 ) -> Prediction:
-    """Hide cells of a picture, as `data.hide` does, and count again; a DataError says what cannot be used.
+    """Hide cells of a picture and count again; a DataError says what cannot be used.
 
     Args:
         image_or_sample: a file, an image in memory, or a sample.
-        cells: [14, 14] bool, True where hidden; any other grid over the picture will do.
-        fill: what stands there instead: middle "grey", the picture's "mean" colour, or its "blur".
-        category: what to count; of a sample None for its own.
+        cells: [14, 14] bool, or any other grid over the picture, True where hidden.
+        fill: middle "grey", the picture's "mean" colour, or its "blur".
+        category: what to count; None is the sample's own.
 
     Returns:
         Its `sample` is the picture that the model saw, with the dots that are left.
