@@ -18,7 +18,10 @@ from ..files import write_json, write_text
 
 COLUMNS = {  # a number's name in a row: head of its column, form of its cell
     "seconds_median": ("s per step (quartiles)", "{seconds_median:.3f} ({seconds_low:.3f} to {seconds_high:.3f})"),
-    "overhead_median": ("overhead (95 %)", "{overhead_median:.1%} ({overhead_low:.1%} to {overhead_high:.1%})"),
+    "overhead_median": (
+        "overhead (95 % interval)",
+        "{overhead_median:.1%} ({overhead_low:.1%} to {overhead_high:.1%})",
+    ),  # fmt: skip
     "overhead_lazy": ("on each K-th step", "{overhead_lazy:.1%} (K = {every})"),
     "batch_size": ("batch", "{batch_size}"),
     "images_per_second": ("images/s", "{images_per_second:.1f}"),
