@@ -1,7 +1,6 @@
 """Attention that also hands on the answer's rows, registered with transformers.
 
-transformers calls a registered function in each layer, with post-rotary queries, keys and values, and with the keyword
-arguments that the layer was given.
+transformers calls a registered function in each layer, with rotated queries, keys and values and the layer's keywords.
 """
 
 from contextlib import contextmanager
@@ -14,16 +13,16 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATIONS = {"text_config": "sdpa_with_rows", "vision_config": "flash_or_sdpa_by_image"}
-"""What a network is loaded with.  A vision implementation with "flash" in its name gets all images in one call."""
+"""Of each network; a vision implementation with "flash" in its name gets all images in a single call."""
 
 FAST_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Without cuDNN's, which plans anew for each length: 0.26 of the 0.6 s of a step of 64 images on an H100."""
+"""Without cuDNN's, which plans anew for each length."""
 
 _plain = AttentionInterface()["sdpa"]
 
 
 def backends(second_derivative: bool):
-    """Within, attention is fast, or has a second derivative; also in a layer that a backward pass computes again."""
+    """Within, attention is fast, or has a second derivative; also in layers that are computed again."""
     return sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION)
 
 
@@ -31,15 +30,10 @@ def text_attention(
     module, query, key, value, attention_mask, look: "Looked | None" = None, scaling=None, second_derivative=False,
     **kwargs,
 ):  # fmt: skip
-    """transformers' `sdpa`; the rows that are looked at go into `look`.
+    """transformers' `sdpa`, whose rows go into `look` in the layers that have it.
 
-    Args:
-        query, key, value: [B, H, Q, D], [B, Hk, K, D] twice.
-        attention_mask: [B, 1, Q, K] True where attended, or None for causal attention.
-        look: given in the layers that are looked at.
-
-    Returns:
-        Output [B, Q, H, D], and None.
+    query [B, H, Q, D], key and value [B, Hk, K, D], attention_mask [B, 1, Q, K] True where attended, None where causal;
+    returns [B, Q, H, D] and None.
     """
     with backends(second_derivative):
         output, _ = _plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -56,10 +50,10 @@ def text_attention(
 def attention_rows(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scaling: float) -> torch.Tensor:
     """Attention probabilities by plain products, which have derivatives of any order.
 
-    query [B, H, R, D], key [B, Hk, K, D] (each for H / Hk heads), seen [B, 1, R, K] True where attended; returns
+    query [B, H, R, D], key [B, Hk, K, D], each for H / Hk heads, seen [B, 1, R, K] True where attended; returns
     [B, H, R, K] float32, each row summing to 1.
     """
-    with torch.autocast(query.device.type, enabled=False):  # a softmax over hundreds of keys wants float32
+    with torch.autocast(query.device.type, enabled=False):  # the softmax needs float32
         wide = torch.promote_types(query.dtype, torch.float32)
         query = query.to(wide).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hk, H/Hk * R, D]
         scores = query @ key.to(wide).transpose(2, 3) * scaling
@@ -73,8 +67,8 @@ def vision_attention(
 ):  # fmt: skip
     """Attention within each image, [1, H, P, D] each -> ([1, P, H, D], None).
 
-    `cu_seq_lens_q` [images + 1] says where each image begins, `max_length_q` is the longest.  One call of torch's
-    variable-length attention serves all images; it needs a GPU and half precision, and has no second derivative.
+    `cu_seq_lens_q` [images + 1] holds the images' bounds, `max_length_q` the longest.  torch's variable-length
+    attention serves all images at once on a GPU in half precision; it has no second derivative.
     """
     if query.is_cuda and query.dtype.itemsize == 2 and not second_derivative:
         tokens = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [P, H, D]
@@ -84,7 +78,7 @@ def vision_attention(
         return _image_by_image(query, key, value, cu_seq_lens_q, scaling), None
 
 
-@torch.compiler.disable  # it would be compiled anew for each number of images
+@torch.compiler.disable  # each number of images would be compiled
 def _image_by_image(query, key, value, bounds, scaling):
     images = zip(*(x.split(bounds.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
     outputs = [F.scaled_dot_product_attention(*image, scale=scaling) for image in images]
@@ -93,14 +87,14 @@ def _image_by_image(query, key, value, bounds, scaling):
 
 AttentionInterface.register(IMPLEMENTATIONS["text_config"], text_attention)
 AttentionInterface.register(IMPLEMENTATIONS["vision_config"], vision_attention)
-# without a mask function of its own an implementation would never see a mask, that of padding included
+# without a mask function an implementation is given no mask of padding
 AttentionMaskInterface.register(IMPLEMENTATIONS["text_config"], AttentionMaskInterface()["sdpa"])
 
 
 class Looked(NamedTuple):
-    """What a layer that is looked at is given."""
+    """Given to a layer whose rows are read."""
 
-    positions: torch.Tensor  # [B, R] of the queries; with a mask all queries are looked at
+    positions: torch.Tensor  # [B, R] of the queries; with a mask all queries are read
     rows: list[torch.Tensor]  # gets [B, H, R, K] float32, each row summing to 1
 
 
@@ -108,8 +102,7 @@ class Looked(NamedTuple):
 def rows_of_layers(network, layers: tuple[int, ...], positions: torch.Tensor):
     """Within, a pass hands on the attention rows of the given layers: a dict, layer -> list with the rows.
 
-    A hook gives each of these layers its `Looked`.  A layer that is computed again in the backward pass, to spare
-    memory, is given the same one.
+    A hook gives each layer its `Looked`, the same where the backward pass computes the layer again.
     """
     looked = {i: Looked(positions, []) for i in layers}
 

@@ -102,7 +102,7 @@ class KeptFeatures:
         return cast(Batch, {**batch, "image_features": torch.cat(kept)})
 
     def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Batches with their features; the host's features are copied while the GPU works on the last batch."""
+        """Batches with their features; the host copies them while the GPU works on the previous batch."""
         if self.device.type != "cuda" or self.features.is_cuda:
             yield from map(self.add_to, batches)
             return

@@ -106,20 +106,15 @@ def occlude(
     whole_first = torch.cat([torch.zeros_like(hidden[:1]), hidden])
     scores, answers = [], []
     for batch, _ in answered_batches(model, samples, compute, 1):
-        parts = hide_in_batch(model.network, batch, 0, whole_first, fill)
-        with compute.autocast():
-            scores.append(torch.cat([_log_probability_and_count(model, part) for part in parts]))
         answers += answer_texts(model, batch)
-    found = torch.stack(scores).numpy()  # [N, 1 + W, 2]
+        for part in hide_in_batch(model.network, batch, 0, whole_first, fill):
+            with compute.autocast():
+                prompts = read_prompts(model.network, part)
+                score = digits_score(prompts.read_answers(part)[0], part).double().cpu()
+                counts = count_log_probabilities(model, prompts)[0].softmax(dim=1)
+            mean = counts @ torch.arange(counts.shape[1], dtype=counts.dtype)
+            scores.append(torch.stack([score, mean], dim=1))
+    found = torch.cat(scores).unflatten(0, (len(samples), -1)).numpy()  # [N, 1 + W, 2]
     falls = found[:, :1] - found[:, 1:]
     objects = [covers(hidden.numpy(), sample.points, sample.size).sum(axis=1) for sample in samples]
     return Occlusion(hidden.numpy(), falls[..., 0], falls[..., 1], np.stack(objects), answers)
-
-
-def _log_probability_and_count(model: CountingModel, batch: Batch) -> torch.Tensor:
-    """Log-probability of each answer, and the expected count: [B, 2] float64 on the CPU."""
-    prompts = read_prompts(model.network, batch)
-    score = digits_score(prompts.read_answers(batch)[0], batch).double().cpu()
-    log_p, _ = count_log_probabilities(model, prompts)
-    counts = log_p.softmax(dim=1)
-    return torch.stack([score, counts @ torch.arange(counts.shape[1], dtype=counts.dtype)], dim=1)
