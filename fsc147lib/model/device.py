@@ -45,7 +45,8 @@ def choose_compute(precision: Precision = "auto") -> Compute:
         raise ConfigError("precision (--precision) is fp16, but must be fp32 or bf16 without an NVIDIA GPU")
     if torch.backends.mps.is_available():
         warnings.warn("Apple's MPS was never tried with this library, so it computes on the CPU", stacklevel=2)
-    return Compute(torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"), precision)
+    own = int(os.environ.get("LOCAL_RANK", 0))  # the GPU of this process under `torchrun`
+    return Compute(torch.device("cuda", own) if on_gpu else torch.device("cpu"), precision)
 
 
 def default_workers() -> int:

@@ -67,7 +67,7 @@ class KeptFeatures:
             list(by_size.values()), 32, collate_fn=collate, num_workers=workers, worker_init_fn=leave_signals_to_parent
         )
         if place != "disk":
-            where = {"device": "cuda"} if place == "gpu" else {"pin_memory": compute.device.type == "cuda"}
+            where = {"device": compute.device} if place == "gpu" else {"pin_memory": compute.device.type == "cuda"}
             kept = cls(torch.empty(shape, dtype=dtype, **where), places, compute.device)
             kept._fill(network, compute, loader)
             return kept

@@ -173,3 +173,11 @@ def test_apple_s_mps_is_left_alone_and_says_so(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.warns(UserWarning, match="MPS was never tried with this library, so it computes on the CPU"):
         assert choose_compute("fp32").device.type == "cpu"
+
+
+def test_each_process_of_a_host_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_compute("bf16").device == torch.device("cuda", 3)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert choose_compute("bf16").device == torch.device("cuda", 0)
