@@ -140,19 +140,35 @@ def main(words: list[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"{words[0]!r} is no command\n\n{overview(program)}", file=sys.stderr)
         return 2
+    try:
+        try:
+            return run_command(words, program)
+        except (ConnectionResetError, ConnectionRefusedError, EOFError, RuntimeError) as error:
+            return tell_killed_reader(error)
+    except RuntimeError as error:  # torch reports a dead reader once more, in the middle of the sentence on it
+        return tell_killed_reader(error)
+
+
+def tell_killed_reader(error: Exception) -> int:
+    """The exit status, where a process that reads images was killed; else the error is raised again."""
+    from .readers import reader_died
+
+    if not reader_died(error):
+        raise error
+    print(f"a process that reads images was killed ({error}): give fewer --workers, or 0", file=sys.stderr)
+    return 2
+
+
+def run_command(words: list[str], program: str) -> int:
+    """Run the command that the first word names; its exit status."""
     options, run, _ = COMMANDS[words[0]]
     place, config = options.split(":")
     try:
         module = imported(place)
         run = getattr(module, run) if isinstance(run, str) else run
         return 1 if run(parse_options(getattr(module, config), words[1:], f"{program} {words[0]}")) is False else 0
-    except (ConnectionResetError, ConnectionRefusedError, EOFError, RuntimeError) as error:
-        from .readers import reader_died
-
-        if not reader_died(error):
-            raise
-        print(f"a process that reads images was killed ({error}): give fewer --workers, or 0", file=sys.stderr)
-        return 2
+    except (ConnectionResetError, ConnectionRefusedError):
+        raise
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

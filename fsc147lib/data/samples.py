@@ -51,7 +51,7 @@ def open_picture(picture: str | Path | Image.Image) -> Image.Image:
             raise ValueError(problem)
         return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow raises many types on damaged files
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise DataError(
             f"{name} cannot be used as a picture ({reason}): give a whole JPEG, PNG or other image"
         ) from error

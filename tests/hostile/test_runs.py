@@ -304,3 +304,22 @@ def test_the_manifest_is_of_all_files(out):
     written = json.loads((out / "last" / "manifest.json").read_text())
     names = {path.name for path in (out / "last").iterdir()} - {"manifest.json"}
     assert set(written["files"]) == names and written["run"] == (out / "run_id").read_text()
+
+
+def test_a_killed_reader_that_is_reported_twice_is_one_sentence(small_root, tmp_path, monkeypatch, capsys):
+    """torch's handler of dead processes raises in the middle of whatever the program does."""
+
+    def train_epoch(run, progress):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    def raise_once(error, seen=[]):  # noqa: B006
+        if not seen:
+            seen.append(error)
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+        return True
+
+    monkeypatch.setattr(training, "train_epoch", train_epoch)
+    monkeypatch.setattr("fsc147lib.readers.reader_died", raise_once)
+    words = ("train", "--data", small_root, "--out", tmp_path / "run", "--model", "tiny-random", "--tracking=disabled")
+    assert main([*map(str, words)]) == 2
+    assert "a process that reads images was killed" in capsys.readouterr().err
