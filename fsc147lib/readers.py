@@ -1,5 +1,6 @@
 """Processes that read images for a DataLoader leave the signals that stop a run to their parent; a progress bar."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -37,6 +38,26 @@ def signals_later() -> Iterator[None]:
             signal.signal(number, handler)
     for number in received:
         signal.raise_signal(number)
+
+
+def reader_options(workers: int) -> dict:
+    """Arguments of a DataLoader whose processes leave signals to their parent."""
+    options = {"num_workers": workers, "worker_init_fn": leave_signals_to_parent}
+    if workers and multiprocessing.get_start_method() == "fork":
+        options["multiprocessing_context"] = _ReaderContext()
+    return options
+
+
+class _ReaderContext(type(multiprocessing.get_context("fork"))):  # type: ignore[misc]
+    """Forks with SIGTERM blocked: threads that a library starts in the new process, as wandb does, block it as well."""
+
+    class Process(multiprocessing.get_context("fork").Process):  # type: ignore[misc, name-defined]
+        def start(self):
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_parent(_worker: int) -> None:

@@ -37,7 +37,7 @@ from ..model import (
 from ..model.answers import count_loss
 from ..model.prompt import longest_answer, parse_count, parse_count_leniently
 from ..options import Precision, need, need_report
-from ..readers import leave_signals_to_parent, progress_bar, read
+from ..readers import progress_bar, read, reader_options
 from .metrics import absolute_errors, absurd_answers, alignment, constant_baselines, counting_metrics, metrics_by_bin
 
 
@@ -200,8 +200,7 @@ def answer_batches(
     in_memory = features is not None or reading.store is not None and reading.store.holds(samples)
     loader = DataLoader(
         [[samples[i] for i in chunk] for chunk in chunks], batch_size=None, collate_fn=collate,
-        num_workers=0 if in_memory else reading.workers, pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_signals_to_parent,
+        pin_memory=torch.cuda.is_available(), **reader_options(0 if in_memory else reading.workers),
     )  # fmt: skip
     batches = progress_bar(read(loader), desc="evaluate", total=len(chunks), leave=False)
     for places, batch in zip(chunks, batches, strict=True):

@@ -21,7 +21,7 @@ from ..data import Sample
 from ..data import samples as images
 from ..files import DamagedFolder, file_lock, new_folder, read_manifest, write_manifest
 from ..options import ConfigError
-from ..readers import leave_signals_to_parent, progress_bar, read
+from ..readers import progress_bar, read, reader_options
 from . import attention, forward, pixels
 from .collate import Batch, Collate, image_key, to_device
 from .device import Compute
@@ -63,9 +63,7 @@ class KeptFeatures:
         vision = network.config.vision_config
         dtype = network.model.visual.dtype if compute.precision == "fp32" else compute.dtype
         shape = total, 1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size
-        loader = DataLoader(
-            list(by_size.values()), 32, collate_fn=collate, num_workers=workers, worker_init_fn=leave_signals_to_parent
-        )
+        loader = DataLoader(list(by_size.values()), 32, collate_fn=collate, **reader_options(workers))
         if place != "disk":
             where = {"device": compute.device} if place == "gpu" else {"pin_memory": compute.device.type == "cuda"}
             kept = cls(torch.empty(shape, dtype=dtype, **where), places, compute.device)

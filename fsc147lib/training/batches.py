@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..data import Sample
 from ..model.collate import Batch
 from ..options import ConfigError
-from ..readers import leave_signals_to_parent
+from ..readers import reader_options
 
 
 class Shown(NamedTuple):
@@ -172,9 +172,8 @@ def shares(total: int, parts: int) -> list[int]:
 def make_loader(samples: list[Sample], batches: SizeBatches, collate: Callable, workers: int) -> DataLoader:
     """Training batches, read by `workers` processes; 0: by this one."""
     return DataLoader(
-        TrainingImages(samples), batch_sampler=batches, collate_fn=collate, num_workers=workers,
-        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-        worker_init_fn=leave_signals_to_parent,
+        TrainingImages(samples), batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0, prefetch_factor=4 if workers else None, **reader_options(workers),
     )  # fmt: skip
 
 

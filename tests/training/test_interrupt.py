@@ -171,6 +171,25 @@ def test_readers_outlive_signals_to_all_and_end_with_their_parent(root):
     assert [reader.exitcode for reader in readers] == [0, 0]
 
 
+@pytest.mark.medium
+def test_threads_of_a_tracker_leave_readers_alive(tmp_path):
+    """wandb starts threads in each new process, before a reader can say which signals it leaves to its parent."""
+    program = """
+import os, signal, subprocess, sys, threading, time
+from torch.utils.data import DataLoader
+from fsc147lib.readers import reader_options
+os.register_at_fork(after_in_child=lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())
+loader = iter(DataLoader(list(range(200)), 1, **reader_options(2)))
+next(loader), next(loader)
+for worker in loader._workers:
+    subprocess.run(["kill", "-TERM", str(worker.pid)] )
+time.sleep(0.3)
+print(len(list(loader)), [worker.is_alive() for worker in loader._workers], flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stdout.startswith("198 "), done.stderr
+
+
 def test_two_signals_to_all_processes_save_the_step(config):
     """`timeout` sends two; the step is saved, and the run goes on from there."""
     train(config("whole"))
