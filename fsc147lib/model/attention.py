@@ -4,6 +4,7 @@ transformers calls a registered function in each layer, with rotated queries, ke
 """
 
 from contextlib import contextmanager
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -80,9 +81,13 @@ def vision_attention(
 
 @torch.compiler.disable  # each number of images would be compiled
 def _image_by_image(query, key, value, bounds, scaling):
-    images = zip(*(x.split(bounds.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
-    outputs = [F.scaled_dot_product_attention(*image, scale=scaling) for image in images]
-    return torch.cat(outputs, dim=2).transpose(1, 2)  # [1, P, H, D]
+    runs = [(length, len(list(run))) for length, run in groupby(bounds.diff().tolist())]  # images of one size, together
+    parts = (x[0].split([length * images for length, images in runs], dim=1) for x in (query, key, value))
+    outputs = []
+    for (_, images), *tensors in zip(runs, *parts, strict=True):
+        q, k, v = (x.unflatten(1, (images, -1)).transpose(0, 1) for x in tensors)  # [images, H, length, D]
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None]  # [1, P, H, D]
 
 
 AttentionInterface.register(IMPLEMENTATIONS["text_config"], text_attention)
