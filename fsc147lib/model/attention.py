@@ -72,7 +72,7 @@ def vision_attention(
     attention serves all images at once on a GPU in half precision; it has no second derivative.
     """
     if query.is_cuda and query.dtype.itemsize == 2 and not second_derivative:
-        tokens = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [P, H, D]
+        tokens = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # [P, H, D]
         bounds = cu_seq_lens_q
         return varlen_attn(*tokens, bounds, bounds, max_length_q, max_length_q, scale=scaling)[None], None
     with backends(second_derivative):
@@ -82,12 +82,12 @@ def vision_attention(
 @torch.compiler.disable  # each number of images would be compiled
 def _image_by_image(query, key, value, bounds, scaling):
     runs = [(length, len(list(run))) for length, run in groupby(bounds.diff().tolist())]  # images of one size, together
-    parts = (x[0].split([length * images for length, images in runs], dim=1) for x in (query, key, value))
+    parts = (x.squeeze(0).split([length * images for length, images in runs], dim=1) for x in (query, key, value))
     outputs = []
     for (_, images), *tensors in zip(runs, *parts, strict=True):
         q, k, v = (x.unflatten(1, (images, -1)).transpose(0, 1) for x in tensors)  # [images, H, length, D]
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None]  # [1, P, H, D]
+    return torch.cat(outputs).unsqueeze(0)  # [1, P, H, D]
 
 
 AttentionInterface.register(IMPLEMENTATIONS["text_config"], text_attention)
