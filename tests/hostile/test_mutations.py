@@ -6,12 +6,10 @@
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import stat
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from PIL import Image
 from small_root import NAMES, SIZE, edit, make_root
 
 from fsc147lib.data import FSC147, DataError, check, open_split
-from fsc147lib.data.faults import ANNOTATIONS, CLASSES, DENSITIES, IMAGES, SPLITS
+from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.device import choose_compute
 from fsc147lib.model.load import load_model
@@ -87,7 +85,7 @@ def change_value(draw, root):
 
 def change_bytes(draw, root):
     """A file is cut short, or some of its bytes are others."""
-    files = [*FILES, *(f"{IMAGES}/{name}" for name in IMAGE_NAMES), f"{DENSITIES}/1.npy"]
+    files = [*FILES, *(f"{IMAGES}/{name}" for name in IMAGE_NAMES)]
     path = root / draw(st.sampled_from(files))
     if not path.is_file():
         return
@@ -120,7 +118,7 @@ def change_picture(draw, root):
 
 def change_kind(draw, root):
     """A file or folder is a pipe, a folder, a link, empty, or gone."""
-    paths = [*FILES, IMAGES, DENSITIES, f"{IMAGES}/1.jpg", f"{IMAGES}/4.jpg", f"{IMAGES}/3.png", f"{DENSITIES}/2.npy"]
+    paths = [*FILES, IMAGES, f"{IMAGES}/1.jpg", f"{IMAGES}/4.jpg", f"{IMAGES}/3.png"]
     path, away = root / draw(st.sampled_from(paths)), root.parent / "away"
     if os.path.lexists(path) and not os.path.lexists(away) and not os.path.lexists(root / "kept"):
         path.rename(away)
@@ -132,21 +130,6 @@ def change_kind(draw, root):
             path.symlink_to(targets[kind])
         elif kind != "gone":
             {"pipe": os.mkfifo, "folder": Path.mkdir, "empty": Path.touch}[kind](path)
-
-
-def change_density(draw, root):
-    shape = draw(st.sampled_from([SIZE, SIZE, SIZE, SIZE[::-1], (), (0, 5), (1, *SIZE)]))
-    dtype = draw(st.sampled_from(["f4", "f8", "f2", "c8", "i4", "u1", "?", "M8[s]", "U3", "O", ">f4"]))
-    fill = draw(st.sampled_from([0, 1, -1, math.nan, math.inf, 1e300, -0.0]))
-    name = draw(st.sampled_from(["1", "2", "3", "4", "9"]))
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        try:
-            values = np.full(shape, fill).astype(dtype)
-        except (ValueError, OverflowError, TypeError):
-            return
-    if (root / DENSITIES).is_dir():
-        np.save(root / DENSITIES / f"{name}.npy", values)
 
 
 def change_class(draw, root):
@@ -205,7 +188,7 @@ def repeat_key(draw, root):
 
 
 MUTATIONS = [
-    change_value, change_bytes, change_picture, change_density, change_class, change_name, copy_image, repeat_key,
+    change_value, change_bytes, change_picture, change_class, change_name, copy_image, repeat_key,
     change_kind,  # last: the others would wait for a pipe
 ]  # fmt: skip
 
@@ -247,11 +230,6 @@ def assert_sound(root):
             if {"H", "ratio_h"} <= entry.keys():
                 assert abs(entry["H"] * entry["ratio_h"] - height) <= 1
             assert 0 < len(categories[name]) <= 100 and "<" not in categories[name]
-            density = root / DENSITIES / f"{Path(name).stem}.npy"
-            if density.exists():
-                values = np.load(density)
-                assert values.shape == (height, width) and (values >= 0).all() and np.isfinite(values.sum(dtype=float))
-                assert values.any() == bool(entry["points"])
         for sample in FSC147(root, split):
             assert sample.points.tolist() == np.float32(entries[sample.name]["points"]).tolist()
             assert sample.category == categories[sample.name]
