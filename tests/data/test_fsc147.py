@@ -255,11 +255,6 @@ def test_what_is_damaged_behind_a_header_raises_when_read(root):
         _ = FSC147(root)[0].image
 
 
-def test_without_a_class_line_the_category_is_objects(root):
-    (root / C).write_text("")
-    assert FSC147(root).categories == ["objects"]
-
-
 def test_the_report_of_a_clean_root(root):
     report = check(root)
     expected = {"images": 3, "empty": 0, "categories": 1, "min": 2, "median": 3, "mean": 3, "max": 4}

@@ -103,11 +103,8 @@ TABLE = {
     "a category of 10,000 characters": (category("apples " * 1500), CHECK, "more than 100 characters"),
     # what `train` refuses
     "1 x 5000": (put(picture((5000, 1)), ONE), CHECK, WIDE),
-    "1 x 5000, trained on": (put(picture((5000, 1)), ONE), TRAIN, WIDE),
-    "5000 x 20": (put(picture((20, 5000)), ONE), CHECK, "20 x 5000 pixels, one side more than 200 times"),
     "1 x 5000, asked about": (put(picture((5000, 1)), "x.png"), ("predict", "{root}/x.png", "--category", "a"), WIDE),
     "144 megapixels": (put(picture((12000, 12000), "L"), ONE), CHECK, BIG),
-    "144 megapixels, evaluated": (put(picture((12000, 12000), "L"), IMAGES, "4.jpg"), EVALUATE, BIG),
     "a training image in val_coco": (shared_with_val_coco, CHECK, "in 'train' and in 'val_coco'"),
     "the same bytes in train and val": (same_bytes, CHECK, "the same bytes as '4.jpg' of 'val'"),
     "two class lines": (category("sea shells\n1.jpg\tapples"), TRAIN, "two lines give its"),
@@ -120,8 +117,6 @@ TABLE = {
     "image links out": (put(link_out, ONE), CHECK, LINK),
     "image links out, trained on": (put(link_out, ONE), TRAIN, LINK),
     "a device": (put(lambda p: p.symlink_to("/dev/zero"), ONE), CHECK, LINK),
-    "images link out": (put(link_out, IMAGES), TRAIN, LINK),
-    "annotations link out": (put(link_out, ANNOTATIONS), TRAIN, LINK),
     "a circle of links": (put(lambda p: p.symlink_to(p), ONE), CHECK, "unreadable-image"),
 }  # fmt: skip
 
