@@ -101,20 +101,17 @@ def is_plain(name: str) -> bool:
     return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
 
 
-def category_problem(text: str) -> str:
-    """What is wrong with a category's name, for example "is empty"; "" for a name that a question can hold."""
-    if not text.strip():
-        return "is empty"
-    if len(text) > MAX_CATEGORY:
-        return f"has more than {MAX_CATEGORY} characters"
-    return "may be read as control tokens" if "<" in text or not text.isprintable() else ""  # <think>, <|im_end|>
-
-
 def need_category(category: str | None, place: str = "") -> str:
-    """Return the category; DataError, with `place` before its message, for None or a name of no use in a question."""
-    if category is None or category_problem(category):
-        raise DataError(f"{place}the category is {category!r:.60}: name what to count, for example 'apples'")
-    return category
+    """Return the category; DataError, its message after `place`, for one that a question cannot hold."""
+    if not (category or "").strip():
+        reason = ""
+    elif len(category) > MAX_CATEGORY:
+        reason = f" and has more than {MAX_CATEGORY} characters"
+    elif "<" in category or not category.isprintable():
+        reason = " and may be read as control tokens"  # <think>, <|im_end|>
+    else:
+        return category
+    raise DataError(f"{place}the category is {category!r:.60}{reason}: name what to count, for example 'apples'")
 
 
 def size_problem(width: int, height: int, max_pixels: int = MAX_PIXELS) -> str:

@@ -21,7 +21,6 @@ from .faults import (
     SPLITS,
     DataError,
     Faults,
-    category_problem,
     is_plain,
     need_category,
     size_problem,
@@ -161,13 +160,15 @@ def _parse_classes(path: Path, faults: Faults) -> dict[str, str]:
     classes: dict[str, str] = {}
     for number, line in enumerate(need_file(path).read_text("utf-8-sig").splitlines(), start=1):
         name, _, category = (part.strip() for part in line.partition("\t"))
-        problem = category_problem(category) if name and category else "has no name, tab and category"
-        if problem and line.strip():
-            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category or line!r:.60} {problem}")
-        elif name in classes:
-            faults.add("duplicate-name", CLASSES, name, "two lines give its category")
-        elif line.strip():
-            classes[name] = category
+        if not line.strip():
+            continue
+        with _reported(faults, "bad-class-line", CLASSES, f"line {number}"):
+            if not name or not category:
+                raise ValueError(f"{line!r:.60} has no name, tab and category")
+            if name in classes:
+                faults.add("duplicate-name", CLASSES, name, "two lines give its category")
+            else:
+                classes[name] = need_category(category)
     return classes
 
 

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from ..files import need_file, new_folder
 from ..options import need
-from .faults import IMAGES, DataError, category_problem, is_plain, need_category, write_layout
+from .faults import IMAGES, DataError, is_plain, need_category, write_layout
 from .samples import open_picture, shrunk
 
 
@@ -36,8 +36,8 @@ class ImportConfig:
         need(self, "val", 0 <= self.val < 1, "in 0..1")
         need(self, "test", self.test >= 0 and self.val + self.test < 1, "at least 0, and below 1 together with --val")
         need(self, "seed", self.seed >= 0, "at least 0")
-        named = self.category is None or not category_problem(self.category)
-        need(self, "category", named, "a few words that name the objects")
+        if self.category is not None:
+            need_category(self.category, "--category: ")
 
 
 Dots = dict[str, dict[str, list | None]]  # by picture and category: (x, y) in pixels of the upright picture

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .faults import category_problem
+from .faults import need_category
 
 LEAST = 2  # categories of a split: one to count, one to distract
 
@@ -52,8 +52,7 @@ def read_sprites(folder: str | Path, seed: int = 0) -> Sprites:
         if path.suffix.lower() in (".png", ".webp") and _thumbnail(path):
             pictures.setdefault(path.parent.name.replace("_", " "), []).append(path)
     for name in pictures:
-        if problem := category_problem(name):
-            raise ValueError(f"--sprites {folder}: the category {name!r} {problem}: rename the folder")
+        need_category(name, f"--sprites {folder}: ")
     if len(pictures) < 3 * LEAST:
         problem = f"cut-outs (.png, .webp) of {len(pictures)} categories, but three splits need {LEAST} each"
         raise ValueError(f"--sprites {folder} has {problem}: make FOLDER/CATEGORY/1.png, ...")
@@ -71,9 +70,10 @@ def _thumbnail(path: Path) -> Image.Image | None:
             picture = opened.convert("RGBA")
     except Exception as error:  # Pillow raises many types on damaged files
         raise ValueError(f"--sprites: {str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
-    if np.asarray(picture)[..., 3].min() >= 128 or _object_box(picture) is None:
+    box = _object_box(picture)
+    if np.asarray(picture)[..., 3].min() >= 128 or box is None:
         return None
-    picture = picture.crop(_object_box(picture))
+    picture = picture.crop(box)
     picture.thumbnail((96, 96))  # objects are smaller
     return picture
 

@@ -63,6 +63,12 @@ def test_density_and_target_are_the_dots(root):
     assert sample.target is sample.target  # computed once
 
 
+def test_the_official_density_maps_are_not_read(root):
+    (root / "gt_density_map_adaptive_384_VarV2").mkdir()
+    np.save(root / "gt_density_map_adaptive_384_VarV2" / "1.npy", np.ones(SIZE))
+    assert check(root).clean and FSC147(root)[0].density.sum() == pytest.approx(2, abs=1e-4)
+
+
 def test_flipped(root):
     sample = FSC147(root)[0]
     mirror = pickle.loads(pickle.dumps(sample.flipped()))  # as it goes to a process that reads images
