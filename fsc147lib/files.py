@@ -1,8 +1,4 @@
-"""Write files and folders beside their place and rename them, so that an error never leaves half of one; and look
-at what is to be read before it is opened.
-
-Left out: formats.
-"""
+"""Write files and folders all or nothing: beside their place first, then renamed; and check files before reading."""
 
 import hashlib
 import json
@@ -15,11 +11,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-MAX_BYTES = 2**30  # a larger file is not read: FSC147's largest has 30 MB
+MAX_BYTES = 2**30  # largest file that is read; FSC147's largest has 30 MB
 
 
 def need_inside(path: Path, root: Path) -> Path:
-    """The path, unless it is a link that leads out of the root: then OSError."""
+    """Return the path; OSError if it is a link to a place outside the root."""
     real = os.path.realpath(path)
     if os.path.islink(path) and not Path(real).is_relative_to(os.path.realpath(root)):
         raise OSError(f"it links out of the root, to {real}")
@@ -27,7 +23,7 @@ def need_inside(path: Path, root: Path) -> Path:
 
 
 def need_file(path: str | Path, most: int | None = MAX_BYTES) -> Path:
-    """The path of a file that ends; OSError where opening it might wait for ever, as a pipe does."""
+    """Return the path; OSError unless it is a regular file of at most `most` bytes (a pipe may never end)."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{path} is a pipe, a device or a folder, and no file")
@@ -37,7 +33,7 @@ def need_file(path: str | Path, most: int | None = MAX_BYTES) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, making its folder; what was there stays until the new text is complete."""
+    """Write a text file and make its folder.  The old file stays until the new one is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".writing")
@@ -46,7 +42,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write a value as JSON, all or nothing; a ValueError where it holds NaN or infinity, which JSON has not."""
+    """Write a value as JSON; ValueError for NaN and infinity, which JSON does not have."""
     try:
         write_text(path, json.dumps(value, indent=1, allow_nan=False))
     except ValueError as error:
@@ -55,16 +51,16 @@ def write_json(path: str | Path, value) -> None:
 
 @contextmanager
 def new_folder(folder: Path, replace: bool = False, keep: bool = False) -> Iterator[Path]:
-    """A draft beside the folder, not made yet, to fill; it is put in the folder's place at the end.
+    """Yield the path of a draft folder to make and fill; at the end it is renamed to `folder`.
 
     Args:
-        replace: put it in the place of what the folder holds; else FileExistsError if that is anything.
-        keep: leave what was replaced beside it, see `set_aside`.
+        replace: put it in the place of a folder with content; False raises FileExistsError for such a folder.
+        keep: leave the replaced folder beside it, with the ending ".old".
     """
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: name a new folder, or remove it first")
     draft = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(draft, ignore_errors=True)  # of an earlier crash
+    shutil.rmtree(draft, ignore_errors=True)  # left by a crash
     try:
         yield draft
         recover_folder(folder)
@@ -77,7 +73,7 @@ def new_folder(folder: Path, replace: bool = False, keep: bool = False) -> Itera
 
 
 def set_aside(folder: Path) -> Path:
-    """Move a folder, if it is there, to its name with ".old"; returns that name."""
+    """Rename a folder, if it exists, to its name with ".old"; returns that path."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -86,7 +82,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def recover_folder(folder: Path) -> None:
-    """Bring back what a crash in the middle of a replacement, or a failed new start, left set aside."""
+    """Undo `set_aside` if the folder is missing, after a crash in the middle of a replacement."""
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -94,29 +90,26 @@ def recover_folder(folder: Path) -> None:
 
 @contextmanager
 def file_lock(path: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock that frees itself where the process dies; filelock.Timeout if another has it, unless we `wait`."""
+    """Hold a lock, which ends with the process; filelock.Timeout if another process holds it and `wait` is False."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path, timeout=-1 if wait else 0):
         try:
             yield
         finally:
-            with suppress(OSError):  # where a file in use cannot be removed, it stays
+            with suppress(OSError):  # Windows does not remove a file in use
                 path.unlink()
 
 
-# --- Manifests: whether a folder holds what was written into it
-
-MANIFEST = "manifest.json"
-START = 2**20
-"""Bytes at the start of a file that are always compared; of most files that is all of it."""
+MANIFEST = "manifest.json"  # sizes and SHA-256 of a folder's files
+START = 2**20  # bytes at the start of a file that are always compared
 
 
 class DamagedFolder(ValueError):
-    """A folder's files are not those that were written into it; the message names one."""
+    """A file of a folder differs from its manifest; the message names it."""
 
 
 def write_manifest(folder: Path, **about) -> None:
-    """Write down each file's size and SHA-256, of the whole and of its start, and what else is to be known of them."""
+    """Write a folder's manifest: each file's size and SHA-256 (of the start and of the whole), and `about`."""
     files = {
         path.name: {"bytes": path.stat().st_size, "start": _sha256(path, START), "sha256": _sha256(path)}
         for path in sorted(folder.iterdir())
@@ -125,13 +118,12 @@ def write_manifest(folder: Path, **about) -> None:
 
 
 def read_manifest(folder: str | Path, whole: bool = False) -> dict | None:
-    """A folder's manifest, after its files were compared with it; None where the folder has none.
+    """Compare a folder's files with its manifest and return the manifest; None if it has none.
 
-    Args:
-        whole: compare all bytes, and not only sizes and starts.
+    By default sizes and the first MiB are compared, and missing files are ignored.  `whole` compares all bytes.
 
     Raises:
-        DamagedFolder: a file of the manifest is another, or is missing though `whole` is asked for.
+        DamagedFolder: a file differs from the manifest, or (with `whole`) is missing.
     """
     folder, path = Path(folder), Path(folder) / MANIFEST
     if not path.is_file():
@@ -140,7 +132,7 @@ def read_manifest(folder: str | Path, whole: bool = False) -> dict | None:
         manifest = json.loads(path.read_text())
         for name, known in manifest["files"].items():
             file = folder / Path(name).name
-            if not file.exists() and not whole:  # whoever needs it says so
+            if not file.exists() and not whole:
                 continue
             size = need_file(file, most=None).stat().st_size
             if size != known["bytes"]:

@@ -1,7 +1,6 @@
-"""What the commands' options share: each command's dataclass lies in the module that reads it.
+"""Checks and parsing of the commands' options.
 
-A dataclass is also the command line: `TrainConfig(epochs=2)` is `train --epochs 2`.  Values are checked
-where one is made, so that a long run does not end on a typing error.
+Each command has a dataclass, in the module that reads it: `TrainConfig(epochs=2)` is `train --epochs 2`.
 """
 
 import os
@@ -13,18 +12,18 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class ConfigError(ValueError):
-    """A value of a config cannot be used; the message names the field."""
+    """An option has a value that cannot be used; the message names the option."""
 
 
 def need(config, name: str, holds: bool, rule: str) -> None:
-    """Refuse a field's value, in one sentence, where `holds` is false."""
+    """Raise ConfigError for a field of a config if `holds` is False; `rule` completes "must be"."""
     if not holds:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(f"{name} ({flag}) is {getattr(config, name)}, but must be {rule}")
 
 
 def need_report(config, beside: str = "") -> None:
-    """Refuse a `json` that cannot be written, before any work is done for it; `beside` it is a .csv of these."""
+    """Raise ConfigError if the file `config.json` cannot be written; `beside` names rows of a .csv beside it."""
     if config.json is not None:
         folder = next(folder for folder in config.json.absolute().parents if folder.exists())
         writable = not config.json.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
@@ -33,11 +32,11 @@ def need_report(config, beside: str = "") -> None:
 
 
 def parse_options(config: type, words: Sequence[str], program: str):
-    """A command's options from a command line; `--preset NAME` gives those that `config.PRESETS` has another default.
+    """Parse the words of a command line into `config`.  `--preset NAME` takes defaults from `config.PRESETS[NAME]`.
 
     Raises:
-        SystemExit: the words make no options; the reason is printed.
-        ConfigError: there is no such preset.
+        SystemExit: the words are no such options; the reason is printed.
+        ConfigError: the preset is unknown.
     """
     import tyro  # takes a third of a second
 

@@ -1,4 +1,4 @@
-"""Processes that read images for a DataLoader leave the signals that stop a run to their parent; a progress bar."""
+"""Processes that read images for a DataLoader, and the signals that they leave to their parent; a progress bar."""
 
 import multiprocessing
 import os
@@ -10,22 +10,19 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+# They stop a run between two steps.  Windows has no SIGHUP.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that end a run between two steps; Windows has no SIGHUP."""
 
 
 def read(loader) -> Iterator:
-    """The batches of a DataLoader; its processes begin while signals wait."""
+    """Iterate over a DataLoader; signals wait while its processes start."""
     with signals_later():
         return iter(loader)
 
 
 @contextmanager
 def signals_later() -> Iterator[None]:
-    """Send the signals that stop a run again at the end of this, in the main thread.
-
-    Python drops an exception that a signal raises while a process forks.
-    """
+    """Hold the signals of STOP_SIGNALS back until the block ends: Python loses an exception raised during a fork."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -41,7 +38,7 @@ def signals_later() -> Iterator[None]:
 
 
 def reader_options(workers: int) -> dict:
-    """Arguments of a DataLoader whose processes leave signals to their parent."""
+    """Arguments for a DataLoader with this number of reading processes, which leave signals to their parent."""
     options = {"num_workers": workers, "worker_init_fn": leave_signals_to_parent}
     if workers and multiprocessing.get_start_method() == "fork":
         options["multiprocessing_context"] = _ReaderContext()
@@ -49,7 +46,7 @@ def reader_options(workers: int) -> dict:
 
 
 class _ReaderContext(type(multiprocessing.get_context("fork"))):  # type: ignore[misc]
-    """Forks with SIGTERM blocked: threads that a library starts in the new process, as wandb does, block it as well."""
+    """Forks with SIGTERM blocked, so that threads which wandb starts in the new process block it, too."""
 
     class Process(multiprocessing.get_context("fork").Process):  # type: ignore[misc, name-defined]
         def start(self):
@@ -61,10 +58,9 @@ class _ReaderContext(type(multiprocessing.get_context("fork"))):  # type: ignore
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """The `worker_init_fn` of a DataLoader: ignore the signals that stop a run.
+    """The `worker_init_fn` of a DataLoader: ignore STOP_SIGNALS, but for a SIGTERM from the parent process.
 
-    `timeout`, SLURM and a closed shell signal all processes of a run, and the parent needs its readers to the end of
-    a step.  A SIGTERM of the parent itself still ends the process: Python stops its readers so when it exits.
+    `timeout`, SLURM and a closed shell signal all processes of a run; the parent needs its readers until its step ends.
     """
     for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -80,12 +76,12 @@ def _end_with_parent() -> None:
 
 
 def reader_died(error: BaseException) -> bool:
-    """Whether an error says that a process that reads images was killed."""
+    """Whether an error means that a reading process was killed."""
     if isinstance(error, RuntimeError):
         return "DataLoader worker" in str(error)
     return isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
 
 
 def progress_bar(items=None, **options) -> tqdm:
-    """A bar of tqdm; in a notebook on stdout, because a finished bar on stderr leaves a red box."""
+    """A tqdm bar; on stdout in a notebook, where stderr has a red background."""
     return tqdm(items, file=sys.stdout if "ipykernel" in sys.modules else None, **options)

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fsc147lib.data.faults import ANNOTATIONS, CLASSES, DENSITIES, IMAGES, SPLITS
+from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
 
 SIZE = (64, 96)  # height, width
 NAMES = {"train": ["1.jpg", "2.jpg", "3.png"], "val": ["4.jpg", "5.jpg"], "test": ["6.jpg"], "val_coco": ["5.jpg"]}
 
 
 def make_root(root: Path) -> Path:
-    """Write it: distinct pictures with two to seven dots and a box each, and two density files."""
+    """Write it: distinct pictures with two to seven dots and a box each."""
     (root / IMAGES).mkdir(parents=True)
-    (root / DENSITIES).mkdir()
     entries, rng = {}, np.random.default_rng(0)
     for i, name in enumerate([*NAMES["train"], *NAMES["val"], *NAMES["test"]]):
         pixels = rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
@@ -23,9 +22,6 @@ def make_root(root: Path) -> Path:
         points = rng.uniform((4, 4), (SIZE[1] - 4, SIZE[0] - 4), (2 + i, 2)).round(2).tolist()
         box = [[20, 10], [20, 30], [50, 30], [50, 10]]
         entries[name] = {"points": points, "box_examples_coordinates": [box], "H": SIZE[0], "ratio_h": 1.0}
-        if i < 2:
-            density = rng.random(SIZE, dtype=np.float32)
-            np.save(root / DENSITIES / f"{Path(name).stem}.npy", density * len(points) / density.sum())
     (root / ANNOTATIONS).write_text(json.dumps(entries))
     (root / SPLITS).write_text(json.dumps(NAMES))
     (root / CLASSES).write_text("".join(f"{name}\tsea shells\n" for name in entries))

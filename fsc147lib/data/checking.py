@@ -1,4 +1,4 @@
-"""`check`: the size of a root and every fault of it; unlike the opening of a split, it decodes every image."""
+"""`check`: count the images of a root and find every fault of it, in each image's pixels too."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -9,21 +9,21 @@ import numpy as np
 from tyro.conf import Positional
 
 from ..options import need, need_report
-from .faults import ANNOTATIONS, DENSITIES, IMAGES, MAX_PIXELS, PARTS, DataError, Faults
+from .faults import ANNOTATIONS, IMAGES, MAX_PIXELS, PARTS, DataError, Faults
 from .fsc147 import scan
 from .samples import Sample
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Count what an FSC147 root holds and list every fault, by file.  Exit status 1 if there are faults."""
+    """Count the images of an FSC147 root and list every fault.  The exit status is 1 if there are faults."""
 
     root: Positional[Path]  # Folder in the official layout.
-    category: str | None = None  # Name of the objects in all images, in place of the class file.
-    json: Path | None = None  # Write the report here too.
+    category: str | None = None  # Category of all images, in place of the class file.
+    json: Path | None = None  # File to write the report to, as JSON.
     exclude: Path | None = None
-    """Write a list here, for `train --exclude`, of the training images whose very bytes val or test holds too."""
-    max_pixels: int = MAX_PIXELS  # Largest image, in pixels; Pillow's own limit of 179 million stays.
+    """File to write a list to, for `train --exclude`: training images whose bytes are in val or test, too."""
+    max_pixels: int = MAX_PIXELS  # Largest image, in pixels; Pillow refuses more than 179 million.
 
     def __post_init__(self):
         need_report(self)
@@ -33,10 +33,10 @@ class CheckConfig:
 
 @dataclass
 class Report:
-    """The result of `check`.  An image without a dot is no fault: it has a count of 0, and no target heatmap."""
+    """The result of `check`."""
 
     root: str
-    splits: dict[str, dict[str, float]]  # of usable images: images, empty, categories; of counts min, median, mean, max
+    splits: dict[str, dict[str, float]]  # number of images, empty images, categories; min to max of the counts
     faults: Faults
     exclude: list[str]  # names of training images whose bytes are in another part, too
 
@@ -45,61 +45,62 @@ class Report:
         return not self.faults
 
     def to_dict(self) -> dict:
-        """Plain values for JSON."""
+        """The report as JSON can hold it, without `exclude`."""
         faults = [asdict(fault) for fault in self.faults]
         return {"root": self.root, "clean": self.clean, "splits": self.splits, "faults": faults}
 
     def __str__(self) -> str:
         lines = [f"FSC147 at {self.root}"]
-        for name, row in self.splits.items():  # by its repr: it may hold control characters
+        for name, row in self.splits.items():  # repr, because a name may hold control characters
             lines.append(f"  {repr(name)[1:-1]}: " + ", ".join(f"{key} {value:g}" for key, value in row.items()))
         fatal = sum(fault.fatal for fault in self.faults)
         return "\n".join([*lines, f"{len(self.faults)} faults, {fatal} of them fatal", str(self.faults)]).rstrip()
 
 
 def check(root: str | Path, category: str | None = None, max_pixels: int = MAX_PIXELS) -> Report:
-    """Look for every fault of a root, in all splits, decoding every image.  Bad data never raises.
+    """Find every fault of a root: of all splits, and of all images, which are decoded.
 
-    `category` and `max_pixels` as in `FSC147`.
+    Bad data is reported and never raises.  `category` and `max_pixels` are those of `FSC147`.
     """
     samples, faults = scan(Path(root).expanduser(), None, True, category, max_pixels)
     bad = {fault.file for fault in faults if fault.fatal}
     usable = {s.name: s for part in samples.values() for s in part if not bad & {IMAGES, f"{IMAGES}/{s.name}"}}
-    with ThreadPoolExecutor() as pool:  # decoding lets go of the interpreter lock
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter lock
         for found in pool.map(_pixel_faults, usable.values()):
             faults.extend(found)
     repeated = _repeated_images(samples, usable)
-    splits: dict[str, dict[str, float]] = {}
-    for split, listed in samples.items():
-        n = [sample.count for sample in listed]
-        splits[split] = {"images": len(n), "empty": n.count(0), "categories": len({s.category for s in listed})}
-        if n:
-            splits[split] |= {"min": min(n), "median": float(np.median(n)), "mean": float(np.mean(n)), "max": max(n)}
-    exclude = [sample.name for sample in samples.get("train", ()) if sample.name in repeated]
     for name, problem in repeated.items():
         faults.add("repeated-image", f"{IMAGES}/{name}", name, problem)
-    return Report(str(root), splits, faults, exclude)
+    exclude = [sample.name for sample in samples.get("train", ()) if sample.name in repeated]
+    return Report(str(root), {split: _summary(part) for split, part in samples.items()}, faults, exclude)
+
+
+def _summary(samples: list[Sample]) -> dict[str, float]:
+    n = [sample.count for sample in samples]
+    found = {"images": len(n), "empty": n.count(0), "categories": len({sample.category for sample in samples})}
+    spread = {"min": min(n), "median": float(np.median(n)), "mean": float(np.mean(n)), "max": max(n)} if n else {}
+    return found | spread
 
 
 def _repeated_images(samples: dict[str, list[Sample]], usable: dict[str, Sample]) -> dict[str, str]:
-    """The images of train or val whose very bytes are an image of a later part, too: problem by name."""
-    found: dict[bytes, tuple[str, str]] = {}  # name and part
+    """Problem by name, of the images whose bytes lie in a later part under another name (val is later than train)."""
+    found: dict[bytes, tuple[str, str]] = {}  # SHA-256: name and part
     repeated = {}
     for split in reversed(PARTS):
         for sample in samples.get(split, ()):
             if sample.name in usable:
                 digest = hashlib.sha256(sample.image_path.read_bytes()).digest()
                 name, part = found.setdefault(digest, (sample.name, PARTS[split]))
-                if part != PARTS[split] and name != sample.name:  # a name in two of them is a fault of its own
+                if part != PARTS[split] and name != sample.name:  # one name in two parts is a duplicate-name
                     repeated[sample.name] = f"the same bytes as {name!r} of {part!r}"
     return repeated
 
 
 def _pixel_faults(sample: Sample) -> Faults:
-    """The faults of a sample that its pixels show, and marks outside of them."""
+    """The faults of pixels that cannot be decoded, and of dots and boxes outside the image."""
     name, faults, (height, width) = sample.name, Faults(), sample.size
     try:
-        _ = sample.image  # decoded for its errors alone
+        _ = sample.image
     except DataError as error:
         return faults.add("unreadable-image", f"{IMAGES}/{name}", name, f"cannot be decoded ({error.__cause__})")
     limits, picture = np.array([width, height, width, height]), f"the {width} x {height} image"
@@ -111,8 +112,4 @@ def _pixel_faults(sample: Sample) -> Faults:
     boxes = boxes[(flat | (boxes < 0) | (boxes > limits)).any(axis=1)]
     if len(boxes):
         faults.add("bad-box", ANNOTATIONS, name, f"box {boxes[0].tolist()} has no area, or leaves {picture}")
-    try:
-        _ = sample.density_path and sample.density
-    except DataError as error:
-        faults.add("bad-density", f"{DENSITIES}/{sample.density_path.name}", name, str(error.__cause__))
     return faults

@@ -1,4 +1,4 @@
-"""An FSC147 root: its layout, its bounds, and the kinds of fault that it can have, with a cure for each."""
+"""The layout of an FSC147 root, the limits of its content, and each kind of fault with its cure."""
 
 import json
 from dataclasses import dataclass
@@ -8,15 +8,14 @@ ANNOTATIONS = "annotation_FSC147_384.json"
 SPLITS = "Train_Test_Val_FSC_147.json"
 CLASSES = "ImageClasses_FSC147.txt"
 IMAGES = "images_384_VarV2"
-DENSITIES = "gt_density_map_adaptive_384_VarV2"
 FALLBACK_CATEGORY = "objects"
 PARTS = {"train": "train", "val": "val", "val_coco": "val", "test": "test", "test_coco": "test"}
-"""The part of FSC147 that a split belongs to; no image is in two parts."""
+"""The part of FSC147 that a split belongs to.  No image may lie in two parts."""
 
 MAX_COUNT = 999_999  # dots of an image: the number of an answer has six digits
 MAX_CATEGORY = 100  # characters of a category: it is a few words of a question
-MAX_ASPECT = 200  # an image's longer side over its shorter one: Qwen's image processor refuses others
-MAX_PIXELS = 100_000_000  # of an image, unless more are asked for: they are 300 MB already
+MAX_ASPECT = 200  # an image's longer side over its shorter one: Qwen's image processor refuses more
+MAX_PIXELS = 100_000_000  # of an image by default: these take 300 MB in RGB
 
 START = f"""for FSC147 itself download FSC147_384_V2 (images) and the annotations of "Learning To Count Everything", \
 https://github.com/cvlab-stonybrook/LearningToCountEverything; for pictures of your own use `fsc147lib import`, or \
@@ -25,10 +24,9 @@ write the files by hand (docs/data.md). The layout is
     ├── {ANNOTATIONS}
     ├── {SPLITS}
     ├── {CLASSES}
-    ├── {IMAGES}/                    2.jpg, 3.jpg, ...
-    └── {DENSITIES}/   2.npy, 3.npy, ... (optional)"""
+    └── {IMAGES}/   2.jpg, 3.jpg, ..."""
 
-CURES = {  # of a missing part of the layout
+MISSING_CURES = {  # of a missing part of the layout
     ANNOTATIONS: 'write {"1.jpg": {"points": [[x, y], ...]}, ...} there, in pixels of the images',
     SPLITS: 'write {"train": ["1.jpg", ...], "val": ["2.jpg", ...]} there',
     CLASSES: "write a line 'name<TAB>category' for each image, or name one category for all (--category)",
@@ -50,7 +48,6 @@ FAULTS = {  # kind: (fatal, cure); the fatal kinds come first
     "bad-size": (True, "crop or shrink the image, and its dots with it; --max-pixels N allows for larger ones"),
     "size-mismatch": (True, "use the image that belongs to this annotation: every dot is misplaced on this one"),
     "repeated-image": (False, "leave it out: check --exclude FILE writes the list that train --exclude reads"),
-    "bad-density": (False, "make the density again, or delete the file: it is then computed from the dots"),
     "bad-box": (False, "correct the box, or check that the image belongs to it"),
     "dot-outside": (False, "nothing to do for a few (they count on the border); many mean the wrong image"),
     "no-category": (False, f"add a line 'name<TAB>category'; until then the category is '{FALLBACK_CATEGORY}'"),
@@ -60,28 +57,29 @@ FAULTS = {  # kind: (fatal, cure); the fatal kinds come first
 
 
 class DataError(ValueError):
-    """The data on disk cannot be used; the message names the file, the entry and the cure."""
+    """The data on disk cannot be used.  The message names the file, the entry and the cure."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A defect of a root.  Opening a split raises for its fatal faults; damage behind a header raises when decoded."""
+    """A defect of a root."""
 
     file: str  # relative to the root
     entry: str  # image name, split name, or line
     kind: str  # a key of FAULTS
     problem: str
     cure: str
-    fatal: bool  # the entry cannot be trained on or evaluated
+    fatal: bool  # a split with this fault cannot be opened
 
 
 class Faults(list):
-    """A list of `Fault`s; as text grouped by kind, fatal kinds first, at most five shown of each."""
+    """A list of `Fault`s.  Its text has a paragraph for each kind, with at most five faults."""
 
     def add(self, kind: str, file: str | Path, entry: str, problem: str) -> "Faults":
+        """Append a fault of a kind in FAULTS; returns the list itself."""
         fatal, cure = FAULTS[kind]
         if kind == "missing-file":
-            cure = CURES.get(str(file), cure)
+            cure = MISSING_CURES.get(str(file), cure)
         self.append(Fault(str(file), entry, kind, problem, cure, fatal))
         return self
 
@@ -91,7 +89,7 @@ class Faults(list):
             group = [fault for fault in self if fault.kind == kind]
             if group:
                 lines.append(f"{kind} ({len(group)}{', fatal' if fatal else ''})")
-                # by their repr: a name may hold control characters that a terminal would obey
+                # repr, because a terminal would obey control characters in a name
                 lines += [f"  {fault.file!r}, entry {fault.entry!r}: {fault.problem}" for fault in group[:5]]
                 lines += [f"  ... and {len(group) - 5} more"] if len(group) > 5 else []
                 lines += [f"  Cure: {cure}" for cure in dict.fromkeys(fault.cure for fault in group)]
@@ -99,28 +97,25 @@ class Faults(list):
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can be opened in a folder without leaving it, on any system."""
+    """Whether a string is a file name without folders or drives, on Linux, macOS and Windows."""
     return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
 
 
-def category_problem(text: str) -> str:
-    """The reason why a question cannot hold this category; "" where it can."""
-    if not text.strip():
-        return "is empty"
-    if len(text) > MAX_CATEGORY:
-        return f"has more than {MAX_CATEGORY} characters"
-    return "may be read as control tokens" if "<" in text or not text.isprintable() else ""  # <think>, <|im_end|>
-
-
 def need_category(category: str | None, place: str = "") -> str:
-    """The category, or a DataError that begins with its `place` where a question cannot hold it."""
-    if category is None or category_problem(category):
-        raise DataError(f"{place}the category is {category!r:.60}: name what to count, for example 'apples'")
-    return category
+    """Return the category; DataError, its message after `place`, for one that a question cannot hold."""
+    if not (category or "").strip():
+        reason = ""
+    elif len(category) > MAX_CATEGORY:
+        reason = f" and has more than {MAX_CATEGORY} characters"
+    elif "<" in category or not category.isprintable():
+        reason = " and may be read as control tokens"  # <think>, <|im_end|>
+    else:
+        return category
+    raise DataError(f"{place}the category is {category!r:.60}{reason}: name what to count, for example 'apples'")
 
 
 def size_problem(width: int, height: int, max_pixels: int = MAX_PIXELS) -> str:
-    """The reason why an image of this size cannot be used; "" where it can."""
+    """What is wrong with an image's size in pixels: too long for its width, or too large; "" for a usable size."""
     if max(width, height) > MAX_ASPECT * min(width, height):
         return f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other"
     if width * height > max_pixels:
@@ -128,10 +123,8 @@ def size_problem(width: int, height: int, max_pixels: int = MAX_PIXELS) -> str:
     return ""
 
 
-def write_layout(
-    root: Path, entries: dict[str, dict], splits: dict[str, list[str]], categories: dict[str, str]
-) -> None:
-    """Write a root's text files: annotations by image, images by split, categories by image."""
+def write_layout(root: Path, entries: dict[str, dict], splits: dict[str, list[str]], categories: dict[str, str]):
+    """Write a root's three text files: annotations by image, image names by split, categories by image."""
     (root / ANNOTATIONS).write_text(json.dumps(entries))
     (root / SPLITS).write_text(json.dumps(splits, indent=1))
     (root / CLASSES).write_text("".join(f"{name}\t{category}\n" for name, category in categories.items()))

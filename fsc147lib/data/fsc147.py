@@ -1,14 +1,10 @@
-"""Read an official FSC147 root as `Sample`s.
-
-`scan` reads the text files and the images' headers and lists their faults, for `FSC147` and for `check`.
-"""
+"""Read an FSC147 root: `FSC147` opens a split as `Sample`s; `scan` finds the faults of text files and image headers."""
 
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,6 @@ from ..files import need_file, need_inside
 from .faults import (
     ANNOTATIONS,
     CLASSES,
-    DENSITIES,
     FALLBACK_CATEGORY,
     IMAGES,
     MAX_COUNT,
@@ -26,7 +21,6 @@ from .faults import (
     SPLITS,
     DataError,
     Faults,
-    category_problem,
     is_plain,
     need_category,
     size_problem,
@@ -39,13 +33,13 @@ class FSC147(list):
 
     Args:
         root: folder in the official layout.
-        split: a split of the split file: train, val, test, val_coco, test_coco or another.
-        images: False reads the annotations alone, leaves out names without one, and allows images to be missing.
-        category: name of the objects in all images, in place of the class file.
-        max_pixels: of an image; a larger one is a fault.
+        split: train, val, test, val_coco, test_coco or another name in the split file.
+        images: False reads annotations without images; names without an annotation are left out.
+        category: category of all images, in place of the class file.
+        max_pixels: largest image, in pixels.
 
     Raises:
-        DataError: on the fatal faults of this split (see `Fault`), all of them in one message.
+        DataError: the split has fatal faults (see `Fault`).  The message lists them all.
     """
 
     def __init__(
@@ -65,10 +59,12 @@ def open_split(
     root: str | Path, split: str, limit: int | None = None, category: str | None = None,
     exclude: Path | None = None, max_pixels: int = MAX_PIXELS,
 ) -> list[Sample]:  # fmt: skip
-    """The first `limit` samples of a split, to train on or to evaluate; `category` and `max_pixels` as in `FSC147`.
+    """The first `limit` samples of a split, or all of them, without the names in the file `exclude` (one a line).
 
-    `exclude` is a file of names, one a line, that are left out.  Raises DataError as `FSC147`; for a split without
-    images, or a name to leave out that is not in it.
+    `category` and `max_pixels` are those of `FSC147`.
+
+    Raises:
+        DataError: as `FSC147`; no sample is left; `exclude` has a name that is not in the split.
     """
     opened = FSC147(root, split, category=category, max_pixels=max_pixels)
     left_out = set(need_file(exclude).read_text("utf-8-sig").splitlines()) if exclude else set()
@@ -82,7 +78,7 @@ def open_split(
 
 
 def split_counts(root: str | Path, split: str = "train") -> list[int]:
-    """The counts of a split, from the annotations alone; empty where it cannot be opened."""
+    """The number of dots of each annotated image of a split; [] if the split cannot be opened."""
     try:
         return [sample.count for sample in FSC147(root, split, images=False, category=FALLBACK_CATEGORY)]
     except DataError:
@@ -92,15 +88,17 @@ def split_counts(root: str | Path, split: str = "train") -> list[int]:
 def scan(
     root: Path, wanted: str | None, images: bool, category: str | None, max_pixels: int
 ) -> tuple[dict[str, list[Sample]], Faults]:
-    """The samples with a readable annotation, by split, and all faults, of the split `wanted` or (None) of all."""
+    """Read the split `wanted`, or all splits for None: the annotated samples by split, and all faults found.
+
+    Images are opened for their headers alone, and not at all if `images` is False.  Bad data never raises.
+    """
     if category is not None:
         need_category(category)
     faults = Faults()
-    if not os.path.isdir(root):
-        return {}, faults.add("missing-file", root, "ROOT", "there is no such folder")
     with _reported(faults, "broken-file", root, "ROOT"):
-        present = set(os.listdir(root))
-        if not present & {SPLITS, ANNOTATIONS, CLASSES, IMAGES}:
+        if not root.is_dir():
+            raise FileNotFoundError("there is no such folder")
+        if not {SPLITS, ANNOTATIONS, CLASSES, IMAGES} & set(os.listdir(root)):
             raise FileNotFoundError("the folder holds nothing of the layout")
     if faults:
         return {}, faults
@@ -110,27 +108,26 @@ def scan(
     if category is None:
         classes = _read(root, CLASSES, lambda path: _parse_classes(path, faults), faults)
     pictures = _read(root, IMAGES, os.listdir, faults) if images else None
-    maps = _read(root, DENSITIES, os.listdir, faults) if DENSITIES in present else None
     if splits is None or annotations is None:
         return {}, faults
     if wanted is not None and wanted not in splits:
         return {}, faults.add("bad-split", SPLITS, wanted, f"no such split, only {', '.join(map(repr, splits))}")
     names = {split: _split_names(splits, split, faults) for split in (splits if wanted is None else [wanted])}
-    listed, maps, samples = set(chain.from_iterable(names.values())), set(maps or ()), {}
+    listed, samples = {name for part in names.values() for name in part}, {}
     for name in sorted(listed):
-        if sample := _read_sample(root, name, annotations, classes, maps, faults):
+        if sample := _read_sample(root, name, annotations, classes, faults):
             samples[name] = sample
             if pictures is not None:  # a missing folder is one fault, not one for each image
                 _check_image(sample, annotations[name], root, max_pixels, faults)
     if wanted is None:
         _check_whole(splits, annotations, set(pictures or ()), listed, faults)
-    faults = Faults(dict.fromkeys(faults))  # a name in two splits is at fault in both
+    faults = Faults(dict.fromkeys(faults))  # a name in two parts is found in each
     return {split: [samples[n] for n in part if n in samples] for split, part in names.items()}, faults
 
 
 @contextmanager
 def _reported(faults: Faults, kind: str, file: str | Path, entry: str) -> Iterator[None]:
-    """Make an error in the block a fault of this kind, or of kind "missing-file"."""
+    """Turn an error in the block into a fault of this kind; FileNotFoundError into "missing-file"."""
     try:
         yield
     except (OSError, ValueError, RecursionError, MemoryError) as error:
@@ -139,7 +136,7 @@ def _reported(faults: Faults, kind: str, file: str | Path, entry: str) -> Iterat
 
 
 def _read(root: Path, part: str, parse: Callable, faults: Faults):
-    """`parse` of a file or folder of the root; None, with a fault added, where that fails."""
+    """Apply `parse` to the path of a part of the layout; None, with a fault added, if that raises."""
     with _reported(faults, "broken-file", part, part):
         return parse(need_inside(root / part, root))
 
@@ -159,61 +156,56 @@ def _without_repeats(pairs: list[tuple]) -> dict:
 
 
 def _parse_classes(path: Path, faults: Faults) -> dict[str, str]:
-    """Category by image name, from lines of name, tab, category."""
+    """Category by image name, from lines of name, tab, category; faults of single lines are added."""
     classes: dict[str, str] = {}
     for number, line in enumerate(need_file(path).read_text("utf-8-sig").splitlines(), start=1):
         name, _, category = (part.strip() for part in line.partition("\t"))
-        problem = category_problem(category) if name and category else "has no name, tab and category"
-        if problem and line.strip():
-            faults.add("bad-class-line", CLASSES, f"line {number}", f"{category or line!r:.60} {problem}")
-        elif name in classes:
-            faults.add("duplicate-name", CLASSES, name, "two lines give its category")
-        elif line.strip():
-            classes[name] = category
+        if not line.strip():
+            continue
+        with _reported(faults, "bad-class-line", CLASSES, f"line {number}"):
+            if not name or not category:
+                raise ValueError(f"{line!r:.60} has no name, tab and category")
+            if name in classes:
+                faults.add("duplicate-name", CLASSES, name, "two lines give its category")
+            else:
+                classes[name] = need_category(category)
     return classes
 
 
 def _split_names(splits: dict, split: str, faults: Faults) -> list[str]:
-    """The names of a split; empty, with a fault added, where it is no list of strings."""
+    """The names of a split, with faults added for those that are there twice; [] if it is no list of strings."""
     names = splits[split]
-    if type(names) is not list or not all(type(name) is str for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         faults.add("bad-split", SPLITS, split, "not a list of strings")
         return []
     for name, times in Counter(names).items():
         if times > 1:
             faults.add("duplicate-name", SPLITS, name, f"{times} times in {split!r}")
     for other, part in PARTS.items():
-        if split in PARTS and part != PARTS[split] and type(splits.get(other)) is list:
+        if split in PARTS and part != PARTS[split] and isinstance(splits.get(other), list):
             pair = " and in ".join(repr(s) for s in PARTS if s in (split, other))
-            for name in sorted(set(names) & {name for name in splits[other] if type(name) is str}):
+            for name in sorted(set(names) & {name for name in splits[other] if isinstance(name, str)}):
                 faults.add("duplicate-name", SPLITS, name, f"in {pair}")
     return names
 
 
-def _read_sample(
-    root: Path, name: str, annotations: dict, classes: dict | None, maps: set[str], faults: Faults
-) -> Sample | None:
-    """The sample of a name; None, with a fault added, where it has no readable annotation."""
-    density, path = f"{DENSITIES}/{Path(name).stem}.npy", None
+def _read_sample(root: Path, name: str, annotations: dict, classes: dict | None, faults: Faults) -> Sample | None:
+    """The sample of a name; None, with a fault added, without a readable annotation."""
     if not is_plain(name):
         faults.add("unsafe-name", SPLITS, name, "the name is no plain file name")
-    elif name not in annotations:
+        return None
+    if name not in annotations:
         faults.add("no-annotation", ANNOTATIONS, name, "in a split, but not annotated")
-    else:
-        if f"{Path(name).stem}.npy" in maps:
-            with _reported(faults, "bad-density", density, name):
-                path = need_inside(root / density, root)
-        with _reported(faults, "bad-annotation", ANNOTATIONS, name):
-            points, boxes = _read_marks(annotations[name])
-            if classes is not None and name not in classes:  # None: the whole file is at fault already
-                faults.add("no-category", CLASSES, name, "no line gives its category")
-            category = (classes or {}).get(name, FALLBACK_CATEGORY)
-            return Sample(name, category, points, boxes, root / IMAGES / name, path)
-    return None
+        return None
+    with _reported(faults, "bad-annotation", ANNOTATIONS, name):
+        points, boxes = _read_marks(annotations[name])
+        if classes is not None and name not in classes:  # None: the class file itself is at fault
+            faults.add("no-category", CLASSES, name, "no line gives its category")
+        return Sample(name, (classes or {}).get(name, FALLBACK_CATEGORY), points, boxes, root / IMAGES / name)
 
 
 def _read_marks(entry: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Dots [N, 2] x, y and boxes [K, 4] x1, y1, x2, y2 of an annotation; a ValueError says what is wrong with it."""
+    """The dots [N, 2] x, y and boxes [K, 4] x1, y1, x2, y2 of an annotation; ValueError if it is malformed."""
     if not isinstance(entry, dict):
         raise ValueError("the entry is no JSON object")
     points = _numbers("points", entry.get("points"), (2,))
@@ -224,12 +216,11 @@ def _read_marks(entry: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numbers(key: str, lists, shape: tuple[int, ...]) -> np.ndarray:
-    """Nested lists as float32 [N, *shape]; a ValueError says what is wrong with them."""
+    """Nested lists as float32 [N, *shape]; ValueError if they have another shape, or an element is no number."""
     values = np.array(lists, dtype=object)  # lists of unequal lengths end up as elements
     if values.shape != (0,) and values.shape[1:] != shape:
-        raise ValueError(
-            f"{key!r} is {lists!r:.60}, and no list of lists of {' lists of '.join(map(str, shape))} numbers"
-        )
+        expected = " lists of ".join(map(str, shape))
+        raise ValueError(f"{key!r} is {lists!r:.60}, and no list of lists of {expected} numbers")
     for value in values.flat:
         if not _is_number(value):
             raise ValueError(f"{key!r} holds {value!r:.60} instead of a finite number of pixels")
@@ -237,11 +228,11 @@ def _numbers(key: str, lists, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9  # true is no number, and NaN is not below 1e9
+    return type(value) in (int, float) and abs(value) < 1e9  # excludes true and NaN
 
 
 def _check_image(sample: Sample, entry: dict, root: Path, max_pixels: int, faults: Faults) -> None:
-    """Hold the image's header against the bounds, and against the original size and ratios of FSC147's entries."""
+    """Compare the image's size with the limits, and with H x ratio_h and W x ratio_w of its annotation."""
     file, name = f"{IMAGES}/{sample.name}", sample.name
     with _reported(faults, "unreadable-image", file, name):
         need_inside(sample.image_path, root)
@@ -249,15 +240,15 @@ def _check_image(sample: Sample, entry: dict, root: Path, max_pixels: int, fault
         if problem := size_problem(width, height, max_pixels):
             faults.add("bad-size", file, name, problem)
         for side, ratio, size in (("H", "ratio_h", height), ("W", "ratio_w", width)):
-            factors = [entry[key] for key in (side, ratio) if key in entry]
-            known = all(map(_is_number, factors))
-            if len(factors) == 2 and not (known and abs(factors[0] * factors[1] - size) <= 1):
-                problem = f"{side} x {ratio} is {factors[0]!r} x {factors[1]!r} in the annotation, {size} in the image"
-                faults.add("size-mismatch", file, name, problem)
+            if side in entry and ratio in entry:
+                a, b = entry[side], entry[ratio]
+                if not (_is_number(a) and _is_number(b) and abs(a * b - size) <= 1):
+                    problem = f"{side} x {ratio} is {a!r} x {b!r} in the annotation, {size} in the image"
+                    faults.add("size-mismatch", file, name, problem)
 
 
 def _check_whole(splits: dict, annotations: dict, pictures: set[str], listed: set[str], faults: Faults) -> None:
-    """Add the faults that only the whole root shows; `listed` are the names of all splits."""
+    """Add the faults of missing splits, and of annotations and pictures that are not `listed` in a split."""
     for split, purpose in (("train", "train on"), ("val", "validate on")):
         if splits.get(split, []) == []:
             faults.add("bad-split", SPLITS, split, f"it has no image to {purpose}")

@@ -1,4 +1,4 @@
-"""Hide cells of a picture, and the dots in them, to ask what is left to count."""
+"""Hide cells of an image, with the dots in them: the model is then asked how many objects are left."""
 
 from typing import Literal, get_args
 
@@ -11,18 +11,18 @@ from .faults import DataError, need_category
 from .samples import Sample
 
 Fill = Literal["grey", "mean", "blur"]
-"""Content of hidden cells: middle grey, the picture's mean colour, or the picture blurred beyond recognition."""
+"""Content of hidden cells: middle grey, the image's mean colour, or the image blurred until no object shows."""
 
 
 def hide(sample: Sample, cells: np.ndarray, fill: Fill = "grey", category: str | None = None) -> Sample:
-    """The sample, its image in memory, with some cells hidden and without the dots and boxes in them.
+    """A copy of the sample with some cells of its image hidden, without the dots and boxes in them.
 
     Args:
-        cells: [rows, columns] True where hidden: any grid stretched over the image, 14x14 for a heatmap's cells.
-        category: objects to count in it; None for the sample's own.
+        cells: [rows, columns] of a grid stretched over the image, True where hidden.
+        category: category to count; None for the sample's own.
 
     Raises:
-        DataError: the cells are no grid, or the category or the fill is not known.
+        DataError: `cells` is no grid, `fill` is unknown, or a question cannot hold the category.
     """
     category = need_category(sample.category if category is None else category)
     if fill not in get_args(Fill):
@@ -38,9 +38,10 @@ def hide(sample: Sample, cells: np.ndarray, fill: Fill = "grey", category: str |
 
 
 def covers(cells: np.ndarray, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Whether points [N, 2] x, y of an image of (height, width) pixels lie in cells that are True.
+    """Whether each point lies in a cell that is True: [..., N] bool.
 
-    `cells` [..., rows, columns] bool -> [..., N] bool; a point outside the image belongs to the nearest cell.
+    `cells` [..., rows, columns] bool is a grid stretched over an image of `size` (height, width), `points` [N, 2] are
+    x, y in its pixels.  A point outside the image belongs to the nearest cell.
     """
     rows, columns = cells.shape[-2:]
     x, y = (points * [columns, rows] / size[::-1]).astype(np.int64).T
@@ -48,9 +49,9 @@ def covers(cells: np.ndarray, points: np.ndarray, size: tuple[int, int]) -> np.n
 
 
 def hide_cells(image: torch.Tensor, cells: torch.Tensor, fill: Fill) -> torch.Tensor:
-    """Pictures [N, H, W, 3] uint8, each with other cells [N, rows, columns] bool of the image [H, W, 3] hidden.
+    """Copies [N, H, W, 3] of an image [H, W, 3] uint8, each with the cells hidden that are True in `cells`.
 
-    A pixel belongs to the cell of its centre.
+    `cells` is [N, rows, columns] bool.  A pixel belongs to the cell of its centre.
     """
     y, x = (
         (2 * torch.arange(length, device=image.device) + 1) * n // (2 * length)

@@ -1,10 +1,9 @@
-"""`import`: pictures of one's own, with dots from CSV or boxes from COCO JSON, as a root in FSC147's layout."""
+"""`import`: a root in FSC147's layout from pictures and labels in other formats (CSV of dots, COCO JSON of boxes)."""
 
 import csv
 import json
 import math
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tyro.conf import Positional
 
 from ..files import need_file, new_folder
 from ..options import need
-from .faults import IMAGES, DataError, category_problem, is_plain, need_category, write_layout
+from .faults import IMAGES, DataError, is_plain, need_category, write_layout
 from .samples import open_picture, shrunk
 
 
@@ -27,8 +26,7 @@ class ImportConfig:
     points: Path | None = None
     """CSV with the columns image, x, y (and category), a line an object; or a folder with a CSV of x, y a picture."""
     coco: Path | None = None  # JSON in COCO's format, instead of --points; a dot is the centre of an object's box.
-    category: str | None = None
-    """Category to count, of several; None where each picture shows a single category, which the labels name."""
+    category: str | None = None  # Category to count; needed where a picture has several, or the labels name none.
     val: float = 0.2  # Part of the pictures that goes to the validation split, chosen at random.
     test: float = 0.0  # Part of the pictures that goes to the test split.
     seed: int = 0  # Random seed of the splits.
@@ -38,27 +36,27 @@ class ImportConfig:
         need(self, "val", 0 <= self.val < 1, "in 0..1")
         need(self, "test", self.test >= 0 and self.val + self.test < 1, "at least 0, and below 1 together with --val")
         need(self, "seed", self.seed >= 0, "at least 0")
-        named = self.category is None or not category_problem(self.category)
-        need(self, "category", named, "a few words that name the objects")
+        if self.category is not None:
+            need_category(self.category, "--category: ")
 
 
-Dots = dict[str, dict[str, list]]  # by picture and category: x, y in pixels of the upright picture; None for a crowd
-Sizes = dict[str, tuple[int, int]]  # by picture: the (width, height) that its dots refer to
+Dots = dict[str, dict[str, list | None]]  # by picture and category: (x, y) in pixels of the upright picture
+Sizes = dict[str, tuple[int, int]]  # (width, height) of the labelled pictures, where the labels tell them
 
 
 def import_pictures(config: ImportConfig) -> dict[str, int]:
-    """Write the root; `fsc147lib import` calls this.  Returns the number of pictures in each split.
+    """Write the root that `config` describes; returns the number of pictures in each split.
 
     Raises:
-        DataError: labels or a picture that cannot be used; the message names the file and the place in it.
-        FileExistsError: the root's folder holds something already.
+        DataError: labels or a picture cannot be used.  The message names the file and the place in it.
+        FileExistsError: the root's folder is not empty.
     """
+    file = config.points or config.coco
+    entries, categories = {}, {}
+    sources: dict[str, Path] = {}
     with new_folder(config.out) as draft:
-        file = config.points or config.coco
         dots, sizes = read_points(file, config.category) if config.points else read_coco(file)
         (draft / IMAGES).mkdir(parents=True)
-        entries, categories = {}, {}
-        sources: dict[str, Path] = {}
         for name, (category, points) in tqdm(choose_dots(file, dots, config.category).items(), "import", leave=False):
             source = find_picture(config.images, name)
             stored = f"{source.stem}.jpg"
@@ -79,10 +77,10 @@ def import_pictures(config: ImportConfig) -> dict[str, int]:
 
 
 def choose_dots(file: Path, dots: Dots, category: str | None) -> dict[str, tuple[str, list]]:
-    """The category and the dots of each picture: of `category`, or of the picture's only category.
+    """The category and dots of each picture: of `category`, or of the picture's only one for None.
 
-    Pictures without a category, or with a crowd of it, are left out.  A DataError where nothing is left, or where a
-    picture has several categories.
+    Pictures without a category, or with a crowd of it (None for dots), are left out.  Raises DataError for a picture
+    with several categories, an unknown `category`, or no picture left.
     """
     chosen = {}
     for name, kinds in dots.items():
@@ -101,7 +99,7 @@ def choose_dots(file: Path, dots: Dots, category: str | None) -> dict[str, tuple
 
 
 def find_picture(folder: Path, name: str) -> Path:
-    """The picture of this name, or the only picture with this stem."""
+    """The file of this name in a folder, or the only picture whose name without its ending is `name`."""
     if is_plain(name) and (folder / name).is_file():
         return folder / name
     found = [path for path in sorted(folder.glob("*")) if path.stem == name and path.suffix.lower() != ".csv"]
@@ -111,19 +109,18 @@ def find_picture(folder: Path, name: str) -> Path:
 
 
 def choose_splits(names: list[str], val: float, test: float, seed: int) -> dict[str, list[str]]:
-    """Names by split, at random: a split has a picture at least; `val` and `test` are left out where they are 0."""
+    """Names by split, chosen at random; `val` and `test` are parts of 1, and a part above 0 gets a name at least."""
     order = np.random.default_rng(seed).permutation(names).tolist()
     n_val, n_test = (max(1, round(part * len(names))) if part else 0 for part in (val, test))
     if n_val + n_test >= len(names):
-        raise DataError(
-            f"too few pictures for train, val ({n_val}) and test ({n_test}): {len(names)} in all, label more"
-        )
+        needed = f"train, val ({n_val}) and test ({n_test})"
+        raise DataError(f"too few pictures for {needed}: {len(names)} in all, label more")
     splits = {"train": order[n_val + n_test :], "val": order[:n_val], "test": order[n_val : n_val + n_test]}
     return {split: sorted(part) for split, part in splits.items() if part}
 
 
 def _need_fitting(path: Path, points: list, size: tuple[int, int], labelled: tuple[int, int]) -> None:
-    """Refuse points that cannot belong to a picture of this (width, height), or were made on a picture of another."""
+    """Refuse dots outside a picture of this (width, height), in other units, or labelled at another size."""
     picture = f"{path} is {size[0]} x {size[1]} pixels, but"
     if labelled != size:
         raise DataError(f"{picture} its labels are of {labelled[0]} x {labelled[1]}")
@@ -135,53 +132,57 @@ def _need_fitting(path: Path, points: list, size: tuple[int, int], labelled: tup
 
 
 def read_points(path: Path, category: str | None) -> tuple[Dots, Sizes]:
-    """Dots from CSV; a DataError names the file, the line and the problem.
+    """Dots from a CSV file (image, x, y, perhaps category), or from a folder of CSV files (x, y) named after pictures.
 
-    Args:
-        path: a file with the columns `image`, `x`, `y` and perhaps `category`; or a folder of files with `x` and
-            `y`, each named after its picture.  A line without x and y, or a file without lines, is a count of 0.
-        category: of lines that name none.
+    A line without x and y, or a file of the folder without lines, is a count of 0.  `category` is that of lines that
+    name none.  Raises DataError with the file and the line.
     """
     dots: Dots = defaultdict(lambda: defaultdict(list))
-    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
-        rows = _csv_rows(file, {"x", "y"} if path.is_dir() else {"image", "x", "y"})
-        if path.is_dir() and not rows:
-            _ = dots[file.stem][need_category(category, f"{file}: ")]
-        for number, row in rows:
-            place = f"{file}, line {number}: "
-            name = file.stem if path.is_dir() else row["image"]
-            if not name:
-                raise DataError(f"{place}no image is named")
-            points = dots[name][need_category(row.get("category") or category, place)]
-            if row["x"] or row["y"]:
-                points.append((_number(row, "x", place), _number(row, "y", place)))
+    if not path.is_dir():
+        _read_csv(path, None, category, dots)
+        return dots, {}
+    for file in sorted(path.glob("*.csv")):
+        _read_csv(file, file.stem, category, dots)
+        if file.stem not in dots:
+            dots[file.stem] = {need_category(category, f"{file}: "): []}
     return dots, {}
 
 
-def _csv_rows(path: Path, columns: set[str]) -> list[tuple[int, dict[str, str]]]:
-    """The lines of a CSV file that has some columns, with their numbers; cells are stripped, and "" if missing."""
+def _read_csv(path: Path, picture: str | None, category: str | None, dots: Dots) -> None:
+    """Add the dots of a CSV file, all of one `picture` or (None) of those in its column `image`."""
+    columns = ["x", "y"] if picture else ["image", "x", "y"]
     try:
         with need_file(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restkey="", restval="", skipinitialspace=True)
             rows = [(reader.line_num, {k: v.strip() for k, v in row.items() if k}) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
-    if columns - set(reader.fieldnames or ()):
-        raise DataError(f"{path} must begin with a line that names the columns {', '.join(sorted(columns))}")
-    return rows
+    if set(columns) - set(reader.fieldnames or ()):
+        raise DataError(f"{path} must begin with a line that names the columns {', '.join(columns)}")
+    for number, row in rows:
+        place = f"{path}, line {number}: "
+        name = picture or row["image"]
+        if not name:
+            raise DataError(f"{place}no image is named")
+        points = dots[name][need_category(row.get("category") or category, place)]
+        if row["x"] or row["y"]:
+            points.append((_number(row, "x", place), _number(row, "y", place)))
 
 
 def _number(row: dict[str, str], name: str, place: str) -> float:
-    with suppress(ValueError):
-        if math.isfinite(value := float(row[name])):
-            return value
-    raise DataError(f"{place}{name} is {row[name]!r}, but must be a number of pixels")
+    try:
+        value = float(row[name])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{place}{name} is {row[name]!r}, but must be a number of pixels")
+    return value
 
 
 def read_coco(path: Path) -> tuple[Dots, Sizes]:
-    """The centres of a COCO file's boxes (see docs/data.md); a DataError names the entry and the problem.
+    """The centres of a COCO file's boxes, and the sizes of its pictures (see docs/data.md).
 
-    A crowd (`iscrowd`) has no dots, for its count is not known.
+    A category with a crowd (`iscrowd`) in a picture has None for dots.  Raises DataError with the entry at fault.
     """
     kinds, names, sizes, crowds, entry = {}, {}, {}, [], None
     try:

@@ -1,7 +1,6 @@
-"""`Sample`: a picture with what is known of it; and the reading of pictures, in a root or anywhere."""
+"""`Sample`, an annotated image, and the reading of image files."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,31 +17,31 @@ SHORT_SIDE = 384  # height of FSC147's images, which are wider than high
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image of which the header alone is read, in a format that Pillow decodes by itself."""
+    """Open an image file in one of FORMATS.  Pillow reads its header here, and its pixels later."""
     if need_file(path).stat().st_size == 0:
         raise ValueError("the file is empty")
     return Image.open(path, formats=FORMATS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, on white where it is transparent, its 16 bits scaled to 8; Pillow would cut them off at 255."""
-    if image.mode.startswith("I;16"):
-        numbers, clear = np.asarray(image), image.info.get("transparency")  # the grey that stands for it, or None
-        image = Image.fromarray(np.where(numbers == clear, 255, numbers >> 8).astype(np.uint8))
+    """Convert an image to 8-bit RGB: transparency is laid on white, 16-bit values are divided by 256."""
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        values, clear = np.asarray(image), image.info.get("transparency")  # the transparent grey, or None
+        image = Image.fromarray(np.where(values == clear, 255, values >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"its mode {image.mode} has numbers of any range: save it with 8 or 16 bits")
     if image.has_transparency_data:
-        image = image.convert("LA") if image.mode == "La" else image  # La converts to nothing else
+        image = image.convert("LA") if image.mode == "La" else image  # La converts to no other mode
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def open_picture(picture: str | Path | Image.Image) -> Image.Image:
-    """A file of FORMATS or an image in memory, upright and as `to_rgb` gives it.
+    """Decode a picture from a file or from memory to RGB, turned upright by its EXIF data.
 
     Raises:
-        DataError: it cannot be read, or is too large; the message names the file.
+        DataError: the picture is damaged, too large or too long.  The message names the file.
     """
     name = "the image given" if isinstance(picture, Image.Image) else picture
     try:
@@ -52,40 +51,28 @@ def open_picture(picture: str | Path | Image.Image) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow raises many types on damaged files
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"{name} cannot be used as a picture ({reason}): give a whole JPEG, PNG or other image"
-        ) from error
+        cure = "give a whole JPEG, PNG or other image"
+        raise DataError(f"{name} cannot be used as a picture ({reason}): {cure}") from error
 
 
 def shrunk(image: Image.Image, short_side: int = SHORT_SIDE) -> Image.Image:
-    """The image with its shorter side brought down to `short_side` pixels, or the image itself if it is not longer."""
+    """Scale an image down to a shorter side of `short_side` pixels.  A smaller image is returned as it is."""
     scale = short_side / min(image.size)
     size = [max(1, round(side * scale)) for side in image.size]
     return image if scale >= 1 else image.resize(size, Image.Resampling.LANCZOS)
 
 
-@contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Make any error in the block a DataError: Pillow and numpy raise many types on damaged files."""
-    try:
-        yield
-    except Exception as error:
-        problem = f"cannot be read ({type(error).__name__}: {error})"
-        raise DataError(str(Faults().add(kind, path, path.name, problem))) from error
-
-
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """An annotated image.  Its files are read when asked for; a missing or damaged file raises DataError then."""
+    """An annotated image.  Each access to pixels or size may read its file, and raise DataError if that is damaged."""
 
     name: str
     category: str
-    points: np.ndarray  # [N, 2] float32 x, y; N is 0 where there is nothing to count
-    boxes: np.ndarray  # [K, 4] float32 x1, y1, x2, y2 of the exemplars; K is 3 to 6 in FSC147, and may be 0
+    points: np.ndarray  # [N, 2] float32 x, y in pixels: a dot on each object
+    boxes: np.ndarray  # [K, 4] float32 x1, y1, x2, y2 of example objects: K is 3 to 6 in FSC147, and may be 0
     image_path: Path
-    density_path: Path | None = None
-    mirror_of: "Sample | None" = None  # where a mirror image takes its pixels and maps from
-    in_memory: Image.Image | None = None  # RGB, of a picture without a file
+    mirror_of: "Sample | None" = None  # the original of a mirror image, which reads its pixels there
+    in_memory: Image.Image | None = None  # RGB pixels of an image without a file
 
     @property
     def count(self) -> int:
@@ -93,69 +80,56 @@ class Sample:
 
     @property
     def image(self) -> Image.Image:
-        """RGB, decoded at each access; EXIF orientation is ignored, because annotations refer to the stored pixels."""
+        """RGB pixels, decoded at each access.  EXIF orientation is ignored: dots refer to the stored pixels."""
         if self.mirror_of is not None:
             return self.mirror_of.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.in_memory is not None:
-            return self.in_memory.copy()
-        with _reading(self.image_path, "unreadable-image"), open_image(self.image_path) as image:
-            return to_rgb(image)
+        return self._read(to_rgb) if self.in_memory is None else self.in_memory.copy()
 
     @cached_property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels, from the image's header."""
         if self.mirror_of is not None:
             return self.mirror_of.size
-        if self.in_memory is not None:
-            return self.in_memory.size[::-1]
-        with _reading(self.image_path, "unreadable-image"), open_image(self.image_path) as image:
-            return image.size[::-1]
+        return self._read(lambda image: image.size[::-1]) if self.in_memory is None else self.in_memory.size[::-1]
 
     @property
     def density(self) -> np.ndarray:
-        """[H, W] float32, objects per pixel: the official .npy where present, else made from the dots."""
-        if self.mirror_of is not None:
-            return self.mirror_of.density[:, ::-1].copy()
-        size = self.size  # first, so that a damaged image is not reported as a damaged density
-        if self.density_path is None:
-            return density_map(self.points, size).astype(np.float32)
-        with _reading(self.density_path, "bad-density"), np.errstate(over="ignore"):
-            density = np.load(need_file(self.density_path), allow_pickle=False)
-            if density.dtype.kind not in "fiu":
-                raise ValueError(f"it holds {density.dtype}, and no numbers of objects")
-            if density.shape != size:
-                raise ValueError(f"its shape is {density.shape}, the image is {size} (height, width)")
-            density = density.astype(np.float32)
-            total = density.sum(dtype=float)
-            if not np.isfinite(total) or density.min() < 0:
-                raise ValueError("it holds numbers that are negative or not finite")
-            if (total > 0) != (self.count > 0):
-                raise ValueError(f"it sums to {total:g}, but there are {self.count} dots")
-            return density
+        """[H, W] float32 objects per pixel, computed from the dots; sums to the count."""
+        return density_map(self.points, self.size).astype(np.float32)
 
     @cached_property
     def target(self) -> np.ndarray:
-        """[14, 14] float32 summing to 1, or zeros in an empty scene: the target heatmap, computed once."""
+        """The target heatmap: [14, 14] float32 summing to 1; zeros without a dot.  Computed once."""
         if self.mirror_of is not None:
             return self.mirror_of.target[:, ::-1].copy()
         return target_heatmap(self.points, self.size)
 
     def flipped(self) -> "Sample":
-        """The left-right mirror image; flipping twice gives the very same sample."""
+        """The left-right mirror image, with its dots and boxes.  The mirror image of a mirror image is the original."""
         if self.mirror_of is not None:
             return self.mirror_of
         width = np.float32(self.size[1])
         points, boxes = self.points.copy(), self.boxes[:, [2, 1, 0, 3]]  # x1 and x2 change places
         points[:, 0] = width - points[:, 0]
         boxes[:, [0, 2]] = width - boxes[:, [0, 2]]
-        return Sample(self.name, self.category, points, boxes, self.image_path, self.density_path, mirror_of=self)
+        return Sample(self.name, self.category, points, boxes, self.image_path, mirror_of=self)
+
+    def _read(self, use: Callable):
+        """Apply `use` to the image that is open; DataError with a cure where the file is missing or damaged."""
+        try:
+            with open_image(self.image_path) as image:
+                return use(image)
+        except Exception as error:  # Pillow raises many types on damaged files
+            problem = f"cannot be read ({type(error).__name__}: {error})"
+            fault = Faults().add("unreadable-image", self.image_path, self.image_path.name, problem)
+            raise DataError(str(fault)) from error
 
 
 class Picture(Sample):
-    """A sample of no root: an image with a category, and no dots."""
+    """A sample without a root and without dots: an image and the category to count in it."""
 
     def __init__(self, picture: str | Path | Image.Image, category: str, name: str | None = None):
-        """Open it upright, shrunk to FSC147's size; raises DataError where it cannot be used."""
+        """Read the picture upright, with its shorter side shrunk to 384 pixels; DataError if it cannot be used."""
         name = name or ("picture" if isinstance(picture, Image.Image) else str(picture))
         dots, boxes = np.zeros((0, 2), np.float32), np.zeros((0, 4), np.float32)
         need_category(category)

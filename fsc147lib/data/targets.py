@@ -1,8 +1,8 @@
 """Dots to density to target heatmap, maps from one grid to another, and the divergence between two maps.
 
 The density follows Ranjan et al., "Learning To Count Everything" (CVPR 2021): a Gaussian on each dot, in a square
-window as wide as the image's mean nearest-neighbour distance, with a standard deviation of a quarter of that.  Such a
-Gaussian is the product of a row profile and a column profile, so a density map or its 14x14 sum is a matrix product.
+window as wide as the image's mean nearest-neighbour distance, with a standard deviation of a quarter of that width.
+A Gaussian is the product of a row profile and a column profile, so a density map is a matrix product.
 """
 
 import numpy as np
@@ -11,13 +11,16 @@ from scipy.spatial import KDTree
 
 GRID = 14  # rows and columns of the target heatmap
 TINY_MASS = 1e-8  # floor under a heatmap's cells inside the logarithm of the KL divergence
-LONE_WINDOW = 0.25  # of the image's shorter side, where a lone dot has no neighbour
-MIN_WINDOW = 2.0  # pixels: at least one pixel centre lies in it, even where dots coincide
-CHUNK = 4096  # dots whose Gaussians are in memory at once; more than FSC147's largest count
+LONE_WINDOW = 0.25  # of the image's shorter side: the window of a dot without a neighbour
+MIN_WINDOW = 2.0  # pixels: dots may coincide, and a window must hold at least one pixel centre
+CHUNK = 4096  # dots whose Gaussians are in memory at once; FSC147's largest count is 3,701
 
 
 def gaussian_window(points: np.ndarray, size: tuple[int, int]) -> float:
-    """Width in pixels of each Gaussian's window: the mean distance of the dots [N, 2] to their nearest neighbours."""
+    """The width in pixels of each Gaussian's window: the mean distance from a dot [N, 2] to its nearest neighbour.
+
+    The width is at least 2.  For fewer than two dots it is a quarter of the shorter side of `size` (height, width).
+    """
     if len(points) < 2:
         return max(LONE_WINDOW * min(size), MIN_WINDOW)
     places, times = np.unique(np.float32(points), axis=0, return_counts=True)
@@ -27,9 +30,9 @@ def gaussian_window(points: np.ndarray, size: tuple[int, int]) -> float:
 
 
 def _profiles(centres: np.ndarray, length: int, window: float) -> np.ndarray:
-    """A truncated Gaussian for each dot along an axis, each summing to 1 inside the image: [N, length].
+    """[N, length] truncated Gaussians around N centres on an axis, each scaled to sum 1 within the image.
 
-    Dots outside are moved onto the border, and the part of a Gaussian that would fall outside goes to the rest.
+    Centres outside the image are moved to its border.
     """
     centres = np.clip(np.asarray(centres, dtype=np.float64), 0, length)[:, None]
     offsets = np.arange(length) + 0.5 - centres  # [N, length], from the dot to each pixel's centre
@@ -39,10 +42,10 @@ def _profiles(centres: np.ndarray, length: int, window: float) -> np.ndarray:
 
 
 def density_map(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int] | None = None) -> np.ndarray:
-    """The density of dots [N, 2] x, y in pixels over an image of (height, width) pixels.
+    """The density of dots [N, 2] x, y in pixels, on an image of `size` (height, width): float64, summing to N.
 
-    Returns [height, width], or [rows, columns] of a `grid` stretched over the image: float64, objects per pixel or
-    cell, summing to N.  Dots outside count on the border.
+    Returns objects per pixel [height, width], or objects per cell [rows, columns] of a `grid` stretched over the
+    image.  Dots outside the image count on its border.
     """
     points = np.asarray(points).reshape(-1, 2)
     window, total = gaussian_window(points, size), np.zeros(grid or size)
@@ -56,14 +59,14 @@ def density_map(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int]
 
 
 def target_heatmap(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The density on a grid stretched over the image, scaled: [14, 14] float32 summing to 1; zeros without a dot."""
+    """The density on a 14x14 grid stretched over the image, scaled to sum 1: float32, all zeros without a dot."""
     return (density_map(points, size, (GRID, GRID)) / max(1, len(points))).astype(np.float32)
 
 
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
-    """The part of each input cell in each output cell, both grids stretched over the same length.
+    """[n_out, n_in] fraction of each input cell's length that lies in each output cell, on one common axis.
 
-    Returns [n_out, n_in] float64 in 0..1; every column sums to 1, so applying it keeps the mass.
+    Columns sum to 1, so the product with a vector of masses keeps its sum.
     """
     edges_in, edges_out = np.arange(n_in + 1) / n_in, np.arange(n_out + 1) / n_out
     right = np.minimum(edges_out[1:, None], edges_in[None, 1:])
@@ -72,21 +75,21 @@ def area_weights(n_in: int, n_out: int) -> np.ndarray:
 
 
 def resample_map(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """A map of masses (not densities) [..., h, w] on another grid [..., rows, columns], by exact areas; sums stay."""
+    """Move a map of masses [..., h, w] to another grid [..., rows, columns] by overlapping areas; its sum stays."""
     rows, columns = area_weights(values.shape[-2], grid[0]), area_weights(values.shape[-1], grid[1])
     return rows @ values @ columns.T
 
 
 def kl_divergence(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
-    """KL(P || A) in nats of target P and heatmap A, [B, 14, 14] each summing to 1 -> [B]; 0 where P is all zeros."""
+    """KL(P || A) in nats of targets P and heatmaps A, both [B, 14, 14] and summing to 1: [B], 0 for a P of zeros."""
     target, heatmap = target.float(), heatmap.float()
     return (torch.xlogy(target, target) - target * heatmap.clamp_min(TINY_MASS).log()).sum(dim=(1, 2))
 
 
 def centre_blob(target: torch.Tensor, spread: float = 1 / 8) -> torch.Tensor:
-    """Maps like `target` [B, 14, 14] of a Gaussian in the middle, each summing to 1.
+    """A Gaussian in the middle of a map, summing to 1, in the shape of `target` [B, 14, 14].
 
-    `spread` is its standard deviation as a part of the side.
+    `spread` is its standard deviation, as a fraction of the map's side.
     """
     cells = torch.arange(target.shape[-1], device=target.device, dtype=target.dtype)
     profile = torch.exp(-0.5 * ((cells - cells.mean()) / (len(cells) * spread)) ** 2)

@@ -11,7 +11,7 @@ from PIL import Image
 from small_root import NAMES, SIZE, edit, make_root
 
 from fsc147lib.data import FSC147, DataError, check, density_map, target_heatmap
-from fsc147lib.data.faults import ANNOTATIONS, CLASSES, DENSITIES, IMAGES, SPLITS
+from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
 from fsc147lib.data.fsc147 import split_counts
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "fsc147"
@@ -56,24 +56,27 @@ def test_an_image_is_decoded_when_asked_for_as_it_is_stored(root):
     assert sample.image.getpixel((0, 0)) == (77, 77, 77)
 
 
-def test_density_is_the_file_s_or_the_dots(root):
-    first, _, third = FSC147(root)
-    assert first.density.dtype == np.float32 and third.density_path is None
-    np.testing.assert_array_equal(first.density, np.load(root / DENSITIES / "1.npy"))
-    np.testing.assert_array_equal(third.density, density_map(third.points, SIZE).astype(np.float32))
-    assert third.target.sum() == pytest.approx(1, abs=1e-5) and third.target is third.target  # computed once
-    np.testing.assert_array_equal(third.target, target_heatmap(third.points, SIZE))
+def test_density_and_target_are_the_dots(root):
+    sample = FSC147(root)[2]
+    np.testing.assert_array_equal(sample.density, density_map(sample.points, SIZE).astype(np.float32))
+    np.testing.assert_array_equal(sample.target, target_heatmap(sample.points, SIZE))
+    assert sample.target is sample.target  # computed once
 
 
-@pytest.mark.parametrize("index", [0, 2], ids=["density file", "no density file"])
-def test_flipped(root, index):
-    sample = FSC147(root)[index]
+def test_the_official_density_maps_are_not_read(root):
+    (root / "gt_density_map_adaptive_384_VarV2").mkdir()
+    np.save(root / "gt_density_map_adaptive_384_VarV2" / "1.npy", np.ones(SIZE))
+    assert check(root).clean and FSC147(root)[0].density.sum() == pytest.approx(2, abs=1e-4)
+
+
+def test_flipped(root):
+    sample = FSC147(root)[0]
     mirror = pickle.loads(pickle.dumps(sample.flipped()))  # as it goes to a process that reads images
     np.testing.assert_allclose(mirror.points, [[SIZE[1] - x, y] for x, y in sample.points], atol=1e-4)
     np.testing.assert_array_equal(mirror.boxes, [[SIZE[1] - 50, 10, SIZE[1] - 20, 30]])
     np.testing.assert_array_equal(np.asarray(mirror.image), np.asarray(sample.image)[:, ::-1])
     np.testing.assert_allclose(mirror.target, target_heatmap(mirror.points, SIZE), atol=1e-6)
-    np.testing.assert_array_equal(mirror.density, sample.density[:, ::-1])
+    np.testing.assert_allclose(mirror.density, sample.density[:, ::-1], atol=1e-6)
     assert (mirror.count, mirror.size, mirror.name) == (sample.count, sample.size, sample.name)
     assert sample.flipped().flipped() is sample
 
@@ -94,7 +97,6 @@ def test_annotations_without_images(root):
 
 def test_a_scene_without_objects_is_a_sample(root):
     edit_entry(root, points=[])
-    (root / DENSITIES / "1.npy").unlink()
     edit(root, ANNOTATIONS, lambda entries: entries["1.jpg"].pop("box_examples_coordinates"))
     report, sample = check(root), FSC147(root)[0]
     assert report.clean and report.splits["train"]["empty"] == 1 and report.splits["train"]["min"] == 0
@@ -105,7 +107,7 @@ def test_a_scene_without_objects_is_a_sample(root):
 
 
 def test_a_root_of_ones_own_needs_no_class_file_no_test_split_and_no_boxes(root):
-    for part in (root / CLASSES, root / IMAGES / "6.jpg", root / DENSITIES / "1.npy", root / DENSITIES / "2.npy"):
+    for part in (root / CLASSES, root / IMAGES / "6.jpg"):
         part.unlink()
     (root / SPLITS).write_text(json.dumps({split: NAMES[split] for split in ("train", "val")}))
     (root / ANNOTATIONS).write_text(json.dumps({n: {"points": [[1, 2]]} for n in NAMES["train"] + NAMES["val"]}))
@@ -161,7 +163,7 @@ def rename(root, name):
     edit(root, ANNOTATIONS, lambda entries: entries.update({name: entries.pop("1.jpg")}))
 
 
-IMAGE, MAP = f"{IMAGES}/1.jpg", f"{DENSITIES}/1.npy"
+IMAGE = f"{IMAGES}/1.jpg"
 A, S, C = ANNOTATIONS, SPLITS, CLASSES
 PAIR = [1.0, 2.0]
 
@@ -219,8 +221,6 @@ NOT_FATAL = {
     "dot above the image": (lambda r: edit_entry(r, points=[[5, -1], PAIR]), "dot-outside", A, "1.jpg"),
     "box outside": (lambda r: edit_entry(r, box_examples_coordinates=[BOX[:2] + [[99, 9]] * 2]), "bad-box", A, "1.jpg"),
     "box without area": (lambda r: edit_entry(r, box_examples_coordinates=[[PAIR] * 4]), "bad-box", A, "1.jpg"),
-    "density shape": (lambda r: np.save(r / MAP, np.zeros((3, 4))), "bad-density", MAP, "1.jpg"),
-    "density pickled": (lambda r: np.save(r / MAP, np.full(SIZE, None)), "bad-density", MAP, "1.jpg"),
     "image in no split": (
         lambda r: shutil.copy(r / IMAGE, r / IMAGES / "9.jpg"), "unlisted", f"{IMAGES}/9.jpg", "9.jpg"),
     "annotation in no split": (lambda r: edit(r, A, lambda e: e.update({"9.jpg": {}})), "unlisted", A, "9.jpg"),
@@ -256,17 +256,9 @@ def test_a_fault_is_reported_and_keeps_the_split_shut_if_it_is_fatal(root, case,
 
 
 def test_what_is_damaged_behind_a_header_raises_when_read(root):
-    np.save(root / MAP, np.zeros((3, 4)))
-    with pytest.raises(DataError, match=r"1\.npy.*\(3, 4\)(?s:.)*delete the file"):
-        _ = FSC147(root)[0].density
     truncate(root)
     with pytest.raises(DataError, match=r"1\.jpg.*(?s:.)*Cure: put a sound copy of the image there"):
         _ = FSC147(root)[0].image
-
-
-def test_without_a_class_line_the_category_is_objects(root):
-    (root / C).write_text("")
-    assert FSC147(root).categories == ["objects"]
 
 
 def test_the_report_of_a_clean_root(root):

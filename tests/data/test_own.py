@@ -8,7 +8,7 @@ from PIL import Image
 
 from fsc147lib.data import FSC147, DataError, Picture, Sample, check
 from fsc147lib.data.own import ImportConfig, import_pictures
-from fsc147lib.data.samples import open_picture, shrunk, to_rgb
+from fsc147lib.data.samples import open_picture, to_rgb
 from fsc147lib.options import ConfigError
 
 
@@ -166,13 +166,6 @@ def test_nothing_is_overwritten_and_names_stay_apart(tmp_path, images):
 
 
 # Pictures from anywhere
-
-
-def test_a_picture_is_upright_and_shrunk(images):
-    assert open_picture(images / "e.jpg").size == (400, 600)
-    assert shrunk(open_picture(images / "a.jpg")).size == (768, 384)
-    small = open_picture(images / "c.jpg")
-    assert shrunk(small) is small
 
 
 GREYS = np.tile(np.uint8([40, 200]).repeat(8), (16, 1))  # [16, 16]: 40 on the left, which is to be transparent, and 200

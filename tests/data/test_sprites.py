@@ -73,7 +73,7 @@ def test_pictures_that_are_no_cut_outs_are_left_out(folder):
     [
         (lambda f: (f / "cups" / "IMG_1.png").write_bytes(b"\x89PNG\r\n\x1a\n and then"), "IMG_1.png' cannot be read"),
         (lambda f: [shutil.rmtree(f / noun) for noun in NOUNS[:3]], "of 5 categories, but three splits need 2 each"),
-        (lambda f: cut_out(f / "<think>" / "1.png"), "'<think>' may be read as control tokens"),
+        (lambda f: cut_out(f / "<think>" / "1.png"), "'<think>' and may be read as control tokens"),
         (shutil.rmtree, "of 0 categories"),
     ],
 )

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fsc147lib.data.targets import area_weights, density_map, gaussian_window, resample_map, target_heatmap
+from fsc147lib.data.targets import density_map, gaussian_window, resample_map, target_heatmap
 
 SIZE = (384, 576)
 
@@ -53,13 +53,6 @@ def test_target_is_the_density_on_the_coarse_grid(size):
     np.testing.assert_allclose(target_heatmap(points, size), coarse / coarse.sum(), atol=1e-7)
 
 
-def test_order_of_dots_does_not_matter_and_mirrored_dots_give_the_mirrored_map(points):
-    for made in (density_map, target_heatmap):
-        shuffled, mirrored = np.random.default_rng(3).permutation(points), points * [-1, 1] + [576, 0]
-        np.testing.assert_allclose(made(shuffled, SIZE), made(points, SIZE), atol=1e-6)
-        np.testing.assert_allclose(made(mirrored, SIZE), made(points, SIZE)[:, ::-1], atol=1e-6)
-
-
 @pytest.mark.parametrize("grid", [(12, 18), (31, 12), (7, 14), (1, 1)])
 @pytest.mark.parametrize("back", [False, True], ids=["to 14x14", "from 14x14"])
 def test_one_hot_maps_keep_mass_and_place(grid, back):
@@ -76,16 +69,6 @@ def test_one_hot_maps_keep_mass_and_place(grid, back):
         assert moved.sum() == pytest.approx(1)
 
 
-def test_area_weights_by_hand():
-    # 3 cells onto 2: the middle one is halved
-    np.testing.assert_allclose(area_weights(3, 2), [[1, 0.5, 0], [0, 0.5, 1]])
-    # 5 cells onto 3, edges at 5/3 and 10/3: unequal parts
-    third = 1 / 3
-    expected = [[1, 2 * third, 0, 0, 0], [0, third, 1, third, 0], [0, 0, 0, 2 * third, 1]]
-    np.testing.assert_allclose(area_weights(5, 3), expected, atol=1e-12)
-    np.testing.assert_allclose(area_weights(14, 14), np.eye(14), atol=1e-12)
-
-
 @pytest.mark.medium
 def test_nearest_neighbours_of_200_000_dots():
     """A lattice whose steps are 3 and 5: each dot's nearest is 3 away.  All distances at once would be 160 GB."""
@@ -99,10 +82,3 @@ def test_nearest_neighbours_of_200_000_dots():
     few = lattice[:5000] / [10, 10]  # more than are in memory at once: as the sum of their density on each cell
     expected = resample_map(density_map(few, (100, 300)), (14, 14)) / 5000
     np.testing.assert_allclose(target_heatmap(few, (100, 300)), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("n", [2, 3, 50])
-def test_the_window_is_the_mean_distance_to_the_nearest_dot(n):
-    points = np.random.default_rng(n).integers(0, 12, (n, 2)).astype(np.float32) * 20
-    apart = np.linalg.norm(points[:, None].astype(float) - points[None], axis=2) + np.diag([np.inf] * n)
-    assert gaussian_window(points, SIZE) == pytest.approx(apart.min(axis=1).mean())

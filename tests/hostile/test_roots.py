@@ -7,17 +7,15 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from small_root import SIZE, edit, make_root
 
 from fsc147lib.__main__ import main
 from fsc147lib.data import FSC147, DataError, check, open_split
-from fsc147lib.data.faults import ANNOTATIONS, CLASSES, DENSITIES, IMAGES, SPLITS
+from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
 
 ONE = f"{IMAGES}/1.jpg"
-MAP = f"{DENSITIES}/1.npy"
 LONG = "a" * 300 + ".jpg"
 PIPE, LINK = "a pipe, a device or a folder", "links out of the root"
 
@@ -54,10 +52,6 @@ def link_out(place):
 
 def picture(size, mode="RGB", compress=1):
     return lambda place: Image.new(mode, size).save(place, "PNG", compress_level=compress)
-
-
-def density(value):
-    return put(lambda place: np.save(place, value), MAP)
 
 
 def rename(name):
@@ -98,7 +92,6 @@ TABLE = {
     "splits a pipe": (put(os.mkfifo, SPLITS), TRAIN, PIPE),
     "classes a pipe": (put(os.mkfifo, CLASSES), CHECK, PIPE),
     "image a pipe": (put(os.mkfifo, ONE), CHECK, PIPE),
-    "density a pipe": (put(os.mkfifo, MAP), CHECK, PIPE),
     "list of exclusions a pipe": (put(os.mkfifo, "x"), (*TRAIN, "--exclude", "{root}/x"), PIPE),
     "picture a pipe": (put(os.mkfifo, "x.jpg"), ("predict", "{root}/x.jpg", "--category", "apples"), PIPE),
     "CSV a pipe": (put(os.mkfifo, "x.csv"), ("import", "{root}/new", "--images", "{root}", "--category", "apples",
@@ -110,22 +103,13 @@ TABLE = {
     "a category of 10,000 characters": (category("apples " * 1500), CHECK, "more than 100 characters"),
     # what `train` refuses
     "1 x 5000": (put(picture((5000, 1)), ONE), CHECK, WIDE),
-    "1 x 5000, trained on": (put(picture((5000, 1)), ONE), TRAIN, WIDE),
-    "5000 x 20": (put(picture((20, 5000)), ONE), CHECK, "20 x 5000 pixels, one side more than 200 times"),
     "1 x 5000, asked about": (put(picture((5000, 1)), "x.png"), ("predict", "{root}/x.png", "--category", "a"), WIDE),
     "144 megapixels": (put(picture((12000, 12000), "L"), ONE), CHECK, BIG),
-    "144 megapixels, evaluated": (put(picture((12000, 12000), "L"), IMAGES, "4.jpg"), EVALUATE, BIG),
     "a training image in val_coco": (shared_with_val_coco, CHECK, "in 'train' and in 'val_coco'"),
     "the same bytes in train and val": (same_bytes, CHECK, "the same bytes as '4.jpg' of 'val'"),
     "two class lines": (category("sea shells\n1.jpg\tapples"), TRAIN, "two lines give its"),
     "no train split": (splits(lambda s: s.pop("train")), CHECK, "no image to train on"),
     "an empty val split": (splits(lambda s: s.update(val=[], val_coco=[])), CHECK, "no image to validate on"),
-    "a density of NaN": (density(np.full(SIZE, np.nan)), CHECK, "not finite"),
-    "a density too large": (density(np.full(SIZE, 1e300)), CHECK, "not finite"),
-    "a negative density": (density(np.full(SIZE, -1.0)), CHECK, "negative"),
-    "a complex density": (density(np.ones(SIZE, complex)), CHECK, "complex128"),
-    "a density of zeros": (density(np.zeros(SIZE)), CHECK, "sums to 0, but there are 2 dots"),
-    "a density without dots": (with_points([]), CHECK, "but there are 0 dots"),
     "a picture that runs a program": (put(lambda p: Image.new("RGB", SIZE[::-1]).save(p, "EPS"), ONE), CHECK,
                                       "unreadable-image"),
     "a picture of unknown range": (put(lambda p: Image.new("F", SIZE[::-1]).save(p, "TIFF"), ONE), CHECK, "mode F"),
@@ -133,10 +117,6 @@ TABLE = {
     "image links out": (put(link_out, ONE), CHECK, LINK),
     "image links out, trained on": (put(link_out, ONE), TRAIN, LINK),
     "a device": (put(lambda p: p.symlink_to("/dev/zero"), ONE), CHECK, LINK),
-    "images link out": (put(link_out, IMAGES), TRAIN, LINK),
-    "annotations link out": (put(link_out, ANNOTATIONS), TRAIN, LINK),
-    "density links out": (put(link_out, MAP), CHECK, LINK),
-    "densities link out": (put(link_out, DENSITIES), CHECK, LINK),
     "a circle of links": (put(lambda p: p.symlink_to(p), ONE), CHECK, "unreadable-image"),
 }  # fmt: skip
 
@@ -167,7 +147,7 @@ def a_common_user(folder: Path):
         os.seteuid(0)
 
 
-@pytest.mark.parametrize("closed", ["", IMAGES, DENSITIES, ANNOTATIONS, ONE, MAP])
+@pytest.mark.parametrize("closed", ["", IMAGES, ANNOTATIONS, ONE])
 def test_what_may_not_be_read_is_a_fault(closed):
     folder = Path(tempfile.mkdtemp())  # not pytest's own, whose parents are closed to others
     try:
@@ -193,7 +173,6 @@ def test_a_link_within_the_root_is_followed(root):
 def test_larger_pictures_are_opened_where_that_is_asked_for(root, capsys):
     put(picture((12000, 12000), "1"), ONE)(root)
     edit(root, ANNOTATIONS, lambda entries: entries["1.jpg"].pop("H"))
-    (root / MAP).unlink()
     assert main(["check", str(root), "--max-pixels", "150000000"]) == 0, capsys.readouterr()
     assert open_split(root, "train", max_pixels=150_000_000)[0].size == (12000, 12000)
     with pytest.raises(DataError, match="--max-pixels"):
