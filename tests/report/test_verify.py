@@ -26,11 +26,11 @@ def test_all_lines_pass_on_tiny(tmp_path, capsys):
     """On drawn pictures; the lines are printed and recorded."""
     assert main(["verify", "--json", str(tmp_path / "verify.json")]) == 0
     printed = capsys.readouterr().out
-    assert "all 8 passed" in printed and "FAILED" not in printed and f"torch {torch.__version__}: tried" in printed
+    assert "all 6 passed" in printed and "FAILED" not in printed and f"torch {torch.__version__}" in printed
     for shown in ("['COUNT', ':', ' ', '3', '7']", "<|vision_start|><|image_pad|><|vision_end|>How many", "GiB"):
         assert shown in printed
     recorded = json.loads((tmp_path / "verify.json").read_text())
-    assert [row["passed"] for row in recorded["rows"]] == [True] * 8 and recorded["tried"]["torch"]
+    assert [row["passed"] for row in recorded["rows"]] == [True] * 6
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_a_wrong_image_token(tiny, monkeypatch, root, capsys):
     monkeypatch.setattr(verify, "load_or_shape", lambda name, device: tiny)
     assert main(["verify", "--data", str(root)]) == 1
     printed = capsys.readouterr().out
-    assert printed.split("FAILED")[1].startswith("  special tokens: tokenizer: image [5]")
+    assert printed.split("FAILED")[1].startswith("  vocabulary: tokenizer: image [5]")
     assert "model: image [6]" in printed and "cure: take all files" in printed
 
 
@@ -58,7 +58,7 @@ def test_a_wrong_image_token(tiny, monkeypatch, root, capsys):
 def test_digits_that_are_no_single_tokens(tiny, monkeypatch, root, capsys):
     tiny.tokenizer.add_tokens([AddedToken("37", special=False)])
     tiny.network.resize_token_embeddings(len(tiny.tokenizer))
-    assert failed(tiny, monkeypatch, root) == ["answer tokens"]
+    assert failed(tiny, monkeypatch, root) == ["vocabulary"]
     assert "is ['COUNT', ':', ' ', '37']" in capsys.readouterr().out
 
 
@@ -79,7 +79,7 @@ def test_an_eager_mask_that_is_off_by_one(tiny, monkeypatch, root):
 def test_a_head_that_is_not_tied_as_the_config_says(tiny, monkeypatch, root, capsys):
     tiny.network.lm_head.weight = torch.nn.Parameter(tiny.network.lm_head.weight.detach() * 1.5)
     assert failed(tiny, monkeypatch, root) == ["saved model"]
-    assert "they were written lm_head.weight" in capsys.readouterr().out
+    assert "differ: lm_head.weight" in capsys.readouterr().out
 
 
 @pytest.mark.slow
