@@ -61,10 +61,8 @@ def compare_runs(config: CompareConfig) -> str:
 
 
 def images_of_best(folder: Path, mae: float) -> dict[str, dict[str, str]]:
-    """Rows of a run's best/validation.csv by image name; {} without that file, or if its MAE is not `mae`.
-
-    Another MAE is that of another epoch: a crash came between the file and summary.json.
-    """
+    """Rows of a run's best/validation.csv by image name; {} without that file, or if its MAE is not `mae`: then a
+    crash left another epoch's file."""
     path = folder / "best" / "validation.csv"
     if not path.is_file():
         return {}

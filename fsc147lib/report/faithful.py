@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..data import Sample
-from ..evaluation.faithfulness import CHANCE, Faithfulness
+from ..evaluation.faithfulness import Faithfulness
 from ..model import Occlusion
 from .figures import ATTENTION_COLOUR, GREY, LABEL, show_dots, show_map, show_scale
 
@@ -76,23 +76,5 @@ def redrawn_figure(models: Models) -> Figure:
                 place.plot(["none", *one.similarity], values, "o-", label=name)
         place.axhline(0, color="black", linewidth=0.8)
         place.set(xlabel="re-drawn up to", ylabel="rank correlation with before", title=model)
-    place.legend(**BESIDE)
-    return figure
-
-
-def alignment_figure(models: Models) -> Figure:
-    """Mean KL(P || A) and mass on objects of each kind of map; grey lines are maps that ignore the image."""
-    figure, axes = plt.subplots(1, 2, figsize=(11.2, 3.2), layout="constrained")
-    for place, measure in zip(axes, ("kl", "mass_on_objects"), strict=True):
-        height = 0.8 / len(models)
-        for i, (model, found) in enumerate(models.items()):
-            names = [name for name, one in found.items() if one.alignment and name not in (*CHANCE, "target")]
-            means = [found[name].alignment[measure].mean() for name in names]
-            place.barh(np.arange(len(names)) + i * height, means, 0.95 * height, label=model)
-            place.set_yticks(np.arange(len(names)) + 0.4 - height / 2, names)
-        for chance, style in zip(CHANCE, (":", "--", "-."), strict=True):
-            place.axvline(found[chance].alignment[measure].mean(), color=GREY, linestyle=style, label=chance)
-        place.invert_yaxis()
-        place.set(xlabel=measure)
     place.legend(**BESIDE)
     return figure

@@ -46,14 +46,8 @@ def show_dots(axes, sample: Sample, title: str | None = None, boxes: bool = True
 
 
 def colour_scale(values: np.ndarray, largest: float | None = None, signed: bool = False) -> ScalarMappable:
-    """The colours of a map's values.
-
-    Args:
-        values: the map, of any shape.
-        largest: value of the brightest colour; None: the map's largest.
-        signed: the map is a difference, and colours go from -largest to largest.  Other maps go from 0, with the
-            square root of the value, so that a peak does not darken other cells.
-    """
+    """Colours for a map's values from 0 to `largest` (None: the map's own), by their square root, which keeps small
+    values visible; for a signed map linear, from -largest to largest."""
     largest = max(float(np.abs(values).max() if largest is None else largest), NOTHING)
     if signed:
         return ScalarMappable(Normalize(-largest, largest), DIFFERENCE_COLOURS)
@@ -137,12 +131,9 @@ def map_comparison(
 
 
 def layer_head_grid(maps: np.ndarray, image: Image.Image, layers: Sequence[int], title: str = "") -> Figure:
-    """Attention maps of one image by layer (down) and head (across), on one colour scale.
+    """Attention maps [L, H, 14, 14] of one image by layer (down) and head (across), on one colour scale.
 
-    Args:
-        maps: [L, H, 14, 14] attention probability; the title of each map is its sum, the mass on the image.
-        layers: [L] numbers of the layers.
-        title: of the figure, for example the answer.
+    Each map is titled with its sum, the attention on the image; `layers` are the numbers of the L layers.
     """
     figure, axes = grid(*maps.shape[:2], 2.2, 1.75)
     for (i, j), place in np.ndenumerate(axes):
@@ -207,7 +198,7 @@ def predictions_against_truth(images: Sequence[ImageResult]) -> Figure:
 def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
     """For each number, images whose true count it is (bars up) and answers that say it (bars down).
 
-    `histogram` is what `answer_histogram` returns: number -> (images, answers).
+    `histogram` is that of `answer_histogram`: number -> (images, answers).
     """
     numbers, (true, said) = list(histogram), np.array(list(histogram.values())).T
     figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
@@ -227,14 +218,8 @@ def answer_bars(histogram: dict[int, tuple[int, int]]) -> Figure:
 def view_figure(
     sample: Sample, maps: Sequence[dict], prediction: Prediction | None = None, true: int | None = None, title: str = ""
 ) -> Figure:
-    """A photograph with dots, maps, and the distribution over counts, three pictures in a row.
-
-    Args:
-        maps: for each map the keyword arguments of `show_map`.
-        prediction: gives the distribution; None: it is left out.
-        true: true count, drawn in the distribution.
-        title: of the photograph; "": count and category.
-    """
+    """A photograph with dots, maps (each the keyword arguments of `show_map`), and a prediction's distribution over
+    counts, which marks the true count if given; three pictures in a row."""
     pictures = 1 + len(maps) + (prediction is not None)
     figure, axes = grid(-(-pictures // 3), min(3, pictures), 3.6, 2.8)
     photograph, *places = axes.flat

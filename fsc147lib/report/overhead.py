@@ -101,10 +101,9 @@ def time_losses(model: CountingModel, samples: list[Sample], config: OverheadCon
         samples: one batch or more; a ValueError if they are fewer.
 
     Returns:
-        A row for each variant: `name`, `method`, `trained`, `images`, `every`, `out_of_memory`.  A variant that has
-        room also has `peak_memory` (MiB), `seconds_low`, `seconds_median`, `seconds_high` (quartiles), and
-        `overhead_low`, `overhead_median`, `overhead_high`: the extra time relative to "count only" (0.03 is 3 %),
-        with a 95 % bootstrap interval.  A trained one has `overhead_lazy`, the median divided by K.
+        The variants, each with `out_of_memory`; if that is false also with `peak_memory` (MiB), `seconds_` and
+        `overhead_low`, `_median` and `_high`.  Seconds are quartiles; overhead is the extra time relative to "count
+        only" (0.03 is 3 %), with its 95 % bootstrap interval.  Trained ones have `overhead_lazy`: the median over K.
     """
     size = config.batch_size
     if len(samples) < size:

@@ -63,12 +63,9 @@ class ThroughputConfig(TrainConfig):
 
 
 def variants_of(config: ThroughputConfig, on_gpu: bool, frozen: bool) -> dict[str, ThroughputConfig]:
-    """Options of the variants by name: the peers, which train the count loss alone, then those of this library.
+    """Options of each variant, by name: the peers, which train the count loss alone, then those of this library.
 
-    Args:
-        config: options of the user.
-        on_gpu: adds the variant with compiled layers.
-        frozen: the vision encoder does not train; adds the variant with kept image features.
+    A GPU adds compiled layers; a frozen vision encoder adds kept image features.
     """
     plain = replace(config, batch_by_size=False, compile=False, vision_cache="off")
     variants = {name: replace(plain, attention_weight=0) for name in PEERS}
@@ -86,8 +83,8 @@ def measure_throughput(config: ThroughputConfig) -> dict:
     Returns:
         A report whose `rows` have, for each variant, `name`, `batch_size`, `images_per_second` (median over turns),
         `rates` (of each turn), `over_best_peer` (ratio to the fastest peer), `peak_memory` (MiB); variants of this
-        library also `retries` (of the GPU's allocator), `waiting` (for batches, share of the time) and
-        `validation_per_second`.  A variant that fails has `out_of_memory`, or `failed` with the error.
+        library also `waiting` (for batches, share of the time) and `validation_per_second`.  A
+        variant that fails has `out_of_memory`, or `failed` with the error.
     """
     on_gpu, frozen = torch.cuda.is_available(), not load_or_shape(config.model, "meta").recipe.train_vision
     rows: list[dict] = []
@@ -130,8 +127,7 @@ def compare_to_peers(rows: list[dict]) -> None:
 
 def measure(name: str, config: ThroughputConfig) -> dict:
     """A variant's row of `measure_throughput`, without `over_best_peer`; OutOfMemoryError if the batch has no room."""
-    on_gpu = torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     run = Run(config, model=load_or_shape(config.model, device))
     row = {"name": name, "batch_size": config.batch_size}
     if name in (TRAINER, TUNED):
@@ -148,7 +144,6 @@ def measure(name: str, config: ThroughputConfig) -> dict:
     heaviest = [to_device(collate(part), device) for part in heaviest_parts(run, config.batch_size)]
     step(heaviest)  # so that later steps find their memory reserved
     row["peak_memory"] = peak_memory(partial(step, heaviest), device)
-    retries = torch.cuda.memory_stats()["num_alloc_retries"] if on_gpu else 0
     windows, turns = chain.from_iterable(map(run.windows, count())), []  # one epoch after the other
     for _ in range(1 + config.rounds):  # the first turn is not counted
         wait_for(device)
@@ -164,7 +159,6 @@ def measure(name: str, config: ThroughputConfig) -> dict:
         turns.append((images / seconds, waited / seconds))
     rates, waits = np.array(turns[1:]).T
     row |= {"images_per_second": float(np.median(rates)), "rates": rates.tolist(), "waiting": float(np.median(waits))}
-    row["retries"] = torch.cuda.memory_stats()["num_alloc_retries"] - retries if on_gpu else 0
     if name in ("+ compiled layers", "+ kept image features"):
         run.validate()  # the first one decodes each image
         row["validation_per_second"] = len(run.samples["val"]) / seconds_of(run.validate, device)

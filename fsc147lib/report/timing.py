@@ -27,7 +27,6 @@ COLUMNS = {  # key of a row -> heading, format
     "images_per_second": ("images/s", "{images_per_second:.1f}"),
     "over_best_peer": ("of the best peer", "{over_best_peer:.2f}x"),
     "peak_memory": ("peak GiB", "{peak_memory:.2f}"),
-    "retries": ("retries", "{retries}"),
     "waiting": ("waiting", "{waiting:.1%}"),
     "validation_per_second": ("validation images/s", "{validation_per_second:.1f}"),
 }
@@ -50,11 +49,8 @@ def table(rows: Sequence[dict], columns: dict[str, tuple[str, str]] = COLUMNS, h
 
 def write_report(path: str | Path, report: dict, config=None) -> None:
     """Write a report as JSON with command, options (the dataclass `config`) and machine; its `rows` also as .csv."""
-    options = (
-        {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-        if config
-        else {}
-    )
+    options = asdict(config) if config else {}
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     command = "python -m fsc147lib " + " ".join(sys.argv[1:])
     write_json(path, {"command": command, **options, **machine(), **report})
     keys = dict.fromkeys(key for row in report["rows"] for key in row)

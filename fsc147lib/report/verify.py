@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 from ..data import GRID, Sample, make_dataset, open_split, resample_map
+from ..files import DamagedFolder, read_manifest
 from ..model import Batch, Collate, choose_compute, make_heatmap, to_device
 from ..model.answers import own_answers
 from ..model.attention import IMPLEMENTATIONS
@@ -116,6 +117,16 @@ class Subject:
             inputs = {"input_ids": ids, "mm_token_type_ids": on_image.int(), **images}
             found.append(({key: value.to(self.device) for key, value in inputs.items()}, start.shape[1]))
         return found
+
+
+def files_as_written(subject: Subject):
+    try:
+        manifest = read_manifest(subject.config.model, whole=True)  # loading compares the start of each file alone
+    except DamagedFolder as error:
+        return False, str(error)
+    if manifest is None:
+        return True, "the model has no manifest to compare its files with"
+    return True, f"{len(manifest['files'])} files have the SHA-256 that they were written with"
 
 
 def vocabulary(subject: Subject):
@@ -223,13 +234,15 @@ def saved_model(subject: Subject):
         subject.model.save(folder)
         plain, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **how)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    found = plain.state_dict()
+    found, tied = plain.state_dict(), plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
     wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
     for name in expected.keys() & found.keys():
         if not torch.equal(expected[name].cpu(), found[name].to(expected[name].dtype)):
             wrong.add(name)
     if tokenizer.get_vocab() != subject.tokenizer.get_vocab():
         wrong.add("the tokenizer")
+    if plain.config.tie_word_embeddings != tied:  # transformers only warns of another matrix than config.json says
+        wrong.add("lm_head.weight, tied or not")
     told = f"differ: {', '.join(sorted(wrong)[:5])}" if wrong else "differ"
     return (
         not wrong,
@@ -238,6 +251,7 @@ def saved_model(subject: Subject):
 
 
 CHECKS = {  # in their order, each with its cure
+    files_as_written: "copy the folder anew, or go on from another checkpoint: its bytes have changed on disk",
     vocabulary: "take all files of a Qwen3-VL's folder: tokenizer and weights must belong together, a digit be a token",
     rendered_prompt: "take the tokenizer and the chat template that lie beside a Qwen3-VL's weights",
     attention_heatmap: f"train with --attention-weight 0, or {VERSIONS}",

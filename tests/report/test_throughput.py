@@ -46,7 +46,7 @@ def test_a_report_holds_every_variant(config, tmp_path, capsys):
 def test_a_row_tells_speed_memory_and_validation(config):
     row = measure("+ kept image features", config)
     assert row["images_per_second"] > 0 and len(row["rates"]) == 1 and 0 <= row["waiting"] < 1
-    assert row["validation_per_second"] > 0 and row["retries"] == 0
+    assert row["validation_per_second"] > 0
 
 
 def test_a_process_that_ends_in_an_error_is_a_row(config, tmp_path):

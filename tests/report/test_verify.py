@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from fsc147lib.__main__ import main
+from fsc147lib.files import write_manifest
 from fsc147lib.model import answers
 from fsc147lib.report import verify
 from fsc147lib.report.verify import VerifyConfig, verify_model
@@ -26,11 +27,11 @@ def test_all_lines_pass_on_tiny(tmp_path, capsys):
     """On drawn pictures; the lines are printed and recorded."""
     assert main(["verify", "--json", str(tmp_path / "verify.json")]) == 0
     printed = capsys.readouterr().out
-    assert "all 6 passed" in printed and "FAILED" not in printed and f"torch {torch.__version__}" in printed
+    assert "all 7 passed" in printed and "FAILED" not in printed and f"torch {torch.__version__}" in printed
     for shown in ("['COUNT', ':', ' ', '3', '7']", "<|vision_start|><|image_pad|><|vision_end|>How many", "GiB"):
         assert shown in printed
     recorded = json.loads((tmp_path / "verify.json").read_text())
-    assert [row["passed"] for row in recorded["rows"]] == [True] * 6
+    assert [row["passed"] for row in recorded["rows"]] == [True] * 7
 
 
 @pytest.mark.slow
@@ -92,3 +93,17 @@ def test_answers_that_begin_at_another_place(tiny, monkeypatch, root):
 
     monkeypatch.setattr(answers, "read_prompts", shifted)
     assert failed(tiny, monkeypatch, root) == ["greedy answers"]
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_of_the_weights(tiny, tmp_path, root, capsys):
+    """Loading looks at the start of a large file alone, and safetensors sees no flipped byte."""
+    tiny.save(tmp_path / "model")
+    write_manifest(tmp_path / "model")  # as a checkpoint of `train` has
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert weights.stat().st_size > 2**20
+    assert main(["verify", "--model", str(tmp_path / "model"), "--data", str(root)]) == 1
+    assert "FAILED  files as written" in capsys.readouterr().out
