@@ -74,7 +74,7 @@ def run_evaluate(config) -> None:
 
 def run_predict(config) -> None:
     from .model.prediction import predict_files
-    from .report.predictions import save_prediction
+    from .report.figures import save_prediction
 
     for i, prediction in enumerate(predict_files(config)):
         print(prediction)

@@ -1,16 +1,6 @@
-"""What a person looks at: what the losses cost, how fast training is, figures, and the runner of the notebooks.
+"""What a person looks at: benchmarks of cost and speed, figures, the viewer, `verify`, the runner of the notebooks.
 
-Nothing imports it but commands and notebooks.
+Commands and notebooks import it; the other rooms do not.
 """
 
-__all__ = [
-    "comparison",
-    "faithful",
-    "figures",
-    "overhead",
-    "predictions",
-    "throughput",
-    "timing",
-    "viewer",
-    "workbook",
-]  # modules, loaded on import
+__all__ = ["comparison", "faithful", "figures", "overhead", "throughput", "timing", "viewer", "workbook"]  # modules

@@ -1,4 +1,4 @@
-"""Training runs side by side: tables and curves of a sweep, and the command `compare`."""
+"""Tables and curves of training runs side by side: the command `compare`, and the runs of a sweep."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from ..training.run import MAY_CHANGE, read_run
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Lay training runs side by side; differences are between the first and each of the others."""
+    """Compare the best epochs of training runs; differences are those of each run to the first."""
 
     runs: Positional[tuple[Path, ...]]
     """Folders of two runs or more, such as runs/a runs/b."""
@@ -31,7 +31,7 @@ class CompareConfig:
 
 
 def compare_runs(config: CompareConfig) -> str:
-    """Describe the runs and draw their curves if asked to; `fsc147lib compare` calls this.
+    """Tables of the runs' options, metrics and differences, as text; draws their curves if asked to.
 
     Raises:
         ConfigError: a folder holds no run with a finished epoch.
@@ -40,57 +40,55 @@ def compare_runs(config: CompareConfig) -> str:
     if len(set(names)) < len(names):  # runs/a/both and runs/b/both
         names = [str(folder) for folder in config.runs]
     options, summaries, epochs = zip(*(read_run(folder) for folder in config.runs), strict=True)
-    images = [images_of_best(folder, summary) for folder, summary in zip(config.runs, summaries, strict=True)]
-    baselines, best = summaries[0]["baselines"], [summary["best"] for summary in summaries]
+    best, baselines = [summary["best"] for summary in summaries], summaries[0]["baselines"]
     if config.figure is not None:
         config.figure.parent.mkdir(parents=True, exist_ok=True)
-        epoch_curves(dict(zip(names, epochs, strict=True)), baselines["mean"]["mae"]).savefig(config.figure, dpi=110)
-    title = f"validation of the best epoch; {options[0]['data']}"
-    columns = {f"{name}, epoch {metrics['epoch']}": metrics for name, metrics in zip(names, best, strict=True)}
-    parts = [options_table(names, options), metrics_table(title, columns, baselines), differences(names, images)]
-    return "\n\n".join(parts)
-
-
-def images_of_best(folder: Path, summary: dict) -> dict[str, dict[str, str]]:
-    """Rows of best/validation.csv by image name; {} without that file, or if a crash left another epoch's."""
-    path = folder / "best" / "validation.csv"
-    if not path.is_file():
-        return {}
-    with path.open(newline="") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
-    same = np.isclose(np.mean([float(row["error"]) for row in rows.values()]), summary["best"]["mae"])
-    return rows if same else {}
-
-
-def options_table(names: Sequence[str], options: Sequence[dict]) -> str:
-    """The options in which runs differ, a line each."""
+        curves = {name: [lines] for name, lines in zip(names, epochs, strict=True)}
+        epoch_curves(curves, baselines["mean"]["mae"]).savefig(config.figure, dpi=110)
     rows = [["options that differ", *names]]
     for option in dict.fromkeys(name for run in options for name in run if name not in MAY_CHANGE - {"data"}):
         values = [json.dumps(run.get(option)) for run in options]
         if len(set(values)) > 1:
             rows.append([option, *values])
-    return aligned(rows if len(rows) > 1 else [*rows, ["none"] + [""] * len(names)])
+    columns = {f"{name}, epoch {metrics['epoch']}": metrics for name, metrics in zip(names, best, strict=True)}
+    title = f"validation of the best epoch; {options[0]['data']}"
+    images = [images_of_best(folder, metrics["mae"]) for folder, metrics in zip(config.runs, best, strict=True)]
+    differences = ["on the same validation images, 95 % bootstrap intervals over images:"]
+    for name, own in zip(names[1:], images[1:], strict=True):
+        differences += difference(f"{name} - {names[0]}", own, images[0])
+    rows = rows if len(rows) > 1 else [*rows, ["none"] + [""] * len(names)]
+    return "\n\n".join([aligned(rows), metrics_table(title, columns, baselines), "\n".join(differences)])
 
 
-def differences(names: Sequence[str], images: Sequence[dict]) -> str:
-    """Differences of each run's best epoch to the first run's, image by image, with 95 % intervals."""
-    lines = ["on the same validation images, 95 % bootstrap intervals over images:"]
-    first = images[0]
-    for name, rows in zip(names[1:], images[1:], strict=True):
-        if not first or first.keys() != rows.keys():
-            lines.append(f"{name} and {names[0]}: not the same images, or no best/validation.csv of both")
-            continue
-        for key, words in (("error", "MAE"), ("kl", "KL")):
-            known = [image for image in first if first[image].get(key)]  # an empty scene has no KL
-            values = ([float(run[image][key]) for image in known] for run in (rows, first))
-            low, middle, high = paired_difference(*values)
-            verdict = "no clear difference" if low <= 0 <= high else "better" if middle < 0 else "worse"
-            lines.append(f"{name} - {names[0]}: {words} {middle:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}")
-    return "\n".join(lines)
+def images_of_best(folder: Path, mae: float) -> dict[str, dict[str, str]]:
+    """Rows of a run's best/validation.csv by image name; {} without that file, or if its MAE is not `mae`: then a
+    crash left another epoch's file."""
+    path = folder / "best" / "validation.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    return rows if np.isclose(np.mean([float(row["error"]) for row in rows.values()]), mae) else {}
+
+
+def difference(names: str, own: dict[str, dict], first: dict[str, dict]) -> list[str]:
+    """A line each for MAE and KL: mean difference of two runs over the same images, with its 95 % interval."""
+    if not own or own.keys() != first.keys():
+        return [f"{names}: not the same images, or no best/validation.csv of both"]
+    lines = []
+    for key, words in (("error", "MAE"), ("kl", "KL")):
+        known = [image for image in first if first[image].get(key)]  # an empty scene has no KL
+        low, middle, high = paired_difference(*([float(run[image][key]) for image in known] for run in (own, first)))
+        verdict = "no clear difference" if low <= 0 <= high else "better" if middle < 0 else "worse"
+        lines.append(f"{names}: {words} {middle:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}")
+    return lines
+
+
+# --- Sweeps: the runs of a group differ in their seed alone
 
 
 def by_options(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """Rows of `run_sweep` by their options: a group's runs differ in their seed alone."""
+    """Group the rows of `run_sweep` by their options without the seed; a group's name is these options."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         name = ", ".join(f"{key} {value}" for key, value in row["options"].items() if key != "seed")
@@ -99,13 +97,13 @@ def by_options(rows: Iterable[dict]) -> dict[str, list[dict]]:
 
 
 def mean_and_range(values: Iterable[float | None], form: str = ".2f") -> str:
-    """Mean, lowest and highest value as text; None (KL of empty scenes alone) is left out."""
+    """ "mean (lowest to highest)" of the values that are not None; "" without any."""
     known = [value for value in values if value is not None]
     return f"{np.mean(known):{form}} ({min(known):{form}} to {max(known):{form}})" if known else ""
 
 
 def sweep_table(rows: Sequence[dict]) -> str:
-    """The rows of `run_sweep`, a line for each group, with mean and range over seeds, and errors below."""
+    """A line for each group of `run_sweep`'s rows, with means and ranges over seeds; failed runs below."""
     lines = [["variant", "runs", "best MAE (range)", "last MAE (range)", "last KL (range)", "s a run"]]
     for name, members in by_options(rows).items():
         done = [row for row in members if row["finished"]]
@@ -117,10 +115,10 @@ def sweep_table(rows: Sequence[dict]) -> str:
 
 
 def splits_table(rows: Sequence[dict], split: str) -> str:
-    """Answers of a sweep's runs on a split (`--splits`), a line for each group.
+    """A line for each group of `run_sweep`'s rows, with their metrics on a split that was answered (`--splits`).
 
-    `better by` is the first group's error minus this one's, over the seeds of both and the same images, with its 95 %
-    bootstrap interval.
+    "better by" is the first group's error minus the line's own, on the same images and seeds, with a 95 % bootstrap
+    interval.
     """
     lines, first = [[split, "runs", "MAE (range)", "better by (95 %)", "exactly right", "KL"]], None
     for name, members in by_options(row for row in rows if split in row.get("splits", {})).items():
@@ -138,36 +136,31 @@ def splits_table(rows: Sequence[dict], split: str) -> str:
     return aligned(lines)
 
 
-def epoch_curves(runs: dict[str, Sequence[dict]], baseline: float) -> Figure:
-    """Validation MAE and KL by epoch of runs, name -> `TrainResult.epochs`; a line at `baseline`, the MAE of always
-    the training mean."""
-    figure = group_curves({name: [[{**line, **line["val"]} for line in run]] for name, run in runs.items()})
-    place = figure.axes[0]
-    place.axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
-    place.set_ylim(0, 1.05 * max(baseline, place.get_ylim()[1]))
-    place.legend(frameon=False, fontsize=9)
-    return figure
-
-
 def sweep_figure(rows: Sequence[dict]) -> Figure:
-    """Validation MAE and KL by epoch of the rows of `run_sweep`: mean over seeds, and their range as a band."""
-    groups: dict[str, list] = {}
-    for name, members in by_options(row for row in rows if row["finished"]).items():
-        groups[f"{name} ({len(members)})"] = [row["curve"] for row in members]
-    return group_curves(groups)
+    """`epoch_curves` of the finished rows of `run_sweep`, a curve for each group."""
+    groups = by_options(row for row in rows if row["finished"])
+    return epoch_curves({f"{name} ({len(runs)})": [row["curve"] for row in runs] for name, runs in groups.items()})
 
 
-def group_curves(groups: dict[str, list[list[dict]]]) -> Figure:
-    """Validation MAE and KL by epoch of groups of runs, each a list of "epoch", "mae", "kl"."""
+def epoch_curves(groups: dict[str, list[Sequence[dict]]], baseline: float | None = None) -> Figure:
+    """Validation MAE and KL by epoch: a curve for the mean of each group of runs, and a band over their range.
+
+    Args:
+        groups: name -> runs; a run is `TrainResult.epochs`, or the `curve` of a row of `run_sweep`.
+        baseline: MAE of always answering the training mean, drawn as a line.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3 + 0.1 * len(groups)), layout="constrained")
     for place, key, label in ((axes[0], "mae", "validation MAE, objects"), (axes[1], "kl", "KL(P || A), nats")):
         for name, runs in groups.items():
-            values = np.array([[line[key] for line in run] for run in runs], dtype=float)  # [runs, epochs + 1]
+            values = np.array([[line.get("val", line)[key] for line in run] for run in runs], dtype=float)  # [R, E]
             epochs = [line["epoch"] for line in runs[0]]
             place.plot(epochs, values.mean(axis=0), "o-", label=name)
             place.fill_between(epochs, values.min(axis=0), values.max(axis=0), alpha=0.15)
         place.xaxis.get_major_locator().set_params(integer=True)
         place.set(xlabel="epoch", title=label)
+    if baseline is not None:
+        axes[0].axhline(baseline, linestyle="--", color="black", linewidth=1, label="always the training mean")
+    for place in axes:
         place.set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize=9)
     return figure

@@ -1,4 +1,4 @@
-"""Pictures of an answer's change when parts of the image, or of the model, are put away."""
+"""Figures of occlusion and of the faithfulness of maps."""
 
 from collections.abc import Sequence
 
@@ -7,27 +7,31 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..data import Sample
-from ..evaluation.faithfulness import CHANCE, Faithfulness
+from ..evaluation.faithfulness import Faithfulness
 from ..model import Occlusion
 from .figures import ATTENTION_COLOUR, GREY, LABEL, show_dots, show_map, show_scale
 
 Models = dict[str, dict[str, Faithfulness]]
-"""A model's name -> what `measure_maps` found."""
+"""Name of a model -> what `measure_maps` returned for it."""
 
-OUTSIDE = {"frameon": False, "fontsize": LABEL, "loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend beside
+BESIDE = {"frameon": False, "fontsize": LABEL, "loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend's place
 
 
 def occlusion_figure(samples: Sequence[Sample], found: dict[str, Occlusion], shown: int = 0) -> Figure:
-    """The fall of the expected count: over the picture at place `shown`, and of all windows by the objects there.
+    """For each model, the fall of the expected count when a window is hidden.
 
-    `found` is each model's, by name, of `occlude` with windows side by side.
+    Above, the falls as a map over sample number `shown`; below, the falls of all windows of all samples against the
+    number of objects in the window.
+
+    Args:
+        found: name of a model -> what `occlude` returned for the samples.
     """
     figure, axes = plt.subplots(2, 1 + len(found), figsize=(3.8 * (1 + len(found)), 6.4), layout="constrained")
     show_dots(axes[0, 0], samples[shown], boxes=False)
     axes[1, 0].axis("off")
     limit = max(float(np.nanmax(np.abs(one.count[shown]))) for one in found.values())
     for (upper, lower), (name, one) in zip(axes[:, 1:].T, found.items(), strict=True):
-        falls = np.einsum("w,wrc->rc", one.count[shown], one.windows) / one.windows.sum(axis=0)
+        falls = np.einsum("w,wrc->rc", one.count[shown], one.windows) / one.windows.sum(axis=0)  # [14, 14]
         title = f"{name}: said {one.answers[shown]!r:.30}"
         drawn = show_map(upper, samples[shown].image, falls, title, limit, signed=True)
         show_scale(drawn, upper, "fall of the expected count")
@@ -43,7 +47,10 @@ def occlusion_figure(samples: Sequence[Sample], found: dict[str, Occlusion], sho
 
 
 def curves_figure(models: Models) -> Figure:
-    """Mean log-probability of the answer while tokens are hidden, and while they are shown, in each map's order."""
+    """Mean log-probability of the answer against the share of tokens hidden (left) and shown (right).
+
+    A row for each model, a curve for each kind of map, whose order decides which tokens come first.
+    """
     size = (11, 3.1 * len(models))
     figure, axes = plt.subplots(len(models), 2, figsize=size, squeeze=False, layout="constrained", sharey=True)
     for row, (model, found) in zip(axes, models.items(), strict=True):
@@ -54,12 +61,12 @@ def curves_figure(models: Models) -> Figure:
                     curve = one.curves[:, i].mean(axis=0)
                     style = "k--" if name == "random order" else "-"
                     row[i].plot(np.linspace(0, 100, len(curve)), curve, style, label=name)
-    axes[0, 1].legend(**OUTSIDE)
+    axes[0, 1].legend(**BESIDE)
     return figure
 
 
 def redrawn_figure(models: Models) -> Figure:
-    """Mean rank correlation of each map with the sound model's, as more and more layers are re-drawn."""
+    """Mean rank correlation of each kind of map with the trained model's map, against the layers that are re-drawn."""
     size = (5.2 * len(models), 3)
     figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained", sharey=True)
     for place, (model, found) in zip(axes[0], models.items(), strict=True):
@@ -69,23 +76,5 @@ def redrawn_figure(models: Models) -> Figure:
                 place.plot(["none", *one.similarity], values, "o-", label=name)
         place.axhline(0, color="black", linewidth=0.8)
         place.set(xlabel="re-drawn up to", ylabel="rank correlation with before", title=model)
-    place.legend(**OUTSIDE)
-    return figure
-
-
-def alignment_figure(models: Models) -> Figure:
-    """KL(P || A) and mass on objects of each kind of map; maps that know nothing of their picture are grey lines."""
-    figure, axes = plt.subplots(1, 2, figsize=(11.2, 3.2), layout="constrained")
-    for place, measure in zip(axes, ("kl", "mass_on_objects"), strict=True):
-        height = 0.8 / len(models)
-        for i, (model, found) in enumerate(models.items()):
-            names = [name for name, one in found.items() if one.alignment and name not in (*CHANCE, "target")]
-            means = [found[name].alignment[measure].mean() for name in names]
-            place.barh(np.arange(len(names)) + i * height, means, 0.95 * height, label=model)
-            place.set_yticks(np.arange(len(names)) + 0.4 - height / 2, names)
-        for chance, style in zip(CHANCE, (":", "--", "-."), strict=True):
-            place.axvline(found[chance].alignment[measure].mean(), color=GREY, linestyle=style, label=chance)
-        place.invert_yaxis()
-        place.set(xlabel=measure)
-    place.legend(**OUTSIDE)
+    place.legend(**BESIDE)
     return figure

@@ -1,13 +1,12 @@
-"""The attention loss's cost: a training step with and without it, timed in turns.
+"""The cost of the attention loss: the time of a training step with and without it.
 
-Variants are compared by ratios within a turn, because a machine's speed drifts.
+Variants take turns, and a turn's times are divided by one another, because a machine's speed drifts.
 """
 
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from .timing import table, write_report
 
 @dataclass(frozen=True)
 class OverheadConfig:
-    """Time a training step with the count loss alone against one with each heatmap, computed only, and trained."""
+    """Time a training step with the count loss alone, and with each heatmap: only computed, and trained."""
 
     model: str = "tiny"
     """"tiny", a folder, or qwen3-vl-2b, -4b, -8b: random weights at the true shapes, nothing to download."""
@@ -59,21 +58,25 @@ class OverheadConfig:
 
 
 def variants_of(methods: tuple[str, ...], batch_size: int) -> list[dict]:
-    """The count loss alone; of each method its heatmap computed, trained on whole batches, and trained on the method's
-    default number of images where that is less.  `images` None is all; `every` is the method's default K."""
+    """The variants to time: the count loss alone, and each method's heatmap, computed and trained.
+
+    A method whose default number of images is smaller than the batch is also trained on these `images` alone (None:
+    all).  `every` is the method's default K: its heatmap is trained on each K-th step.
+    """
     variants = [{"name": "count only", "method": "none", "trained": False, "images": None, "every": 1}]
-    for method in methods:
-        images, every = METHODS[method].images, METHODS[method].every
-        variant = {"name": f"{method}, computed", "method": method, "trained": False, "images": None, "every": every}
-        trained = {**variant, "name": f"{method}, trained", "trained": True}
-        variants += [variant, trained]
-        if images and images < batch_size:
-            variants.append({**trained, "name": f"{method}, trained on {images}", "images": images})
+    for name in methods:
+        method = METHODS[name]
+        row = {"method": name, "trained": False, "images": None, "every": method.every}
+        variants.append({"name": f"{name}, computed", **row})
+        variants.append({"name": f"{name}, trained", **row, "trained": True})
+        if method.images and method.images < batch_size:
+            few = {"trained": True, "images": method.images}
+            variants.append({"name": f"{name}, trained on {method.images}", **row, **few})
     return variants
 
 
 class HeatmapBesideCount(DualLoss):
-    """The count loss of a pass whose heatmap is computed and thrown away."""
+    """The count loss alone, although the heatmap is computed."""
 
     def forward(self, batch: Batch, weight, tokens=None, images=None) -> LossParts:
         logits, _ = self.heatmap.with_logits(batch)
@@ -82,25 +85,25 @@ class HeatmapBesideCount(DualLoss):
 
 
 def take_turns(steps: dict[str, Callable], batches: list[Batch], rounds: int, device: str) -> dict[str, np.ndarray]:
-    """Time steps in turn, A B C A B C ..., after two rounds to warm up: name -> seconds [rounds]."""
+    """Time steps in turn, A B C A B C ..., after two rounds without timing; returns name -> seconds [rounds]."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn, (name, step) in product(range(2 + rounds), steps.items()):
-        seconds[name].append(seconds_of(partial(step, [batches[turn % len(batches)]]), device))
+    for turn in range(2 + rounds):
+        for name, step in steps.items():
+            seconds[name].append(seconds_of(partial(step, [batches[turn % len(batches)]]), device))
     return {name: np.array(found[2:]) for name, found in seconds.items()}
 
 
 def time_losses(model: CountingModel, samples: list[Sample], config: OverheadConfig) -> list[dict]:
-    """Time a step of each of `variants_of`.
+    """Time a training step of each of `variants_of`.
 
     Args:
-        model: its weights move by steps of 1e-6; the vision encoder trains if its recipe says so.
-        samples: cut into whole batches; ValueError where they make none.
+        model: its weights change a little (learning rate 1e-6).
+        samples: one batch or more; a ValueError if they are fewer.
 
     Returns:
-        A row for each variant: `name`, `method`, `trained`, `images`, `every`, `out_of_memory`; unless that is true
-        `peak_memory` (MiB), `seconds_median`, `seconds_low`, `seconds_high` (quartiles), `overhead_median`,
-        `overhead_low`, `overhead_high` (over "count only", 95 % bootstrap interval; 0.03 is 3 %), and where the
-        heatmap is trained `overhead_lazy`, the median spread over K steps.
+        The variants, each with `out_of_memory`; if that is false also with `peak_memory` (MiB), `seconds_` and
+        `overhead_low`, `_median` and `_high`.  Seconds are quartiles; overhead is the extra time relative to "count
+        only" (0.03 is 3 %), with its 95 % bootstrap interval.  Trained ones have `overhead_lazy`: the median over K.
     """
     size = config.batch_size
     if len(samples) < size:
@@ -132,20 +135,22 @@ def time_losses(model: CountingModel, samples: list[Sample], config: OverheadCon
             torch.cuda.empty_cache()
         row["out_of_memory"] = row["name"] not in steps
     seconds = take_turns(steps, batches, config.rounds, device)
+    ends = ("low", "median", "high")
     for row in rows:
-        if not row["out_of_memory"]:
-            own = seconds[row["name"]]
-            numbers = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
-            numbers += bootstrap_interval(own / seconds["count only"] - 1, np.median)
-            names = product(("seconds", "overhead"), ("low", "median", "high"))
-            row |= {f"{kind}_{end}": number for (kind, end), number in zip(names, numbers, strict=True)}
-            if row["trained"]:
-                row["overhead_lazy"] = row["overhead_median"] / row["every"]
+        if row["out_of_memory"]:
+            continue
+        own = seconds[row["name"]]
+        quartiles = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
+        interval = bootstrap_interval(own / seconds["count only"] - 1, np.median)
+        row |= {f"seconds_{end}": number for end, number in zip(ends, quartiles, strict=True)}
+        row |= {f"overhead_{end}": number for end, number in zip(ends, interval, strict=True)}
+        if row["trained"]:
+            row["overhead_lazy"] = row["overhead_median"] / row["every"]
     return rows
 
 
 def measure_overhead(config: OverheadConfig) -> list[dict]:
-    """Rows of `time_losses` on drawn pictures, printed and written; `fsc147lib overhead` calls this."""
+    """The rows of `time_losses` on drawn pictures, printed and written; `fsc147lib overhead` calls this."""
     model = load_or_shape(config.model, choose_compute(config.precision).device.type)
     with tempfile.TemporaryDirectory() as folder:
         sizes = [config.image_size] * (config.batches * config.batch_size)

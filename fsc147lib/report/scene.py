@@ -1,4 +1,4 @@
-"""The viewer's numbers: what a model says of samples, and the scene of one choice, for the page or as a figure."""
+"""The viewer's numbers: a model's maps and predictions, and the scene of one choice for the page or as a figure."""
 
 import base64
 import io
@@ -17,21 +17,14 @@ from ..evaluation import alignment
 from ..model import CountingModel, Look, Prediction, count_without, default_layers, look, mean_map
 from ..model.heatmaps import METHODS, Attention
 from ..model.prompt import parse_count
-from .figures import LABEL, NO_TARGET, colour_scale
-from .predictions import view_figure
+from .figures import LABEL, NO_TARGET, colour_scale, view_figure
 
 Cells = tuple[int, ...]
-"""Some of the 196 cells of a map, numbered row by row."""
+"""Numbers of cells of a 14x14 map, counted row by row from 0."""
 
 
 class Kept:
-    """A model's maps and predictions, each computed at its first use.
-
-    Attributes:
-        layers, heads: all numbers of this model's.
-        default_layers: layers of the mean map, unless others are chosen.
-        predictions: of a sample and its hidden cells.
-    """
+    """A model's maps and predictions of some samples, each computed once, when it is first asked for."""
 
     def __init__(self, model: CountingModel, samples: Sequence[Sample]):
         self.model, self.samples = model, samples
@@ -42,7 +35,7 @@ class Kept:
         self.looks: dict[tuple, Look] = {}
 
     def look(self, samples, method="attention", answer="own", word="all", layers=None, heads=None) -> list[Look]:
-        """`look` of each sample; attention is the mass [1, L, H, 14, 14] of all layers and heads."""
+        """`model.look` for each sample; for the method "attention", maps [1, L, H, 14, 14] of all layers and heads."""
         layers = self.layers if method == "attention" else layers
         options = method, answer, word, layers, heads
         new = [sample for sample in samples if (sample, *options) not in self.looks]
@@ -53,7 +46,7 @@ class Kept:
 
     @cached_property
     def rows(self) -> list[dict]:
-        """Each sample's "count", "predicted" (None: no number), and "kl" of its attention (NaN: nothing to count)."""
+        """Each sample's true "count", "predicted" count (None: no number), and "kl" of its map (NaN: no objects)."""
         seen = self.look(self.samples)
         maps = torch.cat([mean_map(one, list(self.default_layers)).maps for one in seen])
         kl = alignment(maps, torch.tensor(np.stack([sample.target for sample in self.samples])))["kl"]
@@ -72,9 +65,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class Choice:
-    """One sample, and the chosen options of its view; without a model there is no map.
+    """A sample and the options of its view: those of `look`, with () for all heads, and the hidden `cells`.
 
-    `layers`, `heads`, `answer`, `method` and `word` are those of `look`, no heads: all; `cells` are hidden.
+    Without `kept` there is no model, and so no map.
     """
 
     sample: Sample
@@ -89,12 +82,12 @@ class Choice:
 
     @property
     def true_count(self) -> int | None:
-        """None for a user's picture."""
+        """True count; None for a picture that the user brought, which has no dots."""
         return None if isinstance(self.sample, Picture) else self.sample.count
 
     @property
     def has_heads(self) -> bool:
-        """Whether the method has layers and heads to choose from."""
+        """Whether the method reads attention, so that layers and heads can be chosen."""
         return issubclass(METHODS[self.method], Attention)
 
     def look(self) -> Look:
@@ -109,7 +102,7 @@ class Choice:
         return self.kept.look([self.sample], *options)[0]
 
     def maps(self) -> dict[str, dict]:
-        """Target, map and difference, as far as they exist: the arguments of `show_map`."""
+        """Target, map and their difference, if they exist: name -> arguments of `show_map`, values [14, 14]."""
         found: dict[str, dict] = {}
         if self.true_count is not None:
             found["target"] = {"title": "target" if self.true_count else NO_TARGET, "values": self.sample.target}
@@ -125,7 +118,7 @@ class Choice:
         return found
 
     def predictions(self) -> dict[str, Prediction]:
-        """The predictions of all cells and, if some are hidden, of the rest; {} until the former is computed."""
+        """Predictions of the whole picture and, with hidden cells, of the rest; {} if none is computed yet."""
         if self.kept is None or (self.sample, ()) not in self.kept.predictions:
             return {}
         found = {"all cells": self.kept.prediction(self.sample)}
@@ -134,7 +127,7 @@ class Choice:
         return found
 
     def facts(self) -> list[str]:
-        """Sentences about the sample, the answers, the map and the hidden cells."""
+        """Lines of text about the sample, the answers, the hidden cells and the map."""
         truth, predictions, maps = self.true_count, self.predictions(), self.maps()
         lines = [f"{self.sample.name}: {'' if truth is None else f'{truth} '}{self.sample.category}"]
         for name, said in predictions.items():
@@ -154,7 +147,7 @@ class Choice:
         return lines
 
     def scene(self) -> dict:
-        """The scene for the page."""
+        """All that the page draws of this choice, as JSON; canvas.js reads it."""
         predictions = self.predictions()
         counts = [] if self.true_count is None else [said.sample.count for said in predictions.values()]
         panels = {name: overlay(**one) for name, one in self.maps().items()}
@@ -170,7 +163,7 @@ class Choice:
         }
 
     def atlas(self) -> dict:
-        """An attention map's layers (down) and heads (across) in one picture, a pixel between two of them."""
+        """One picture of the attention maps of all layers (down) and heads (across), a pixel apart."""
         (seen,) = self.kept.look([self.sample], self.method, self.answer, self.word)
         maps = seen.maps[0].numpy()  # [L, H, 14, 14]
         spaced = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)  # [L, H, 15, 15]
@@ -182,7 +175,7 @@ class Choice:
         }
 
     def figure(self) -> Figure:
-        """The same view without a page; hidden cells are seen in the photograph."""
+        """The view as a figure; hidden cells are grey in the photograph."""
         if self.kept is not None:
             self.kept.prediction(self.sample)
         *_, last = None, *self.predictions().values()
@@ -198,7 +191,7 @@ class Choice:
 
 
 def data_url(image: Image.Image, format: str = "png", **options) -> str:
-    """A picture as a URL that holds it."""
+    """A data URL of a picture."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return f"data:image/{format};base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -206,7 +199,7 @@ def data_url(image: Image.Image, format: str = "png", **options) -> str:
 
 @lru_cache(512)
 def photo_url(sample: Sample, largest: tuple[int, int] | None = None) -> str:
-    """A sample's picture, at the most of this width and height."""
+    """A data URL of a sample's photograph, shrunk to a largest width and height in pixels if given."""
     image = sample.image
     if largest:
         image.thumbnail(largest, reducing_gap=2)
@@ -214,12 +207,12 @@ def photo_url(sample: Sample, largest: tuple[int, int] | None = None) -> str:
 
 
 def colour_url(colours: ScalarMappable, values: np.ndarray) -> str:
-    """Numbers [h, w] as pixels in the colours of `colour_scale`; NaN is transparent."""
+    """A data URL of values [h, w] as coloured pixels; NaN is transparent."""
     return data_url(Image.fromarray(colours.to_rgba(values, bytes=True)))
 
 
 def overlay(title: str, values: np.ndarray, largest: float | None = None, signed: bool = False) -> dict:
-    """A map [14, 14] and its colour bar for the page; arguments as of `show_map`."""
+    """A map and its colour bar for the page; takes the arguments of `show_map`."""
     colours = colour_scale(values, largest, signed)
     ticks, ramp = colours.norm.inverse(np.array([0, 0.5, 1])), colours.norm.inverse(np.linspace(0, 1, 256))
     return {
@@ -229,9 +222,9 @@ def overlay(title: str, values: np.ndarray, largest: float | None = None, signed
 
 
 def bars(predictions: dict[str, Prediction], marks: dict[str, int]) -> dict:
-    """Distributions over numbers as at most 60 bars: "first" number, "width" in numbers, "heights", and "marks".
+    """Histograms of distributions over counts, with at most 60 bars, which reach to each of the `marks` (named counts).
 
-    `marks` are named numbers; the bars reach to them.
+    Returns the "first" count, the "width" of a bar in counts, "heights" (name -> probability of each bar), "marks".
     """
     shown = [*marks.values(), *(end for prediction in predictions.values() for end in prediction.interval(0.994))]
     first, last = max(0, min(shown) - 1), max(shown) + 1

@@ -1,7 +1,4 @@
-"""What is measured with nothing to download: Qwen3-VL's true shapes with random weights, and drawn roots of any sizes.
-
-Left out: the measuring.
-"""
+"""Models and pictures for measurements without a download: Qwen3-VL's shapes with random weights, drawn roots."""
 
 import json
 from pathlib import Path
@@ -26,7 +23,7 @@ SHAPES = {  # name: (width, inner width, layers and heads of the language model,
 
 
 def load_or_shape(name: str, device: str = "cpu") -> CountingModel:
-    """A model by its name, or one of SHAPES with random weights and the tiny model's tokenizer."""
+    """Load a model, or make one of SHAPES with random weights and the tiny model's tokenizer."""
     if name not in SHAPES:
         return load_model(name)
     width, inner, layers, heads, encoder = SHAPES[name]
@@ -48,7 +45,7 @@ def load_or_shape(name: str, device: str = "cpu") -> CountingModel:
 
 
 def drawn_root(root: Path, sizes: list[tuple[int, int]]) -> Path:
-    """Draw a root whose training pictures have these sizes (height, width), with one picture in each other split."""
+    """Draw a root with a training picture of each size (height, width) in pixels; returns `root`."""
     make_dataset(root, len(sizes), 1, 1)
     entries, splits = (json.loads((root / file).read_text()) for file in (ANNOTATIONS, SPLITS))
     for name, (height, width) in zip(splits["train"], sizes, strict=True):

@@ -1,4 +1,4 @@
-"""The viewer: a window on samples and models, to look, choose, hide cells and count again.
+"""The viewer: a widget that shows samples and maps, and lets one choose options, hide cells and count again.
 
 viewer.Viewer(FSC147(root, "val"), {"counts alone": load_model("tiny"), "both losses": load_model("tiny-dual")})
 """
@@ -23,7 +23,7 @@ from .scene import Choice, Kept, photo_url
 
 STRIP = 9  # thumbnails at a time
 THUMBNAIL = 96, 72  # their largest width and height in pixels
-PAUSE = 0.15  # seconds without a change, before the distribution is computed, which takes longer than a redraw
+PAUSE = 0.15  # seconds without a change until the distribution is computed, which takes longer than a redraw
 
 SORTS: dict[str, Callable[[dict], float]] = {
     "order of the split": lambda row: 0,
@@ -34,7 +34,7 @@ SORTS: dict[str, Callable[[dict], float]] = {
 
 
 class Canvas(anywidget.AnyWidget):
-    """Draws `scene`, `photo` and `strip` when they change; sends the messages that `Viewer.receive` reads."""
+    """The widget's part in the page: draws `scene`, `photo` and `strip`, and sends messages to `Viewer.receive`."""
 
     _esm = Path(__file__).with_name("canvas.js")
     _css = Path(__file__).with_name("canvas.css")
@@ -44,12 +44,12 @@ class Canvas(anywidget.AnyWidget):
 
 
 class Viewer(widgets.VBox):
-    """Photograph, target, map and difference of a sample; shown as the last line of a cell.
+    """A notebook's widget of a sample's photograph, target, map and difference.
 
     Args:
-        samples: with images; none are a DataError.
-        models: name -> model, to choose from; each answers all samples at its first choice.  Without models there
-            are photographs and targets alone.
+        samples: one or more; a DataError without any.
+        models: name -> model.  A model answers all samples when it is first chosen.  Without models there are
+            photographs and targets alone.
     """
 
     def __init__(self, samples: Sequence[Sample], models: dict[str, CountingModel] | None = None):
@@ -79,21 +79,21 @@ class Viewer(widgets.VBox):
         return Choice(self.samples[self.place], self.kept[chosen["model"]], cells=self.cells, **chosen)
 
     def figure(self) -> Figure:
-        """The same view for a page without a kernel."""
+        """The view as a figure, for a page without a kernel."""
         return self.choice.figure()
 
     def rows(self) -> list[dict]:
-        """The count of each sample of the split and, with a model, the rest of `Kept.rows`."""
+        """`Kept.rows` of the chosen model; without a model, each sample's count."""
         return self.choice.kept.rows if self.kept else [{"count": sample.count} for sample in self.split]
 
     def order(self) -> list[int]:
-        """Places of the samples of the chosen category, sorted as chosen."""
+        """Indices of the samples of the chosen category, in the chosen order."""
         rows, sort, category = self.rows(), SORTS[self.controls["sort"].value], self.controls["category"].value
         places = [i for i, sample in enumerate(self.split) if category in ("", sample.category)]
         return sorted(places, key=lambda i: sort(rows[i]))
 
     def thumbnails(self) -> dict:
-        """The strip for the page; `first` is moved into its range."""
+        """The page's strip of thumbnails, from number `first` on, which is moved into its range."""
         order, rows = self.order(), self.rows()
         self.first = min(max(0, self.first), (len(order) - 1) // STRIP * STRIP)
         thumbs = []
@@ -107,23 +107,22 @@ class Viewer(widgets.VBox):
         return {"thumbs": thumbs, "text": text, "more": [self.first > 0, self.first + STRIP < len(order)]}
 
     def show_sample(self, place: int) -> None:
-        """Show the sample at a place of `samples`, with no cells hidden."""
+        """Show the sample with this index in `samples`, with no cells hidden."""
         self.place, self.cells = place, ()
         self.redraw()
 
     def hide_cells(self, cells: Sequence[int]) -> None:
-        """Hide these cells of 196, row by row, and count again."""
+        """Hide cells of the 14x14 grid (0..195, row by row), and count again."""
         self.cells = tuple(sorted({int(cell) for cell in cells} & set(range(GRID * GRID))))
         for hidden in ((), self.cells):
             self.choice.kept.prediction(self.samples[self.place], hidden)
         self.redraw()
 
     def redraw(self, message: str = "") -> None:
-        """Send the scene to the page, with its changed pictures."""
-        if self.kept:
-            offer(self.controls, self.choice)
+        """Send the scene to the page, with a message for the user."""
         points = []
         if self.kept:
+            offer(self.controls, self.choice)
             points = [[i, row["count"], row["predicted"], self.split[i].name] for i, row in enumerate(self.rows())]
         version = self.canvas.scene.get("version", 0) + 1
         more = {"version": version, "place": self.place, "message": message, "points": points}
@@ -133,7 +132,7 @@ class Viewer(widgets.VBox):
         self.predict_later()
 
     def predict_later(self) -> None:
-        """Compute the distribution over counts after a pause without a change."""
+        """Compute the distribution over counts once nothing has changed for PAUSE seconds."""
         if self.waiting is not None:
             self.waiting.cancel()
         if self.kept and not self.choice.predictions():
@@ -143,7 +142,7 @@ class Viewer(widgets.VBox):
                 self.receive({"kind": "predict"})
 
     def receive(self, message: dict, buffers: Sequence = ()) -> None:
-        """Do what a message asks for; the page shows the reason where that cannot be."""
+        """Handle a message of the page or of a control; the page shows the error if there is one."""
         try:
             self.do(message, buffers)
         except (DataError, ConfigError, ModelError, ValueError) as error:
@@ -174,7 +173,7 @@ class Viewer(widgets.VBox):
 
 
 def make_controls(samples: list[Sample], kept: dict[str, Kept]) -> dict[str, widgets.Widget]:
-    """Menus by name; `offer` fills some of those of a model."""
+    """The controls by name; `offer` fills the menus that depend on the choice."""
     menus = {"sort": list(SORTS), "category": [("all", ""), *sorted({(one.category, one.category) for one in samples})]}
     if kept:
         menus |= {"model": list(kept), "method": method_names(), "layers": [()], "heads": [()]}
@@ -190,7 +189,7 @@ def make_controls(samples: list[Sample], kept: dict[str, Kept]) -> dict[str, wid
 
 
 def offer(controls: dict[str, widgets.Widget], choice: Choice) -> None:
-    """Fill the menus that depend on model, method and picture."""
+    """Fill the menus of layers, heads and answer for a choice; hide layers and heads if its method has none."""
     kept = choice.kept
     default = f"default: {', '.join(map(str, kept.default_layers))}"
     menus = {
@@ -206,7 +205,7 @@ def offer(controls: dict[str, widgets.Widget], choice: Choice) -> None:
 
 
 def own_picture(name: str, content: bytes, category: str) -> Picture:
-    """A picture from the bytes of its file; DataError names the file."""
+    """A picture from a file's bytes; a DataError names the file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture"
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Shared by the notebooks: places of data, model and results, and options that fit on the card."""
+"""What the notebooks share: data, model, folder of results, and options of training that fit on the GPU."""
 
 import os
 import sys
@@ -14,8 +14,8 @@ from ..evaluation.tables import PUBLISHED
 from ..model.device import gpu_memory
 from ..model.load import count_parameters
 
-PICTURES = {"train": 400, "val": 60, "test": 50}  # of the drawn data set, where no root is given
-COLUMNS = {  # of notebook 03's tables, and of the summary that `make run` ends with
+PICTURES = {"train": 400, "val": 60, "test": 50}  # of the drawn data set
+COLUMNS = {  # of the tables of test results: key -> heading, format
     "mae": ("MAE (objects)", "{mae:.2f}"),
     "rmse": ("RMSE (objects)", "{rmse:.2f}"),
     "kl": ("KL (nats)", "{kl:.3f}"),
@@ -31,12 +31,12 @@ FITS = (  # fastest first: GiB that Qwen3-VL-2B needs with FSC147's widest image
 
 
 class WorkbookError(RuntimeError):
-    """A notebook cannot go on; the message says what to run first, or which cell failed."""
+    """A notebook cannot go on; the message names the cell that failed, or the notebook to run first."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Data root, model and results folder of the notebooks."""
+    """Data root, model and folder of results of the notebooks."""
 
     data: Path
     model: str
@@ -44,18 +44,8 @@ class Settings:
 
     @property
     def runs(self) -> Path:
-        """Folder of notebook 03's runs with this data and model: NAME-1, NAME-2 ..."""
+        """Folder of notebook 03's training runs with this data and model: NAME-1, NAME-2 ..."""
         return self.out / f"finetune-{'-'.join(Path(self.model).parts[-3:])}-{self.data.name}"
-
-    @property
-    def comparison(self) -> Path:
-        """Notebook 03's results on the test split."""
-        return self.out / "comparison.json"
-
-    @property
-    def overhead(self) -> Path:
-        """Notebook 02's timings."""
-        return self.out / "overhead.json"
 
     @property
     def published(self) -> list[dict]:
@@ -67,36 +57,41 @@ class Settings:
         return {int(path.name.rpartition("-")[2]): path for path in self.runs.glob(f"{name}-[0-9]*")}
 
     def new_run(self, name: str) -> Path:
-        """A folder for a new run; no older run's."""
+        """A folder for a new training run, with the next free number."""
         return self.runs / f"{name}-{max(self.numbered(name), default=0) + 1}"
 
     def trained(self) -> Path:
-        """The best checkpoint of notebook 03's last run with both losses; WorkbookError where there is none."""
+        """The best checkpoint of notebook 03's newest run with both losses; WorkbookError if there is none."""
         found = {number: run / "best" for number, run in self.numbered("both").items() if (run / "best").is_dir()}
         if not found:
             raise WorkbookError(f"there is no trained model in {self.runs}: run 03_dual_loss_finetuning.ipynb first")
         return found[max(found)]
 
     def fit(self) -> dict:
-        """Options of `train`, and a limit of images, for this model on this card; prints them, and the free memory."""
+        """Options of `train` that fit on this GPU, with a limit of images; prints them and the free memory."""
         if not torch.cuda.is_available():
             return {"limit": 160, "batch_size": 8}
-        most, free = (size / 2**30 for size in gpu_memory())
+        total, free = (size / 2**30 for size in gpu_memory())
         scale = count_parameters(self.model) / 2.1e9  # a model's need grows with its size
-        needed, options = next((need * scale, options) for need, options in FITS if need * scale <= most)
+        needed, options = next((need * scale, options) for need, options in FITS if need * scale <= total)
         options = {"limit": 160, **options}
-        print(f"{self.model} on {most:.0f} GiB: {', '.join(f'{key}={value}' for key, value in options.items())}")
+        print(f"{self.model} on {total:.0f} GiB: {', '.join(f'{key}={value}' for key, value in options.items())}")
         print(f"{free:.1f} GiB of the GPU are free", end=".\n" if free >= needed else f", {needed:.1f} are needed: ")
         if free < needed:
-            print("another process holds the rest, most likely the kernel of another notebook. Shut it down (Kernel, "
-                  "Shut Down Kernel), and run this cell again.")  # fmt: skip
+            print("another process holds the rest, most likely the kernel of another notebook. "
+                  "Shut it down (Kernel, Shut Down Kernel), and run this cell again.")  # fmt: skip
         return options
 
 
 def settings(data: str | Path | None = None, model: str = "tiny", out: str | Path | None = None) -> Settings:
-    """Places of data (None: drawn), model and results (None: the project's runs/notebooks); draws missing data.
+    """Settings of a notebook; draws the data set if it is missing.
 
-    The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT win over the arguments.
+    Args:
+        data: a root; None for drawn pictures.
+        model: as in `load_model`.
+        out: folder of results; None for the project's runs/notebooks.
+
+    The environment variables FSC147_DATA, FSC147_MODEL and FSC147_OUT replace the arguments.
     """
     if "ipykernel" in sys.modules:
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})  # PNG would make megabytes of a notebook

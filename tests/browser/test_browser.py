@@ -2,8 +2,6 @@
 
 import io
 import re
-import statistics
-import time
 
 import pytest
 from PIL import Image
@@ -206,25 +204,6 @@ def test_a_picture_of_ones_own_is_uploaded_or_dropped(page, keep):
     }""", list(picture()))  # fmt: skip
     page.wait_for_function("document.querySelector('.facts').innerText.startsWith('dropped.png')")
     page.wait_for_selector("svg[data-plot=distribution]")
-
-
-def test_two_hundred_changes_in_a_row(page, capsys):
-    open_largest(page)
-    for index in range(4):
-        choose(page, "sort", index)
-    started, taken = time.perf_counter(), []
-    menus = {name: len(options(page, name)) for name in ("sort", "layers", "heads", "word", "answer")}
-    now = {name: 3 if name == "sort" else 0 for name in menus}
-    for i in range(200):
-        name = list(menus)[i % len(menus)]
-        now[name] = (now[name] + 1) % menus[name]
-        taken.append(page.evaluate(CHANGE, [name, now[name]]))
-    assert min(taken) > 0 and page.get_by_role("alert").inner_text() == ""
-    assert page.locator("[data-panel=map]:visible").count() == 1
-    with capsys.disabled():
-        middle, ninth = statistics.median(taken), statistics.quantiles(taken, n=10)[-1]
-        print(f"\n200 changes in {time.perf_counter() - started:.0f} s; from a choice to the frame that shows it: "
-              f"{middle:.0f} ms (median), {ninth:.0f} ms (9 of 10)")  # fmt: skip
 
 
 def test_without_a_model_photographs_and_targets_are_shown(open_notebook, keep):

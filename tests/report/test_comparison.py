@@ -56,7 +56,7 @@ def test_images_of_another_epoch_are_not_compared(tmp_path):
     """A crash between best/ and summary.json leaves images that are not those of the metrics."""
     a, b = write_run(tmp_path / "a", [2.0, 4.0], 0.9), write_run(tmp_path / "b", [1.0, 3.0], 0.4)
     (b / "best" / "validation.csv").write_text((a / "best" / "validation.csv").read_text())
-    assert "b and a: not the same images, or no best/validation.csv of both" in compare_runs(CompareConfig((a, b)))
+    assert "b - a: not the same images, or no best/validation.csv of both" in compare_runs(CompareConfig((a, b)))
 
 
 def test_what_is_no_run_is_named(tmp_path):
@@ -73,7 +73,7 @@ def test_a_trained_run_compares_with_itself(tmp_path, root):
 
     out = tmp_path / "run"
     result = train(TrainConfig(root, out, "tiny-random", epochs=2, limit=4, batch_size=2, tracking="disabled"))
-    assert len(comparison.images_of_best(out, result.summary())) == 4
+    assert len(comparison.images_of_best(out, result.summary()["best"]["mae"])) == 4
     assert "MAE +0.000 (+0.000 to +0.000)" in compare_runs(CompareConfig((out, out)))
 
 
@@ -112,7 +112,7 @@ def test_splits_are_compared_seed_by_seed_and_picture_by_picture():
 
 def test_epoch_curves_are_the_logs():
     epochs = [{"epoch": epoch, "val": {"mae": mae, "kl": kl}} for epoch, mae, kl in ((0, 6.0, 0.4), (1, 5.0, 0.3))]
-    mae, kl = comparison.epoch_curves({"both": epochs}, baseline=12.0).axes
+    mae, kl = comparison.epoch_curves({"both": [epochs]}, baseline=12.0).axes
     assert mae.get_ylim()[0] == 0 and mae.get_ylim()[1] > 12.0  # the baseline is in the picture
     assert mae.lines[0].get_xydata().tolist() == [[0, 6], [1, 5]] and mae.lines[1].get_ydata() == [12, 12]
     assert kl.lines[0].get_xydata().tolist() == [[0, 0.4], [1, 0.3]] and len(kl.lines) == 1

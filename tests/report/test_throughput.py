@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fsc147lib.model.network import Recipe
-from fsc147lib.report.throughput import ThroughputConfig, compare, in_own_process, measure, measure_throughput
+from fsc147lib.report.throughput import ThroughputConfig, compare_to_peers, in_own_process, measure, measure_throughput
 from fsc147lib.report.timing import table
 
 pytestmark = pytest.mark.medium
@@ -46,7 +46,7 @@ def test_a_report_holds_every_variant(config, tmp_path, capsys):
 def test_a_row_tells_speed_memory_and_validation(config):
     row = measure("+ kept image features", config)
     assert row["images_per_second"] > 0 and len(row["rates"]) == 1 and 0 <= row["waiting"] < 1
-    assert row["validation_per_second"] > 0 and row["startup"] > 0 and row["retries"] == 0
+    assert row["validation_per_second"] > 0
 
 
 def test_a_process_that_ends_in_an_error_is_a_row(config, tmp_path):
@@ -61,4 +61,5 @@ def test_multiples_are_over_the_best_peer():
         {"name": "transformers.Trainer, tuned", "batch_size": 4, "out_of_memory": True},
         {"name": "this library", "images_per_second": 50.0, "rates": [50.0]},
     ]
-    assert [row["over_best_peer"] for row in compare(rows)] == [0.5, 1, None, 2.5]
+    compare_to_peers(rows)
+    assert [row.get("over_best_peer") for row in rows] == [0.5, 1, None, 2.5]
