@@ -1,9 +1,7 @@
 """The command line: `fsc147lib COMMAND ...`, also as `python -m fsc147lib COMMAND ...`.
 
-A command is an entry of `COMMANDS`.  Its options are the fields of a dataclass that lies beside the code that
-reads them.  A command's module, and torch with it, is imported once that command is chosen.
-
-Left out: everything that a command does; each calls one function.
+A command is an entry of `COMMANDS`.  Its options are the fields of a dataclass beside the code that reads them.  Its
+module, and torch with it, is imported only when the command runs.
 """
 
 import gc
@@ -47,17 +45,17 @@ def run_synth(config) -> None:
 def run_train(config) -> bool:
     from .evaluation import metrics_table
     from .training import train
-    from .training.plan import describe, plan_training
+    from .training.memory import plan_training
 
     if config.dry_run:
-        plans = plan_training(config)
-        print(describe(plans))
-        return plans[0].fits
+        fits, text = plan_training(config)
+        print(text)
+        return fits
     summary = train(config).summary()
-    columns = {"before": summary["before"]}
-    columns |= {f"{name}, epoch {summary[name]['epoch']}": summary[name] for name in ("best", "last")}
-    title = f"{summary['images']['val']} images of the split val of {config.data}, {config.model} trained on"
-    print(metrics_table(f"{title} {summary['images']['train']}", columns, summary["baselines"]))
+    best, last, images = summary["best"], summary["last"], summary["images"]
+    columns = {"before": summary["before"], f"best, epoch {best['epoch']}": best, f"last, epoch {last['epoch']}": last}
+    title = f"{images['val']} images of the split val of {config.data}, {config.model} trained on {images['train']}"
+    print(metrics_table(title, columns, summary["baselines"]))
     print(f"\nweights in {config.out}/best and {config.out}/last, losses in {config.out}/metrics.jsonl")
     return True
 
@@ -95,9 +93,9 @@ def run_sweep(config) -> bool:
 
 
 def run_compare(config) -> None:
-    from .report.comparison import compare_runs
+    from .report import comparison
 
-    print(compare_runs(config))
+    print(comparison.compare_runs(config))
 
 
 def run_verify(config) -> bool:
@@ -106,13 +104,13 @@ def run_verify(config) -> bool:
     return all(row["passed"] for row in verify_model(config))
 
 
-# name: (module and dataclass of its options; what runs, or its name in that module, False if it found faults; help)
+# name: (module:dataclass of the options, function or its name in that module, help); False means faults were found
 COMMANDS = {
     "check": ("data.checking:CheckConfig", run_check, "count what an FSC147 root holds and list every fault"),
     "import": ("data.own:ImportConfig", run_import, "make a root of pictures of your own, from CSV or COCO JSON"),
     "synth": ("data.scenes:SynthConfig", run_synth, "draw a small data set in FSC147's layout"),
     "verify": ("report.verify:VerifyConfig", run_verify, "see whether a model works on this machine"),
-    "train": ("training.plan:TrainCommand", run_train, "train to count and to look, and keep the best weights"),
+    "train": ("training.memory:TrainCommand", run_train, "fine-tune a model with both losses"),
     "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
     "predict": ("model.prediction:PredictConfig", run_predict, "count in your pictures, and show where it looks"),
@@ -128,29 +126,33 @@ def main(words: list[str] | None = None) -> int:
     0: done.  1: faults found.  2: refused, with the reason on stderr.  129, 130, 143: stopped by SIGHUP, Ctrl-C or
     SIGTERM.
 
-    A file of your own that adds a heatmap method first has the same commands: `sys.exit(main())` at its end.
-    `words` follow the program's name on the command line; None: those of `sys.argv`.
+    A program that registers a heatmap method can end with `sys.exit(main())`, and has the same commands.
+
+    Args:
+        words: the command line after the program's name; None: `sys.argv`.
     """
     words = sys.argv[1:] if words is None else words
     program = Path(sys.argv[0]).name
     program = "python -m fsc147lib" if program == "__main__.py" else program
+    lines = [f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items()]
+    overview = "\n".join([f"usage: {program} COMMAND ...", "", *lines, "", f"options: {program} COMMAND --help"])
     if not words or words[0] in ("-h", "--help"):
-        print(overview(program))
+        print(overview)
         return 0 if words else 2
     if words[0] not in COMMANDS:
-        print(f"{words[0]!r} is no command\n\n{overview(program)}", file=sys.stderr)
+        print(f"{words[0]!r} is no command\n\n{overview}", file=sys.stderr)
         return 2
     try:
         try:
             return run_command(words, program)
         except (ConnectionResetError, ConnectionRefusedError, EOFError, RuntimeError) as error:
             return tell_killed_reader(error)
-    except RuntimeError as error:  # torch reports a dead reader once more, in the middle of the sentence on it
+    except RuntimeError as error:  # torch can report the same dead reader twice, the second time anywhere
         return tell_killed_reader(error)
 
 
 def tell_killed_reader(error: Exception) -> int:
-    """The exit status, where a process that reads images was killed; else the error is raised again."""
+    """Print a sentence and return the exit status if a process that reads images was killed; raise other errors."""
     from .readers import reader_died
 
     if not reader_died(error):
@@ -160,42 +162,37 @@ def tell_killed_reader(error: Exception) -> int:
 
 
 def run_command(words: list[str], program: str) -> int:
-    """Run the command that the first word names; its exit status."""
+    """Run the command named by the first word; returns its exit status."""
     options, run, _ = COMMANDS[words[0]]
     place, config = options.split(":")
     try:
         module = imported(place)
         run = getattr(module, run) if isinstance(run, str) else run
         return 1 if run(parse_options(getattr(module, config), words[1:], f"{program} {words[0]}")) is False else 0
-    except (ConnectionResetError, ConnectionRefusedError):
+    except (ConnectionResetError, ConnectionRefusedError):  # OSErrors of a dead reader
         raise
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:  # of `train` with a sentence on how to go on
-        with suppress(OSError):  # the terminal was closed
+    except KeyboardInterrupt as stop:  # an `Interrupted` of `train` says how to continue
+        with suppress(OSError):  # the terminal is closed
             print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         return 128 + getattr(stop, "signal", 2)
 
 
 def imported(place: str):
-    """A command's module.  Where that is the first time, the garbage collector rests meanwhile and never looks at what
-    the imports leave: hundreds of thousands of objects that stay."""
+    """Import a command's module.  At the first import, the garbage collector is paused, and then ignores the objects
+    that were made: hundreds of thousands, which stay."""
     name = f"fsc147lib.{place}"
     if name in sys.modules or not gc.isenabled():
         return importlib.import_module(name)
-    gc.collect()  # or garbage would stay, too
+    gc.collect()  # freeze would keep garbage
     gc.disable()
     try:
         return importlib.import_module(name)
     finally:
         gc.freeze()
         gc.enable()
-
-
-def overview(program: str) -> str:
-    lines = [f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items()]
-    return "\n".join([f"usage: {program} COMMAND ...", "", *lines, "", f"options: {program} COMMAND --help"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
-"""Losses to step to run: the count loss and the attention loss, batches, the loop, a run's folder, and grids of runs.
-
-Left out: what a person looks at (`report`).
-"""
+"""Training: the two losses, batches, the optimizer step, the loop, a run's folder with its checkpoints, and sweeps of
+many runs over a grid of options."""
 
 from .loop import TrainConfig, train
 from .losses import DualLoss

@@ -1,4 +1,4 @@
-"""Which training images make a batch, and which batches make a step."""
+"""The order of training: the images of each batch, and the batches of each optimizer step."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,18 +15,18 @@ from ..readers import reader_options
 
 
 class Shown(NamedTuple):
-    """A training image as an epoch shows it: its number, and whether it is mirrored."""
+    """A training image in an epoch: its index, and whether it is mirrored."""
 
     image: int
     mirrored: bool
 
 
 Step: TypeAlias = list[list[Shown]]
-"""The batches of an optimizer step, of all processes in turn."""
+"""The batches of one optimizer step.  Several processes take them in turn."""
 
 
 class TrainingImages(Dataset):
-    """Samples as `SizeBatches` asks for them."""
+    """Samples, indexed by the `Shown` of `SizeBatches`."""
 
     def __init__(self, samples: list[Sample]):
         self.samples = samples
@@ -40,33 +40,31 @@ class TrainingImages(Dataset):
 
 
 class SizeBatches(Sampler):
-    """Batches of images of like size, in an order that depends on seed and epoch alone.
+    """Batches of images of similar length, in an order that depends only on seed and epoch.
 
-    Each epoch shows each sample once.  It sorts them by length, cuts them into batches, and shuffles the batches.
-    Chance decides each epoch anew which samples of like length meet, and which are mirrored.  Steps differ by at most
-    one image, and so do batches, so all images weigh alike.  Iterates forever, so workers prefetch across epochs.
+    An epoch shows each image once: images are sorted by length, cut into batches, and the batches are shuffled.
+    Each epoch draws anew which images share a batch, and which are mirrored.  Steps differ by at most one image, and
+    so do batches, so each image has about the same weight.  Iterates forever, so workers prefetch across epochs.
 
     Args:
-        lengths: of each sample (rows, columns, tokens), see `Collate.lengths`.
-        batch_size: most images of a batch.  Several processes need a batch each, so with a `batch_size` of 1 some
-            batches of theirs hold 2.
-        flip: whether half of the samples are mirrored.
-        by_size: False leaves the sort out.
-        accumulation: most batches of a process in a step.
-        processes: number of processes; they take batches in turn, and equally many in each step.
-        batch_tokens: most tokens of a forward pass, padding included.  A batch above it is cut into parts; a longer
+        lengths: (rows, columns, tokens) of each sample, see `Collate.lengths`.
+        batch_size: most images of a batch.  With several processes and a `batch_size` of 1, some batches hold 2.
+        flip: mirror half of the images.
+        by_size: sort by length; False leaves the order random.
+        accumulation: most batches of one process in a step.
+        processes: number of processes; each has the same number of batches in a step.
+        batch_tokens: most tokens of a forward pass, padding included.  A larger batch is cut into parts; a longer
             image is a part of its own.
 
     Attributes:
         steps: number of steps of an epoch.
-        per_step: most batches of a process in a step, before they are cut into parts.
+        per_step: most batches of one process in a step, counted before `batch_tokens` cuts them.
 
     Raises:
-        ConfigError: fewer samples than processes; or `batch_tokens` with several processes, since their numbers of
-            parts would differ.
+        ConfigError: fewer samples than processes, or `batch_tokens` with several processes.
     """
 
-    drop_last = False  # accelerate asks
+    drop_last = False  # accelerate reads it
 
     def __init__(
         self,
@@ -79,17 +77,17 @@ class SizeBatches(Sampler):
         processes: int = 1,
         batch_tokens: int | None = None,
     ):
-        if batch_tokens and processes > 1:
+        if batch_tokens and processes > 1:  # the processes' numbers of parts would differ
             raise ConfigError("batch_tokens (--batch-tokens) works in one process: give a smaller --batch-size")
         if len(lengths) < processes:
             raise ConfigError(f"{len(lengths)} training images are too few for {processes} processes: start fewer")
-        self.batch_tokens = batch_tokens
         self.lengths, self.seed, self.flip, self.by_size = lengths, seed, flip, by_size
-        self.processes, images = processes, batch_size * processes
+        self.processes, self.batch_tokens = processes, batch_tokens
+        images = batch_size * processes
         self.steps = min(math.ceil(len(lengths) / (images * accumulation)), len(lengths) // processes)
-        together = math.ceil(len(lengths) / (images * self.steps)) * processes  # batches of a step
-        sizes = shares(len(lengths), self.steps * together)
-        self.batch_sizes = [sizes[first : first + together] for first in range(0, len(sizes), together)]  # of each step
+        batches = math.ceil(len(lengths) / (images * self.steps)) * processes  # of a step
+        sizes = shares(len(lengths), self.steps * batches)
+        self.batch_sizes = [sizes[first : first + batches] for first in range(0, len(sizes), batches)]  # of each step
         for step, sizes in enumerate(self.batch_sizes):
             if 0 in sizes:  # fewer images than batches
                 self.batch_sizes[step] = shares(sum(sizes), sum(sizes) // processes * processes)
@@ -97,9 +95,9 @@ class SizeBatches(Sampler):
         self.start(0)
 
     def start(self, epoch: int, done: int = 0) -> None:
-        """Begin with this epoch, without its first `done` steps.
+        """Begin iteration with this epoch, after its first `done` steps.
 
-        Not called `set_epoch`: accelerate calls that with a count of its own, which starts anew in a resumed run.
+        The name is not `set_epoch`: accelerate would call that with its own count, which starts at 0 on resuming.
         """
         self.first, self.done = epoch, done
 
@@ -109,48 +107,43 @@ class SizeBatches(Sampler):
                 yield from step
 
     def sizes(self, epoch: int, done: int = 0) -> list[int]:
-        """Forward passes of a process in each step of an epoch, without the first `done` steps."""
+        """Number of forward passes of one process in each step of an epoch, after its first `done` steps."""
         return [len(step) // self.processes for step in self.epoch(epoch, done)]
 
     def epoch(self, epoch: int, done: int = 0) -> list[Step]:
-        """The steps of an epoch, without the first `done`."""
+        """The steps of an epoch after its first `done`."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        mirrored = (torch.rand(len(order), generator=generator) < 0.5 * self.flip).tolist()
-        if self.by_size:  # within a few tokens, so that an image does not always meet the same others
-            jitter = (3 * torch.rand(len(order), generator=generator)).tolist()
-            order.sort(key=lambda i: self.lengths[i][2] + jitter[i])
+        mirrored = (torch.rand(len(order), generator=generator) < (0.5 if self.flip else 0)).tolist()
+        if self.by_size:  # noise of up to 3 tokens, so that an image does not always meet the same neighbours
+            noise = (3 * torch.rand(len(order), generator=generator)).tolist()
+            order.sort(key=lambda i: self.lengths[i][2] + noise[i])
         sizes = [size for step in self.batch_sizes for size in step]
-        # the place in the epoch of the batch of the shortest images, of the next longer ones ...
-        places = torch.randperm(len(sizes), generator=generator).argsort().tolist()
-        rest, batches = iter(order), {}
-        for place in places:
-            # images of one size side by side, for the vision encoder
-            images = sorted(islice(rest, sizes[place]), key=self.lengths.__getitem__)
+        batches: list[Step] = [[]] * len(sizes)
+        end = 0
+        for place in torch.randperm(len(sizes), generator=generator).argsort().tolist():  # of the next longer batch
+            start, end = end, end + sizes[place]
+            images = sorted(order[start:end], key=self.lengths.__getitem__)  # the encoder wants equal sizes together
             batches[place] = self.parts([Shown(i, mirrored[i]) for i in images])
-        in_turn = map(batches.__getitem__, range(len(sizes)))
+        in_turn = iter(batches)
         steps = [list(chain.from_iterable(islice(in_turn, len(step)))) for step in self.batch_sizes]
         return steps[done:]
 
     def parts(self, batch: list[Shown]) -> list[list[Shown]]:
-        """The batch in order, cut into as few parts of `batch_tokens` as possible, all of like weight.
+        """The batch in order, cut into as few parts of `batch_tokens` as possible, of similar numbers of tokens.
 
-        A part of few tokens would make torch compile a layer anew.
+        torch would compile a layer anew for a part of few tokens.
         """
         if not self.batch_tokens:
             return [batch]
         fewest = len(self.cut(batch, self.batch_tokens))
-        low, high = 0, self.batch_tokens  # around the lowest limit that needs no more parts
-        while low < high:
-            middle = (low + high) // 2
-            if len(self.cut(batch, middle)) > fewest:
-                low = middle + 1
-            else:
-                high = middle
-        return self.cut(batch, high)
+        limit = sum(self.lengths[shown.image][2] for shown in batch) / fewest
+        while limit < self.batch_tokens and len(self.cut(batch, limit)) > fewest:
+            limit *= 1.02
+        return self.cut(batch, min(limit, self.batch_tokens))
 
-    def cut(self, batch: list[Shown], most: int) -> list[list[Shown]]:
-        """The batch in order, cut before each image that would take a part beyond `most` tokens."""
+    def cut(self, batch: list[Shown], most: float) -> list[list[Shown]]:
+        """The batch in order, cut before each image with which a part would exceed `most` tokens, padding included."""
         parts: list[list[Shown]] = []
         longest = 0
         for shown in batch:
@@ -165,12 +158,12 @@ class SizeBatches(Sampler):
 
 
 def shares(total: int, parts: int) -> list[int]:
-    """Whole numbers that differ by at most one and have this sum."""
+    """`parts` whole numbers with the sum `total` that differ by at most one."""
     return [total * (part + 1) // parts - total * part // parts for part in range(parts)]
 
 
 def make_loader(samples: list[Sample], batches: SizeBatches, collate: Callable, workers: int) -> DataLoader:
-    """Training batches, read by `workers` processes; 0: by this one."""
+    """A loader of training batches, read by `workers` processes; 0 reads in this process."""
     return DataLoader(
         TrainingImages(samples), batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0, prefetch_factor=4 if workers else None, **reader_options(workers),
@@ -178,7 +171,7 @@ def make_loader(samples: list[Sample], batches: SizeBatches, collate: Callable, 
 
 
 def windows(batches: Iterable[Batch], sizes: Iterable[int]) -> Iterator[list[Batch]]:
-    """The batches of each optimizer step; `sizes` are their numbers."""
+    """Group batches into optimizer steps; `sizes` are the steps' numbers of batches."""
     rest = iter(batches)
     for size in sizes:
         yield list(islice(rest, size))

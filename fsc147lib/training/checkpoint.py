@@ -1,10 +1,7 @@
-"""Save a run so that it loads as a model anywhere, and goes on here as if it had never stopped.
+"""Checkpoints: model folders (`CountingModel.save`) that a run also resumes from.
 
-A checkpoint is a model folder (`CountingModel.save`) with `training_state.safetensors` (optimizer
-moments) and `training_state.json` (schedule, epoch, history) beside the weights, and a manifest of all of them.
-Nothing is pickled.
-
-Left out: when to save (`train`).
+Beside the weights lie `training_state.safetensors` (the optimizer's moments), `training_state.json` (step, epoch,
+history), `validation.csv`, and a manifest with the size and checksum of each file.  Nothing is pickled.
 """
 
 import json
@@ -23,26 +20,21 @@ from ..model.network import CountingModel, ModelError
 TENSORS, STATE, VALIDATION = "training_state.safetensors", "training_state.json", "validation.csv"
 
 RUN_ID = "run_id"
-"""File of a run's folder that says whose its checkpoints must be."""
+"""File of a run's folder with the run's id, which is in the manifest of each of its checkpoints."""
 
 
 def save_checkpoint(
-    folder: Path,
-    model: CountingModel,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-    run: str,
-    validation: str | None = None,
+    folder: Path, model: CountingModel, optimizer: torch.optim.Optimizer, state: dict, run: str, validation: str | None
 ) -> None:
-    """Write a checkpoint of the model and the optimizer's moments; the one before stays, with ".old" to its name.
+    """Write a checkpoint; the previous one in `folder` is kept beside it, with ".old" added to its name.
 
     Args:
-        state: everything else that `load_training_state` shall give back, as JSON values.
-        run: whose checkpoint this is.
-        validation: CSV of the validation image by image, to lie beside the weights.
+        state: other values that `load_training_state` returns, as JSON.
+        run: the run's id.
+        validation: CSV of the validation, a row for each image.
 
     Raises:
-        OSError: there is no room for it.
+        OSError: the disk is full, or cannot be written.
     """
     try:
         with new_folder(folder, replace=True, keep=True) as draft:
@@ -62,17 +54,17 @@ def save_checkpoint(
 
 
 def sound_checkpoint(out: Path) -> Path:
-    """The checkpoint that a run goes on from: last/, or the one before where last/ is damaged or another run's.
+    """The checkpoint that a run resumes from: last/, or last.old/ if last/ is damaged or belongs to another run.
 
     Raises:
-        ModelError: neither is sound.
+        ModelError: both are damaged.
     """
     last, before, run_id = out / "last", out / "last.old", out / RUN_ID
     run = run_id.read_text() if run_id.is_file() else ""
-    fault = _fault_of(last, run)
+    fault = fault_of(last, run)
     if not fault:
         return last
-    if _fault_of(before, run):
+    if fault_of(before, run):
         raise ModelError(
             f"{fault}: the checkpoint is damaged, and there is none before it; train again from its weights, with "
             f"--model {last} and another --out, or from best/"
@@ -81,8 +73,8 @@ def sound_checkpoint(out: Path) -> Path:
     return before
 
 
-def _fault_of(folder: Path, run: str) -> str:
-    """What is wrong with the files of a checkpoint that must be of this run, or ""."""
+def fault_of(folder: Path, run: str) -> str:
+    """The first fault of a checkpoint of this run, or ""."""
     try:
         manifest = read_manifest(folder)
     except DamagedFolder as error:
@@ -96,7 +88,7 @@ def _fault_of(folder: Path, run: str) -> str:
 
 
 def link_checkpoint(source: Path, folder: Path) -> None:
-    """Make `folder` the same checkpoint as `source`, sharing the files on disk where the disk can."""
+    """Copy a checkpoint, with hard links if the disk has them."""
     with new_folder(folder, replace=True) as draft:
         try:
             shutil.copytree(source, draft, copy_function=os.link)
@@ -105,7 +97,7 @@ def link_checkpoint(source: Path, folder: Path) -> None:
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Put the optimizer's moments back and return the rest of the state, of a checkpoint that is sound."""
+    """Load a sound checkpoint's moments into the optimizer; returns the `state` that was saved."""
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in load_file(folder / TENSORS).items():
         i, key = name.split(".", 1)

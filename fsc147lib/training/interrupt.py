@@ -1,7 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGHUP and a notebook's "interrupt": a run ends between two steps, and not within one.
-
-Left out: what is saved then (`run`), and the processes that read images (`readers`).
-"""
+"""Ctrl-C, SIGTERM, SIGHUP and a notebook's interrupt end a run between two steps."""
 
 import os
 import signal
@@ -14,10 +11,10 @@ from ..readers import STOP_SIGNALS, reader_died
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped from outside; the message says how to go on.
+    """A signal stopped the run; the message says how to continue.
 
     Attributes:
-        signal: the signal that stopped it.
+        signal: the `signal.Signals` that stopped it.
     """
 
     def __init__(self, number: int, where: str = "before a step was saved: start it again"):
@@ -26,11 +23,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """The signals that stop a run; they raise `Interrupted`: now, or when `hold` ends.
+    """Raises `Interrupted` for the first signal that stops a run: immediately, or when `hold` ends.
 
-    Later signals change nothing, for `timeout` sends two; but a Ctrl-C a second later is a plain KeyboardInterrupt.
-    An ignored SIGHUP stays ignored, as `nohup` wants it.  Nothing is caught outside the main thread, or in a run of
-    several processes, which would stop at different steps.
+    Later signals are ignored, because `timeout` sends two.  A Ctrl-C at least a second later raises KeyboardInterrupt.
+    Under `nohup`, SIGHUP stays ignored.  Signals keep their handlers outside the main thread, and in a run of several
+    processes, which would stop at different steps.
+
+    Attributes:
+        received: number of the first signal, 0 without one.
     """
 
     def __init__(self):
@@ -38,20 +38,19 @@ class Signals:
 
     @contextmanager
     def caught(self) -> Iterator["Signals"]:
-        """Catch signals until the end of this."""
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        """Handle signals within the block."""
         before = {}
-        if not several and threading.current_thread() is threading.main_thread():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
-                    before[number] = signal.signal(number, self._note)
+                    before[number] = signal.signal(number, self._handle)
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, _) -> None:
+    def _handle(self, number: int, _) -> None:
         if not self.received:
             self.received, self.since = number, time.monotonic()
             if not self.held:
@@ -60,13 +59,13 @@ class Signals:
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise what was held back."""
+        """Raise `Interrupted` if a signal was received."""
         if self.received:
             raise Interrupted(self.received)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Hold signals back until `check` or the end; a reader that dies of the same signal is no error."""
+        """Delay signals to the next `check` or the end of the block; drop the error of a reader that one killed."""
         self.held = True
         try:
             yield

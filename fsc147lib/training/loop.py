@@ -1,7 +1,7 @@
-"""The loop: a run trains epoch by epoch, validates after each, and leaves a checkpoint.
+"""The training loop: train an epoch, validate, save a checkpoint, and again.
 
-The same seed on the same machine gives the same run, and a run that was stopped goes on with `resume` to the very
-same end: from the step at which a signal reached it, or from the last whole epoch where it was killed.
+The same seed on the same machine gives the same run.  A run that stopped continues with `resume` to the same end: from
+the step that a signal interrupted, or from the last whole epoch after a kill.
 """
 
 import time
@@ -19,67 +19,13 @@ from .setup import Run, TrainConfig
 from .step import lazy_weight, learning_rate_factor
 
 
-def open_run(run: Run) -> None:
-    """Begin in the folder, or go on in it, and keep image features where the encoder is frozen."""
-    config, run.fingerprint = run.config, fingerprint(run.samples)
-    run.accelerator.wait_for_everyone()  # all have looked at the folder; from here one writes
-    with run.signals.hold():
-        if config.resume:
-            run.restore()
-        run.folder.start(config)
-    freeze_vision(run.model.network, not config.vision_trains(run.epoch))  # what is answered first, too
-    if config.caches_vision and not config.vision_trains(run.epoch):
-        train, val = run.samples.values()
-        mirrored = [sample.flipped() for sample in train] if config.flip else []
-        run.training_step.features = KeptFeatures.encode(
-            run.model, [*train, *mirrored, *val], run.compute, place_of_features(run),
-            config.out.parent / "vision-cache", run.workers,
-        )  # fmt: skip
-
-
-def train_epoch(run: Run, progress: tqdm) -> None:
-    """Train on each image once, with a line of the log every few steps; an epoch that was interrupted goes on."""
-    config, step = run.config, run.training_step
-    trains_vision = config.vision_trains(run.epoch)
-    freeze_vision(run.model.network, not trains_vision)
-    if trains_vision and run.store is None:  # kept image features are about to be wrong
-        step.features = None
-        run.open_loader(pixels=True)
-    step.loss.train()
-    images, started, every = 0, time.perf_counter(), config.heatmap_every
-    for window in run.windows(run.epoch, run.step - run.epoch * run.batches.steps):
-        factor = learning_rate_factor(run.step, run.total_steps, config.warmup, config.schedule)
-        for group in step.optimizer.param_groups:
-            group["lr"] = rate = config.learning_rate * factor
-        run.torn = True
-        losses, norm = step(window, lazy_weight(config.attention_weight, every, run.step))
-        run.step, run.torn = run.step + 1, False
-        images += sum(len(batch["names"]) for batch in window)
-        progress.update()
-        if run.step % config.log_every == 0 or run.step == 1 or losses.attention is not None and every > 1:
-            step.check()
-            line = {name: None if value is None else float(value) for name, value in losses._asdict().items()}
-            skipped = {"skipped_steps": step.skipped} if step.scaler.is_enabled() else {}
-            run.log({
-                "step": run.step, "epoch": run.epoch + 1, "count_loss": line["count"],
-                "attention_loss": line["attention"], "total": line["total"],
-                "learning_rate": rate, "gradient_norm": float(norm) if norm.isfinite() else None,
-                "images_per_second": images / (time.perf_counter() - started), **skipped,
-            })  # fmt: skip
-            images, started = 0, time.perf_counter()
-            progress.set_postfix({name: f"{value:.3f}" for name, value in line.items() if value is not None})
-        run.signals.check()
-    step.check()
-    run.epoch += 1
-
-
 def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callable | None = None) -> TrainResult:
-    """Fine-tune a model; `python -m fsc147lib train` calls this.
+    """Fine-tune a model; the command `train`.
 
     Args:
-        config: what to do; the run's folder is `config.out`.
-        on_log: called with each line of metrics.jsonl as it is written, for a live curve.
-        on_epoch: called with the model before training and after each epoch, for maps on the way.
+        config: the options; the run's folder is `config.out`.
+        on_log: called with each line of metrics.jsonl (a dict), for a live curve.
+        on_epoch: called with the `CountingModel` before training and after each epoch.
 
     Returns:
         The run's history.  The weights are in `out/best` and `out/last`.
@@ -87,7 +33,7 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
     Raises:
         ConfigError, DataError, ModelError: before the first step, with the cure in the message.
         NonFiniteLoss: during training; `last/` holds the last whole epoch.
-        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or a notebook's interrupt; `last/` holds all steps.
+        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or a notebook's interrupt; `last/` holds all finished steps.
     """
     with locked(config.out), Signals().caught() as signals:
         run = Run(config, on_log, on_epoch, signals=signals)
@@ -110,15 +56,72 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
     return run.result
 
 
+def open_run(run: Run) -> None:
+    """Begin or resume the run in its folder, and compute the image features that are kept."""
+    config, run.fingerprint = run.config, fingerprint(run.samples)
+    run.accelerator.wait_for_everyone()  # each process has checked the folder, in which one writes from here on
+    with run.signals.hold():
+        if config.resume:
+            run.restore()
+        run.folder.start(config)
+    freeze_vision(run.model.network, not config.vision_trains(run.epoch))
+    if config.caches_vision and not config.vision_trains(run.epoch):
+        run.training_step.features = KeptFeatures.encode(
+            run.model, run.kept_samples(), run.compute, place_of_features(run), config.out.parent / "vision-cache",
+            run.workers,
+        )  # fmt: skip
+
+
+def train_epoch(run: Run, progress: tqdm) -> None:
+    """Train on each image once, or on the rest of an epoch that was interrupted; log every `log_every` steps."""
+    config, step = run.config, run.training_step
+    trains_vision = config.vision_trains(run.epoch)
+    freeze_vision(run.model.network, not trains_vision)
+    if trains_vision and run.store is None:  # kept features would become wrong
+        step.features = None
+        run.open_loader(pixels=True)
+    step.loss.train()
+    images, started = 0, time.perf_counter()
+    for window in run.windows(run.epoch, run.step - run.epoch * run.batches.steps):
+        factor = learning_rate_factor(run.step, run.total_steps, config.warmup, config.schedule)
+        for group in step.optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        run.torn = True
+        losses, norm = step(window, lazy_weight(config.attention_weight, config.heatmap_every, run.step))
+        run.step, run.torn = run.step + 1, False
+        images += sum(len(batch["names"]) for batch in window)
+        progress.update()
+        looked = config.heatmap_every > 1 and losses.attention is not None
+        if run.step == 1 or run.step % config.log_every == 0 or looked:
+            step.check()
+            numbers = {name: None if value is None else float(value) for name, value in losses._asdict().items()}
+            line = {
+                "step": run.step, "epoch": run.epoch + 1, "count_loss": numbers["count"],
+                "attention_loss": numbers["attention"], "total": numbers["total"],
+                "learning_rate": config.learning_rate * factor,
+                "gradient_norm": float(norm) if norm.isfinite() else None,
+                "images_per_second": images / (time.perf_counter() - started),
+            }  # fmt: skip
+            if step.scaler.is_enabled():
+                line["skipped_steps"] = step.skipped
+            run.log(line)
+            progress.set_postfix({name: f"{value:.3f}" for name, value in numbers.items() if value is not None})
+            images, started = 0, time.perf_counter()
+        run.signals.check()
+    step.check()
+    run.epoch += 1
+
+
 def stopped(run: Run, number: int) -> Interrupted:
-    """Save the steps that are not saved yet, and say how to go on; `number` is the signal's."""
+    """Save the steps that are not saved yet; returns the exception that says how to continue after signal `number`."""
     if run.step > run.saved and not run.torn:
         run.training_step.check()
         run.save()
     if not run.saved:
         return Interrupted(number)
-    where = f"after step {run.saved} of {run.total_steps}, all of it in {run.config.out}/last"
     how = "go on with the same command and --resume (in Python: resume=True)"
     if run.config.lora:
         how = "its adapters are merged, so it cannot go on, but last/ is a model"
-    return Interrupted(number, f"{where}: {how}")
+    return Interrupted(
+        number, f"after step {run.saved} of {run.total_steps}, all of it in {run.config.out}/last: {how}"
+    )

@@ -1,4 +1,4 @@
-"""The two losses and their sum: is the predicted count right, and does the model look at the objects?"""
+"""The count loss, the attention loss, and their weighted sum."""
 
 import random
 from typing import NamedTuple
@@ -16,7 +16,7 @@ def squared_error(target: torch.Tensor, heatmap: torch.Tensor) -> torch.Tensor:
 
 
 ATTENTION_LOSSES = {"kl": kl_divergence, "mse": squared_error}
-"""An attention loss is a function of target and heatmap [B, 14, 14] to [B]."""
+"""Attention losses: functions of target and heatmap, both [B, 14, 14], to [B]."""
 
 
 class LossParts(NamedTuple):
@@ -24,19 +24,19 @@ class LossParts(NamedTuple):
 
     total: torch.Tensor
     count: torch.Tensor  # mean over answer tokens
-    attention: torch.Tensor | None  # mean over images with objects; None of a step that looked at no heatmap
+    attention: torch.Tensor | None  # mean over images with objects; None for a step that computed no heatmap
 
 
 class DualLoss(nn.Module):
-    """Count loss plus weighted attention loss of one forward pass; the one module that a training loop calls.
+    """Count loss plus weighted attention loss of a batch.
 
-    The attention loss leaves out images without objects: there is no target to hold their heatmap against.
+    Images without objects have no target, so they are not in the attention loss.
 
     Args:
-        heatmap: what is held against the target; None for the attention.
+        heatmap: the method whose heatmap is compared with the target; None for the attention.
         attention_loss: a name in ATTENTION_LOSSES.
-        heatmap_images: look at so many images of a batch only, chosen at random among those with objects, in a
-            pass of their own; the mean over all choices is the loss of the whole batch.  None looks at all.
+        heatmap_images: number of images of a batch in the attention loss, a random choice of those with objects,
+            in a forward pass of their own; the expected loss is that of all images.  None uses all.
     """
 
     def __init__(
@@ -54,16 +54,15 @@ class DualLoss(nn.Module):
         """The losses of a batch.  Nothing here waits for the GPU.
 
         Args:
-            weight: of the attention loss; 0 leaves it out, its heatmap included.
-            tokens, images: answer tokens and images with objects, to divide the sums by; None for this batch's own.
-                With gradient accumulation these are the numbers of the whole window, of all processes, so that every
-                answer token weighs the same and the parts of the window add up.
+            weight: of the attention loss; 0 computes no heatmap.
+            tokens, images: divisors of the two losses, numbers of answer tokens and of images with objects; None for
+                this batch's.  With gradient accumulation, those of all batches of the step, in all processes.
         """
         with_objects = [row for row, count in enumerate(batch["count"]) if count]
         weight = weight if with_objects else 0.0
         looked_at, share = batch, 1.0
         all_images = self.heatmap_images is None or self.heatmap_images >= len(batch["names"])
-        if weight and all_images:  # one pass for both
+        if weight and all_images:  # a single pass
             logits, heatmap = self.heatmap.with_logits(batch, create_graph=True)
         else:
             logits, _ = answer_logits(self.network, batch)
@@ -82,5 +81,5 @@ class DualLoss(nn.Module):
         return LossParts(count + weight * attention, count, attention)
 
     def chosen(self, names: list[str], rows: list[int]) -> list[int]:
-        """Which of some rows of a batch to look at: depends on the batch's images and their order alone."""
+        """Random choice of rows, at most `heatmap_images`; it depends only on the names of the batch's images."""
         return sorted(random.Random(" ".join(names)).sample(rows, min(self.heatmap_images, len(rows))))

@@ -1,40 +1,104 @@
-"""What a step and a validation of the heaviest images need of memory, by doing them; no weight moves."""
+"""Measure the heaviest images of a run: where kept image features have room, and what `train --dry-run` prints."""
 
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..data import Sample
-from ..evaluation.answering import Reading, answering_tokens, evaluate_samples
 from ..model.collate import to_device
-from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, seconds_of
+from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, wait_for
 from ..model.features import KeptFeatures
+from ..model.load import count_parameters
+from ..model.network import freeze_vision
 from .batches import Shown
-from .setup import Run
+from .setup import Run, TrainConfig
 
 GPU_SHARE, HOST_SHARE = 0.25, 0.5
-"""Kept features may take these shares of the GPU's whole memory, and of the machine's free memory."""
+"""Kept features may take these shares of the GPU's memory and of the free host memory."""
 
 GPU_SPARE = 0.05
-"""Share of the GPU's memory that stays empty: the same work takes a little more another time."""
+"""Share of the GPU's memory that stays empty: the same work can need slightly more another time."""
 
 
-@dataclass
-class Measured:
-    """Bytes above those in use before, and seconds."""
+class Measured(NamedTuple):
+    """Cost of the heaviest step and the heaviest batch of answers."""
 
-    step: int = 0  # gradients and activations
-    answers: int = 0  # a validation's batch
-    window: int = 0  # image features of a step's batches
-    first: float = 0.0  # seconds of the first pass, which compiles
-    seconds: float = 0.0  # of a step's forward and backward passes
+    bytes: int  # of the larger one, beside weights and moments
+    first: float  # seconds of the first passes, which compile
+    seconds: float  # of a step's forward and backward passes
 
 
-def choose_place(size: int, beside: int) -> str:
-    """Where kept features of so many bytes lie: "gpu", "host" or "disk", the first with room.
+def heaviest_parts(run: Run, size: int) -> list[list[Sample]]:
+    """The heaviest batch of `size` training images, cut into passes by --batch-tokens.
 
-    `beside`: bytes of the GPU that all else takes beside them, and beside what is in use now.
+    Without --batch-tokens these are the longest images.  Under it, more of slightly shorter images can be heavier.
+    """
+    lengths = [tokens for *_, tokens in run.batches.lengths]
+    by_length = [Shown(i, False) for i in sorted(range(len(lengths)), key=lengths.__getitem__)]
+    parts = run.batches.parts(by_length[-size:])
+    if run.config.batch_tokens:
+        full = run.batches.cut(by_length, run.config.batch_tokens)
+        parts = [max(full, key=lambda part: len(part[-size:]) * lengths[part[-1].image])[-size:]] * len(parts)
+    return [[run.samples["train"][shown.image] for shown in part] for part in parts]
+
+
+def features_bytes(run: Run, samples: list[Sample]) -> int:
+    """Bytes of the samples' kept image features."""
+    vision = run.model.network.config.vision_config
+    width = (1 + len(vision.deepstack_visual_indexes)) * vision.out_hidden_size
+    return sum(map(run.collate.visual_tokens, samples)) * width * (4 if run.compute.precision == "fp32" else 2)
+
+
+def measure(run: Run, size: int) -> Measured:
+    """Measure a step with batches of `size`, and a batch of answers, both of the heaviest images.  No weight changes.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for them.
+    """
+    step, device, parts = run.training_step, run.compute.device, heaviest_parts(run, size)
+    by_length = sorted(run.samples["val"], key=lambda sample: run.collate.lengths(sample)[2])
+    answers = by_length[-max(1, run.reading().batch_tokens // run.collate.lengths(by_length[-1])[2]) :]
+    features, passes = 0, len(parts) * run.batches.per_step
+    if run.config.caches_vision and not run.config.vision_trains(run.epoch):
+        images = [sample for part in parts for sample in part]
+        step.features = KeptFeatures.encode(run.model, [*images, *answers], run.compute, "host", Path(), run.workers)
+        features = features_bytes(run, images) * run.batches.per_step
+    window = [to_device(run.collate(parts[0]), device)] * min(2, passes)  # a second pass adds to the first's gradient
+    in_use = memory_in_use(device.type)
+
+    def train() -> None:
+        step.gradient(window, run.config.attention_weight)
+        step.optimizer.zero_grad()
+
+    def cost(work: Callable) -> tuple[int, float]:
+        began = time.perf_counter()
+        peak = peak_memory(work, device.type) or 0
+        wait_for(device.type)
+        return int(peak * 2**20) - in_use, time.perf_counter() - began
+
+    try:
+        run.model.network.train()  # in eval mode gradient checkpointing has no effect
+        first = cost(train)[1]
+        run.evaluate(answers)
+        peak, seconds = cost(train)
+        answering = cost(lambda: run.evaluate(answers))[0]
+        return Measured(max(peak + features, answering), first, seconds / len(window) * passes)
+    finally:
+        step.features = None
+        step.optimizer.zero_grad()
+        free_models()
+
+
+def choose_place(size: int, beside: float) -> str:
+    """The first of "gpu", "host" and "disk" with room for `size` bytes of kept features.
+
+    `beside`: bytes of the GPU that a run needs for other things, above those in use.
     """
     if torch.cuda.is_available():
         whole, ours = gpu_memory()
@@ -43,91 +107,92 @@ def choose_place(size: int, beside: int) -> str:
     return "host" if size <= HOST_SHARE * free_memory() else "disk"
 
 
-def heaviest_parts(run: Run, size: int) -> list[list[Sample]]:
-    """A batch of `size` training images in the passes that --batch-tokens cuts it into, each the heaviest one.
-
-    Without --batch-tokens these are the longest images.  Under it, more of slightly shorter images can be heavier.
-    """
-    lengths, limit = [tokens for *_, tokens in run.batches.lengths], run.config.batch_tokens
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    parts = [[shown.image for shown in part] for part in run.batches.parts([Shown(i, False) for i in order[-size:]])]
-    if limit:
-        many = [min(size, place + 1, max(1, limit // lengths[i])) for place, i in enumerate(order)]
-        last = max(range(len(order)), key=lambda place: (many[place] * lengths[order[place]], place))
-        parts = [order[last + 1 - many[last] : last + 1]] * len(parts)
-    return [[run.samples["train"][i] for i in part] for part in parts]
-
-
-def heaviest_answers(run: Run) -> list[Sample]:
-    """The longest validation images that are answered at once."""
-    lengths = [run.collate.lengths(sample)[2] for sample in run.samples["val"]]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    many = max(1, answering_tokens(run.pass_tokens, run.heatmap) // lengths[order[-1]])
-    return [run.samples["val"][i] for i in order[-many:]]
-
-
-def bytes_of_token(run: Run) -> int:
-    """Bytes of a visual token's kept features."""
-    vision = run.model.network.config.vision_config
-    width = (1 + len(vision.deepstack_visual_indexes)) * vision.out_hidden_size
-    return width * (4 if run.compute.precision == "fp32" else 2)
-
-
-def features_bytes(run: Run) -> int:
-    """Bytes of all kept image features of a run, mirror images among them."""
-    train, val = (sum(map(run.collate.visual_tokens, run.samples[split])) for split in ("train", "val"))
-    return ((1 + run.config.flip) * train + val) * bytes_of_token(run)
-
-
-def measure(run: Run, size: int) -> Measured:
-    """A step's passes forward and back, and a validation's batch, of the heaviest images; OutOfMemoryError."""
-    step, device, found = run.training_step, run.compute.device, Measured()
-    parts, answers = heaviest_parts(run, size), heaviest_answers(run)
-    tokens = answering_tokens(run.pass_tokens, run.heatmap)
-    if run.config.caches_vision and not run.config.vision_trains(run.epoch):
-        kept = [*(sample for part in parts for sample in part), *answers]
-        step.features = KeptFeatures.encode(run.model, kept, run.compute, "host", Path(), run.workers)
-        found.window = sum(run.collate.visual_tokens(sample) for part in parts for sample in part) * bytes_of_token(run)
-    # a second pass has the gradient of the first beside it
-    passes = min(2, len(parts) * run.batches.per_step)
-    window = [to_device(run.collate(parts[0]), device)] * passes
-    before = memory_in_use(device.type)
-
-    def train() -> None:
-        found.seconds = seconds_of(lambda: step.gradient(window, run.config.attention_weight), device.type) / passes
-        step.optimizer.zero_grad()
-
-    def answer() -> None:
-        reading = Reading(batch_tokens=tokens, features=step.features)
-        evaluate_samples(run.model, answers, run.heatmap, run.compute, reading=reading)
-
-    try:
-        run.model.network.train()  # or layers would keep what --gradient-checkpointing lets them forget
-        train()
-        answer()
-        found.first = found.seconds * passes
-        found.step = int((peak_memory(train, device.type) or 0) * 2**20) - before
-        found.answers = int((peak_memory(answer, device.type) or 0) * 2**20) - before
-        found.seconds *= len(parts) * run.batches.per_step
-        return found
-    finally:
-        step.features = None
-        step.optimizer.zero_grad()
-        free_models()
-
-
 def place_of_features(run: Run) -> str:
-    """Where a run's kept features lie.  Not on the GPU where a step has no room, nor with several processes, which
-    would wait for one that ran out of memory."""
+    """Where a run's kept features lie.  The GPU is chosen only where a step fits beside them, and in one process: with
+    several, one that runs out of memory would leave the others waiting."""
     if run.config.vision_cache != "auto":
         return run.config.vision_cache
-    size = features_bytes(run)
-    if run.compute.device.type != "cuda" or size > GPU_SHARE * gpu_memory()[0] or run.accelerator.num_processes > 1:
-        return choose_place(size, gpu_memory()[0] if run.compute.device.type == "cuda" else 0)
+    size, beside, step = features_bytes(run, run.kept_samples()), math.inf, run.training_step
+    on_gpu, alone = run.compute.device.type == "cuda", run.accelerator.num_processes == 1
+    if on_gpu and alone and size <= GPU_SHARE * gpu_memory()[0]:
+        with suppress(torch.OutOfMemoryError):
+            beside = measure(run, run.config.batch_size).bytes
+            if not step.optimizer.state:  # a resumed run has its moments already
+                beside += 2 * run.trained_bytes()
+    return choose_place(size, beside)
+
+
+@dataclass(frozen=True)
+class TrainCommand(TrainConfig):
+    """Fine-tune with both losses; --preset seed, quick or full changes the defaults of some options."""
+
+    dry_run: bool = False
+    """Do not train: measure a step of the heaviest images, and print the memory and time that the run needs."""
+
+
+def plan_training(config: TrainConfig) -> tuple[bool, str]:
+    """Whether a run fits on this machine, and what it needs, as text.  Nothing is written.
+
+    Raises:
+        ConfigError, DataError, ModelError: as `train`.
+    """
+    free_models()
+    room = gpu_memory()[1] if torch.cuda.is_available() else free_memory()
     try:
-        needs = measure(run, run.config.batch_size)
+        run = Run(config)
+        freeze_vision(run.model.network, not run.config.vision_trains(config.epochs - 1))
+        weights, trained = sum(weight.nbytes for weight in run.model.network.parameters()), run.trained_bytes()
     except torch.OutOfMemoryError:
-        return choose_place(size, gpu_memory()[0])
-    trained = sum(p.nbytes for p in run.training_step.parameters if p.requires_grad)
-    moments = 0 if run.training_step.optimizer.state else 2 * trained  # a run that goes on has them already
-    return choose_place(size, max(needs.step, needs.answers) + moments + needs.window * run.batches.per_step)
+        run, weights = None, 4 * count_parameters(config.model)
+        trained = 0 if config.lora else weights
+    parts = {"weights": weights, "gradients": trained, "AdamW's two moments": 2 * trained}
+    states = sum(parts.values())
+    if states > room or run is None:
+        cards = ", ".join(f"{gib(states / number)} on each of {number}" for number in (2, 4, 8))
+        advice = f"it does not fit, even without images; shared out over cards it is {cards}: try --lora 16"
+        return False, f"{table(parts, room)}\n{advice}, or a smaller model"
+    return plan_step(run, parts, room)
+
+
+def plan_step(run: Run, parts: dict[str, int], room: int) -> tuple[bool, str]:
+    """`plan_training` of a run whose weights, gradients and moments (bytes in `parts`) fit."""
+    size, found, batch, accumulation = run.config.batch_size, None, run.config.batch_size, run.config.accumulation
+    on_gpu, states = run.compute.device.type == "cuda", sum(parts.values())
+    if not on_gpu:
+        size = 1  # a process that runs out of the host's memory is killed
+    while size and not found:
+        try:
+            found = measure(run, size)
+        except torch.OutOfMemoryError:
+            size //= 2
+    largest = 0
+    if found:
+        images = max(map(len, heaviest_parts(run, batch))) / max(map(len, heaviest_parts(run, size)))
+        parts["activations"] = int(images * max(0, found.bytes - parts["gradients"]))
+        largest = int(batch * (room - states) / max(1, parts["activations"]))
+        largest = min(largest, size) if on_gpu else largest
+    text = table(parts, room)
+    if largest < batch:
+        flags = (
+            f"--batch-size {largest} --accumulation {math.ceil(accumulation * batch / largest)}, " if largest else ""
+        )
+        return False, f"{text}\nit does not fit: try {flags}--gradient-checkpointing or --lora 16"
+    if run.config.caches_vision:
+        kept, asked = features_bytes(run, run.kept_samples()), run.config.vision_cache
+        place = choose_place(kept, sum(parts.values()) - parts["weights"]) if asked == "auto" else asked
+        text += f"\n{'image features':22}{gib(kept):>10} on the {place}"
+    lengths = [tokens for *_, tokens in run.batches.lengths]
+    step = found.seconds * batch / size
+    epoch = step * run.batches.steps * sum(lengths) / len(lengths) / max(lengths) / 60
+    text += f"\na step of the heaviest images {step:.2f} s, the first passes {found.first:.1f} s"
+    return True, f"{text}\nan epoch about {epoch:.1f} min, without its validation\nit fits"
+
+
+def table(parts: dict[str, int], room: int) -> str:
+    """Bytes by part, their sum, and the free bytes."""
+    rows = [f"{name:22}{gib(size):>10}" for name, size in {**parts, "together": sum(parts.values())}.items()]
+    return "\n".join(rows) + f" of {gib(room)} that are free"
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,10 +1,8 @@
-"""The folder of a run: who may use it, what it holds, and how a run comes back from it.
+"""A run's folder: its files, its lock, and how a run resumes from it.
 
-`config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `summary.json` (validation
-before, best and last), `best/` and `last/` (checkpoints), `last.old/` (the checkpoint before, used where the last is
-damaged), `run_id`, `wandb/`.
-
-Left out: what a checkpoint holds (`checkpoint`), and when to write one (`loop`).
+`config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `summary.json` (first, best and last
+validation), `best/` and `last/` (checkpoints), `last.old/` (the previous checkpoint, used if `last/` is damaged),
+`run_id`, `wandb/`.
 """
 
 import hashlib
@@ -32,20 +30,20 @@ from .checkpoint import RUN_ID, link_checkpoint, load_training_state, save_check
 MAY_CHANGE = {
     "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite", "dry_run",
 }  # fmt: skip
-"""Options that a resumed run may give anew; with any other it would not be the same run."""
+"""Options that may change when a run resumes; with another value of any other it would be another run."""
 
 
 @dataclass
 class TrainResult:
-    """What a run leaves behind.
+    """History of a run.
 
     Attributes:
         out: the run's folder.
         baselines: `metrics.constant_baselines` on the validation split.
-        images: how many images `train` and `val` have.
+        images: numbers of images of the splits `train` and `val`.
         steps: the step lines of metrics.jsonl: step, epoch, count_loss, attention_loss (None on steps
             without it), total, learning_rate, gradient_norm, images_per_second.
-        epochs: one validation for each epoch, the first from before training (epoch 0).
+        epochs: a validation for each epoch; epoch 0 is the one before training.
     """
 
     out: Path
@@ -55,20 +53,20 @@ class TrainResult:
     epochs: list[dict] = field(default_factory=list)
 
     def summary(self) -> dict:
-        """Validation `before` training, `best` (lowest MAE, with its epoch) and `last`; baselines; images."""
+        """Validation metrics with their epoch, `before` training, `best` (lowest MAE) and `last`; baselines; images."""
         rows = [{"epoch": line["epoch"], **line["val"]} for line in self.epochs]
         best = min(rows[1:], key=lambda row: row["mae"])  # the first of those
         return {"before": rows[0], "best": best, "last": rows[-1], "baselines": self.baselines, "images": self.images}
 
 
 def fingerprint(samples: dict[str, list[Sample]]) -> dict[str, str]:
-    """SHA-256 of what training sees of each split, in its order: of `images` (names and files), `categories`, `dots`.
+    """SHA-256 of the `images` (names and files), `categories` and `dots` of all splits, in order.
 
-    A copy of a root elsewhere has the same; boxes and density files, which nothing is trained on, have no part in it.
+    A copy of a root has the same fingerprint.  Boxes and density files are not in it: training does not use them.
     """
     listed: dict[str, list] = {"images": [], "categories": [], "dots": []}
     for part in samples.values():
-        with ThreadPoolExecutor() as pool:  # many at once, for disks that answer late
+        with ThreadPoolExecutor() as pool:  # many reads at a time, for slow disks
             files = pool.map(lambda sample: _sha256(sample.image_path.read_bytes()), part)
             listed["images"].append([(sample.name, file) for sample, file in zip(part, files, strict=True)])
         listed["categories"].append([sample.category for sample in part])
@@ -90,7 +88,7 @@ def need_same_run(config) -> None:
             f"{path} cannot be read ({error}): start a new run from {config.out}/last as --model"
         ) from error
     now = json.loads(config.to_json())
-    for option in fields(config):  # one that the run did not know yet had its default
+    for option in fields(config):  # an option that the file lacks had its default
         before = saved.get(option.name, option.default)
         if option.name not in MAY_CHANGE and now[option.name] != before:
             raise ConfigError(
@@ -100,12 +98,12 @@ def need_same_run(config) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the only one of a run or the first, which alone writes."""
+    """Whether this is a run's first process, the one that writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def read_run(out: Path) -> tuple[dict, dict, list[dict]]:
-    """Options, summary, and the validations (lines of metrics.jsonl) of a run; ConfigError if it finished no epoch."""
+    """Options, summary and validations (lines of metrics.jsonl) of a run; a ConfigError if it finished no epoch."""
     try:
         options, summary = (json.loads((out / name).read_text()) for name in ("config.json", "summary.json"))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -116,7 +114,7 @@ def read_run(out: Path) -> tuple[dict, dict, list[dict]]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep other runs out of a run's folder; the lock, a file beside it, ends with the process that holds it.
+    """Lock a run's folder within the block, with a file beside it; the lock ends with its process.
 
     Raises:
         ConfigError: another run is at work there.
@@ -132,58 +130,61 @@ def locked(out: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """A run's folder.  An earlier run in it stays until the first checkpoint of the new one; see also `locked`.
+    """A run's folder.  A run that was in it stays beside it, as ".old", until the first checkpoint of the new one.
 
     Attributes:
-        writes: whether this process is the one of the run that writes; others read.
-        checkpoint: that a resumed run goes on from.
+        writes: this process writes; false in all but the first of several processes.
+        checkpoint: folder that a resumed run continues from.
 
     Args:
         config: a `TrainConfig`.
 
     Raises:
-        ConfigError: there is something else in the folder, an earlier run that is not to be overwritten, or
-            none that could go on.
+        ConfigError: the folder holds something that is no run, a run that is not to be overwritten, or no run to
+            resume.
+        ModelError: all checkpoints are damaged.
     """
 
     def __init__(self, config):
         self.config, self.out, self.writes = config, config.out, is_main_process()
-        self.checkpoint = self.out / "last"
-        self.before = self.out.with_name(self.out.name + ".old")  # an earlier run, until this one's first checkpoint
-        self.tracker = None
-        recover_folder(self.out / "last")
-        started = any((self.out / name).is_file() for name in (RUN_ID, f"{RUN_ID}.writing"))  # written first
-        finished_epoch = (self.out / "last").is_dir()
+        self.checkpoint, self.tracker = self.out / "last", None
+        self.replaced = self.out.with_name(self.out.name + ".old")
+        recover_folder(self.checkpoint)
+        has_checkpoint = self.checkpoint.is_dir()
         if config.resume:
-            if not finished_epoch:
+            if not has_checkpoint:
                 raise ConfigError(f"there is nothing to resume in {self.out}: no epoch of a run was finished there")
             need_same_run(config)
             self.checkpoint = sound_checkpoint(self.out)
-        elif finished_epoch and not config.overwrite:
+        elif has_checkpoint and not config.overwrite:
             raise ConfigError(
                 f"{self.out} holds a run already: name another --out, go on with --resume, or --overwrite it"
             )
-        elif not started and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ConfigError(f"{self.out} holds something that is no run: name another --out (it is left alone)")
+        elif self.out.exists():  # the run's id is written first, so without it the folder is no run's
+            is_run = any((self.out / name).is_file() for name in (RUN_ID, f"{RUN_ID}.writing"))
+            if not is_run and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise ConfigError(f"{self.out} holds something that is no run: name another --out (it is left alone)")
 
     def start(self, resolved) -> None:
-        """Begin to write, and to track the `resolved` config; an earlier run is set aside."""
-        if self.writes:
-            if not self.config.resume:
-                set_aside(self.out)
-                write_text(self.out / RUN_ID, uuid4().hex)
-            write_text(self.out / "config.json", self.config.to_json())
-            (self.out / "metrics.jsonl").touch()
-            if self.config.tracking != "disabled":
-                self.tracker = start_tracker(self.out, self.config.tracking, json.loads(resolved.to_json()))
+        """Write the first files, set a replaced run aside, and start the tracker with the `resolved` config."""
+        if not self.writes:
+            return
+        if not self.config.resume:
+            set_aside(self.out)
+            write_text(self.out / RUN_ID, uuid4().hex)
+        write_text(self.out / "config.json", self.config.to_json())
+        (self.out / "metrics.jsonl").touch()
+        if self.config.tracking != "disabled":
+            self.tracker = start_tracker(self.out, self.config.tracking, json.loads(resolved.to_json()))
 
-    def restore(self, optimizer: torch.optim.Optimizer, seen: dict[str, str]) -> dict:
-        """Put the checkpoint's moments back into the optimizer, and return the rest of what was saved with it.
+    def restore(self, optimizer: torch.optim.Optimizer, images: dict[str, str]) -> dict:
+        """Load the checkpoint's moments into the optimizer; returns the rest of its state.
 
-        A ConfigError where `seen`, the `fingerprint` of the images, is another.
+        Raises:
+            ConfigError: the run was started with other images; `images` is the `fingerprint` of the present ones.
         """
         state = load_training_state(self.checkpoint, optimizer)
-        if changed := [part for part in seen if state["data"].get(part) != seen[part]]:
+        if changed := [part for part in images if state["data"].get(part) != images[part]]:
             raise ConfigError(
                 f"{' and '.join(changed)} of train or val in {self.config.data} are not those that the run in "
                 f"{self.out} was started with: give its --data, or start a new run with another --out"
@@ -191,14 +192,14 @@ class RunFolder:
         return state
 
     def rewrite(self, result: TrainResult, step: int) -> None:
-        """Write the files of a run that goes on from this step as its checkpoint knows them."""
+        """Rewrite the files of a run that resumes at `step`: lines of later steps go."""
         if result.epochs[-1]["step"] == step:  # a crash may have come between last/ and best/
             self._publish(result)
         lines = sorted([*result.steps, *result.epochs], key=lambda line: (line["step"], "val" in line))
         write_text(self.out / "metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
     def log(self, line: dict) -> None:
-        """Add a line to metrics.jsonl and to what is tracked."""
+        """Append a line to metrics.jsonl and send it to the tracker."""
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.tracker is not None:
@@ -208,38 +209,40 @@ class RunFolder:
         self, model: CountingModel, optimizer: torch.optim.Optimizer, state: dict, result: TrainResult,
         images: list[ImageResult] | None,
     ) -> None:  # fmt: skip
-        """Write last/; with the `images` of an epoch's validation also summary.json, and best/ if its MAE is lowest.
+        """Write last/.  After a validation, also summary.json, and best/ if the MAE is the lowest.
 
-        `state` are JSON values that `restore` gives back.
+        Args:
+            state: JSON values that `restore` returns.
+            images: results of the validation at this step; None within an epoch.
         """
-        last, listed = self.out / "last", None if images is None else to_csv([image.row() for image in images])
-        if self.checkpoint != last:  # the last is damaged, and the one before must not make room for it
+        last, table = self.out / "last", None if images is None else to_csv([image.row() for image in images])
+        if self.checkpoint != last:  # last/ is damaged; the sound checkpoint, last.old/, takes its place
             last.rename(self.out / f"damaged-{uuid4().hex[:8]}")
             recover_folder(last)
             self.checkpoint = last
-        save_checkpoint(last, model, optimizer, state, (self.out / RUN_ID).read_text(), listed)
+        save_checkpoint(last, model, optimizer, state, (self.out / RUN_ID).read_text(), table)
         if images is not None:
             self._publish(result)
-        shutil.rmtree(self.before, ignore_errors=True)
+        shutil.rmtree(self.replaced, ignore_errors=True)
 
     def _publish(self, result: TrainResult) -> None:
-        """Write what follows from the checkpoint of a whole epoch: summary.json, and best/."""
+        """Write summary.json, and best/ if the last epoch is the best one."""
         summary = result.summary()
         if summary["best"]["epoch"] == summary["last"]["epoch"]:
             link_checkpoint(self.checkpoint, self.out / "best")
         write_json(self.out / "summary.json", summary)
 
     def close(self) -> None:
-        """End tracking; give the folder back to the run that it was to replace, if this one came to nothing."""
+        """End tracking.  A run without a checkpoint is removed if it was to replace one, which comes back."""
         if self.tracker is not None:
             self.tracker.finish()
-        if self.writes and not (self.out / "last").is_dir() and self.before.exists():
+        if self.writes and not (self.out / "last").is_dir() and self.replaced.exists():
             shutil.rmtree(self.out, ignore_errors=True)
             recover_folder(self.out)
 
 
 def start_tracker(out: Path, mode: Literal["offline", "online"], config: dict):
-    """A Weights & Biases run with `log` and `finish`, its files in `out`/wandb."""
+    """A Weights & Biases run, with methods `log` and `finish`; its files lie in `out`/wandb."""
     import wandb  # takes half a second
     from wandb.errors import Error
 

@@ -1,4 +1,4 @@
-"""A run, put together: its options, images, model, step and folder."""
+"""The options of a training run, and its parts: images, model, step, loader and folder."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import set_seed
 
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
-from ..evaluation.answering import Reading, answering_tokens, evaluate_samples
+from ..evaluation.answering import Evaluation, Reading, answering_tokens, evaluate_samples
 from ..evaluation.metrics import constant_baselines
 from ..model.collate import Batch, Collate
 from ..model.device import choose_compute, default_workers
@@ -30,14 +30,14 @@ from .step import SCHEDULES, TrainingStep, make_accelerator, make_optimizer
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune with both losses; --preset seed, quick or full gives the options below other defaults."""
+    """Fine-tune with both losses; --preset seed, quick or full changes the defaults of some options."""
 
     PRESETS: ClassVar[dict[str, dict]] = {
         "seed": {"attention_weight": 0.1, "learning_rate": 2e-6, "accumulation": 8},
         "quick": {"epochs": 1, "limit": 200},
         "full": {"epochs": 10},
     }
-    """What this project's first script trained with, and its two launches."""
+    """Options of this project's first script, a quick try, and a full training."""
 
     data: Path
     """Folder in FSC147's official layout."""
@@ -46,109 +46,110 @@ class TrainConfig:
     model: str = "tiny"
     """"tiny", a folder, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
     epochs: int = 1
-    """How often each training image is shown; each epoch ends in a validation and a checkpoint."""
+    """Passes over the training images; each ends with a validation and a checkpoint."""
     batch_size: int = 16
-    """Images of one forward pass."""
+    """Images of a batch."""
     batch_tokens: int | None = None
-    """Split a batch into passes of at most so many tokens, padding included: the same step in less memory."""
+    """Largest number of tokens of a forward pass, padding included.  A larger batch takes several passes."""
     accumulation: int = 1
-    """Batches of one step, whose gradients are added up: as one batch so many times as large, in less memory."""
+    """Batches of a step, whose gradients are added: the step of one larger batch in less memory."""
     learning_rate: float | None = None
-    """Highest learning rate; None for that of the model's own recipe, 1e-5 where it has none."""
+    """Highest learning rate.  None: the model's recipe, or 1e-5 for a model without one."""
     weight_decay: float = 0.05
-    """AdamW's pull of matrices towards 0, times the learning rate; norms and biases are spared."""
+    """AdamW's weight decay of matrices; norms and biases do not decay."""
     warmup: float = 0.1
-    """Part of all steps on which the learning rate rises."""
+    """Share of the steps, 0 to 1, during which the learning rate rises."""
     schedule: str = "cosine"
-    """The learning rate after the warmup: cosine or linear to 0, or constant."""
+    """The learning rate after the warmup: cosine (to 0), linear (to 0) or constant."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     attention_weight: float = 0.5
-    """Weight w of the attention loss; 0 trains on counts alone.  Chosen in docs/study.md."""
+    """Weight w of the attention loss; 0 trains on counts alone.  docs/study.md explains the default."""
     attention_loss: str = "kl"
-    """How heatmap and target are compared: KL(target || heatmap) in nats, or the squared error summed over cells."""
+    """Attention loss: kl (KL(target || heatmap) in nats) or mse (squared error summed over cells)."""
     attention_target: str = "objects"
-    """What the heatmap is drawn to: the objects, or as a control another image's objects or a blob in the centre."""
+    """Target of the heatmap: objects, or as a control shuffled (another image's objects) or centre (a central blob)."""
     heatmap: str = "attention"
-    """What is held against the target: attention, token_gradient, input_gradient, or a method of your own."""
+    """Heatmap method that is trained: attention, token_gradient, input_gradient, or a registered one of your own."""
     heatmap_every: int | None = None
-    """Apply the attention loss on each K-th step, K times as strong; None for the method's own K."""
+    """Apply the attention loss every K steps, with K times its weight.  None: the method's default K."""
     heatmap_images: int | None = None
-    """Look at so many random images of each batch, and weigh them for all; None for the method's own number."""
+    """Number of random images of each batch that the attention loss uses.  None: the method's default number."""
     attention_layers: tuple[int, ...] | None = None
-    """Layers whose attention is trained; None for four over the second half."""
+    """Layers whose attention is trained.  None: four layers, spread over the second half."""
     attention_heads: tuple[int, ...] | None = None
-    """Heads whose attention is trained; None for all."""
+    """Heads whose attention is trained.  None: all."""
     unfreeze_vision_at: int | None = None
-    """First epoch (from 0) that trains the vision encoder; None for the recipe's: 0 or, where it has none, never."""
+    """First epoch, from 0, that trains the vision encoder.  None: the model's recipe decides, 0 or never."""
     flip: bool = True
-    """Show images mirrored half of the time."""
+    """Mirror half of the images, chosen anew in each epoch."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere.  What trains is fp32 in all."""
+    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere.  Weights that train stay fp32."""
     gradient_checkpointing: bool = False
     """Less memory for more time: 1.23 times a step of the tiny model on two CPU cores."""
     seed: int = 0
-    """Of random weights, order and mirroring: the same seed gives the same run on the same machine."""
+    """Random seed of weights, order and mirroring: the same seed gives the same run on the same machine."""
     limit: int | None = None
-    """Only so many images of each split."""
+    """Use only the first images of each split, this many."""
     category: str | None = None
-    """What all images show; the root then needs no class file."""
+    """Category of all images; the root then needs no class file."""
     exclude: Path | None = None
-    """List of training images to leave out, a name a line, as `check --exclude` writes it."""
+    """File with the names of training images to leave out, one a line, as `check --exclude` writes it."""
     max_pixels: int = MAX_PIXELS
-    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
+    """Largest image, in pixels, at most Pillow's limit of 179 million."""
     batch_by_size: bool = True
-    """Put images of like size into one batch: little padding, in an order that still varies."""
+    """Put images of similar length into one batch, for less padding; the order still varies."""
     compile: bool | None = None
-    """Compile the layers with torch.compile; None: on a GPU."""
+    """Compile the layers with torch.compile.  None: only on a GPU."""
     vision_cache: Literal["auto", "gpu", "host", "disk", "off"] = "auto"
-    """Where a frozen vision encoder's outputs are kept; auto: the first with room, if two epochs or more use it."""
+    """Place where outputs of the frozen vision encoder are kept.  auto: the first with room, from two epochs on."""
     lora: int | None = None
-    """Train low-rank adapters of this rank on the language model, instead of its weights."""
+    """Rank of LoRA adapters that train in place of the language model's weights."""
     workers: int | None = None
-    """Processes that read images; None: up to 8 on a GPU, else 0."""
+    """Processes that read images.  None: up to 8 with a GPU, 0 without."""
     log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Number of steps between two lines of metrics.jsonl."""
     tracking: Literal["offline", "online", "disabled"] = "offline"
-    """Weights & Biases; offline needs no account and no network."""
+    """Weights & Biases: offline needs neither account nor network."""
     resume: bool = False
-    """Go on from `out`/last, to the same end."""
+    """Continue the run in `out` from its last checkpoint; it ends as if it had never stopped."""
     overwrite: bool = False
-    """Remove an earlier run in `out`."""
+    """Replace the run that is in `out`."""
 
     def __post_init__(self):
-        for name, known in (
-            ("heatmap", method_names(True)), ("attention_loss", ATTENTION_LOSSES), ("schedule", SCHEDULES),
-            ("attention_target", ATTENTION_TARGETS),
-        ):  # fmt: skip
+        tables = {
+            "heatmap": method_names(True), "attention_loss": ATTENTION_LOSSES, "schedule": SCHEDULES,
+            "attention_target": ATTENTION_TARGETS,
+        }  # fmt: skip
+        for name, known in tables.items():
             need(self, name, getattr(self, name) in known, f"one of {', '.join(known)}")
-        counts = "epochs", "batch_size", "accumulation", "log_every", "heatmap_every", "heatmap_images", "limit", "lora"
-        least = dict.fromkeys((*counts, "max_pixels", "batch_tokens"), 1) | {"workers": 0, "unfreeze_vision_at": 0}
-        for name, smallest in least.items():
+        counts = ("epochs", "batch_size", "accumulation", "log_every", "heatmap_every", "heatmap_images", "limit",
+                  "lora", "max_pixels", "batch_tokens")  # fmt: skip
+        for name, least in {**dict.fromkeys(counts, 1), "workers": 0, "unfreeze_vision_at": 0}.items():
             value = getattr(self, name)
-            need(self, name, value is None or value >= smallest, f"at least {smallest}")
+            need(self, name, value is None or value >= least, f"at least {least}")
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             need(self, name, value is None or 0 < value < math.inf, "above 0 and finite")
         for name in ("weight_decay", "attention_weight"):
             need(self, name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
-        need(self, "lora", self.lora is None or not self.resume, "off when resume is on: adapters are merged on saving")
-        uncached = self.vision_cache in ("auto", "off")
-        need(self, "vision_cache", uncached or self.heatmap != "input_gradient", "off: input_gradient needs pixels")
-        need(self, "vision_cache", uncached or self.unfreeze_vision_at != 0, "off: the encoder trains from the start")
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
+        need(self, "lora", not (self.lora and self.resume), "off when resume is on: adapters are merged on saving")
+        if self.vision_cache not in ("auto", "off"):
+            need(self, "vision_cache", self.heatmap != "input_gradient", "off: input_gradient needs pixels")
+            need(self, "vision_cache", self.unfreeze_vision_at != 0, "off: the encoder trains from the start")
 
     def open_split(self, split: str) -> list[Sample]:
-        """A split's images as this run uses them."""
+        """The images of a split that this run uses."""
         exclude = self.exclude if split == "train" else None
         return open_split(self.data, split, self.limit, self.category, exclude, self.max_pixels)
 
     def resolved(self, recipe: Recipe, precision: str) -> "TrainConfig":
-        """The same, with what is left to the model's recipe, the heatmap's method or the machine filled in.
+        """A copy with each None filled in that the model's recipe, the heatmap method or the machine decides.
 
         Raises:
-            ConfigError: fp16 cannot hold this heatmap.
+            ConfigError: the gradients of this heatmap are too small for fp16.
         """
         if precision == "fp16" and self.attention_weight and self.heatmap.endswith("_gradient"):
             raise ConfigError(f"{self.heatmap} (--heatmap) is too small for fp16: give attention, or --precision fp32")
@@ -162,25 +163,36 @@ class TrainConfig:
         )  # fmt: skip
 
     def vision_trains(self, epoch: int) -> bool:
-        """Whether the vision encoder trains in this epoch (from 0), once `resolved`."""
+        """Whether the vision encoder trains in this epoch, from 0; for a config that is `resolved`."""
         return epoch >= self.unfreeze_vision_at
 
     @property
     def caches_vision(self) -> bool:
-        """Whether the vision encoder's outputs are kept: it must be frozen, and used again."""
-        frozen = min(self.unfreeze_vision_at, self.epochs)
-        if self.vision_trains(0) or self.heatmap == "input_gradient":
+        """Whether the vision encoder's outputs are kept: it must be frozen, with "auto" for two epochs or more."""
+        if self.vision_trains(0) or self.heatmap == "input_gradient" or self.vision_cache == "off":
             return False
-        return frozen >= 2 if self.vision_cache == "auto" else self.vision_cache != "off"
+        return self.vision_cache != "auto" or min(self.unfreeze_vision_at, self.epochs) >= 2
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, default=str)
 
 
 class Run:
-    """One training run, put together: images, model (a `CountingModel`, or the config's), step and folder."""
+    """The parts of a training run: images, model, step, loader and folder.
 
-    def __init__(self, config: TrainConfig, on_log=None, on_epoch=None, model=None, signals=None):
+    Attributes:
+        step, epoch: number of steps and of epochs that are done.
+        saved: number of steps in the last checkpoint.
+        torn: an update has begun and not ended, so the weights must not be saved.
+        fingerprint: of the images, see `run.fingerprint`; set by `loop.open_run`.
+
+    Args:
+        on_log, on_epoch: see `train`.
+        model: a `CountingModel` to train; None loads the config's.
+        signals: caught by the caller.
+    """
+
+    def __init__(self, config: TrainConfig, on_log=None, on_epoch=None, model=None, signals: Signals | None = None):
         self.on_log, self.on_epoch, self.signals = on_log, on_epoch, signals or Signals()
         self.folder = RunFolder(config)
         set_seed(config.seed)
@@ -188,8 +200,8 @@ class Run:
         self.accelerator = make_accelerator(self.compute)
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         need_other_images(config.attention_target, self.samples["train"])
+        device = "cpu" if config.lora else self.compute.device  # below adapters, weights get narrow before they move
         start = self.folder.checkpoint if config.resume else config.model
-        device = "cpu" if config.lora else self.compute.device  # adapters' frozen weights become narrow first
         self.model = model or load_model(start, seed=config.seed, device=device)
         self.config = config = config.resolved(self.model.recipe, self.compute.precision)
         network = self.model.network
@@ -203,15 +215,15 @@ class Run:
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
         self.total_steps = self.batches.steps * config.epochs
-        self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs done so far, and the checkpoint's steps
-        self.torn = False  # within an update
-        self.fingerprint: dict[str, str] = {}  # of the images, once the run is open
-        train, val = ([sample.count for sample in self.samples[split]] for split in ("train", "val"))
-        self.result = TrainResult(config.out, constant_baselines(train, val), {"train": len(train), "val": len(val)})
+        self.step, self.epoch, self.saved, self.torn = 0, 0, 0, False
+        self.fingerprint: dict[str, str] = {}
+        self.training_counts, val = ([sample.count for sample in samples] for samples in self.samples.values())
+        sizes = {split: len(samples) for split, samples in self.samples.items()}
+        self.result = TrainResult(config.out, constant_baselines(self.training_counts, val), sizes)
 
     def open_loader(self, pixels: bool) -> None:
-        """Open the loader of training batches, with room for all pixels unless the vision cache takes their place."""
-        self.stream: Iterator[Batch] | None = None  # the loader's, once `windows` has begun
+        """Make the loader of training batches, with their pixels, or without where kept features replace them."""
+        self.stream: Iterator[Batch] | None = None  # of the loader, begun by `windows`
         config, (train, val) = self.config, self.samples.values()
         self.store = PixelStore([*train, *val], self.model.image_processor, shared=self.workers > 0) if pixels else None
         self.collate = Collate(self.model.tokenizer, self.model.image_processor, self.store, pixels=pixels)
@@ -221,24 +233,29 @@ class Run:
         )  # fmt: skip
         self.loader = self.accelerator.prepare(make_loader(train, self.batches, self.collate, self.workers))
 
-    @property
-    def pass_tokens(self) -> int:
-        """Tokens of the heaviest training pass, padding included."""
-        longest = max(tokens for *_, tokens in self.batches.lengths)
-        return self.config.batch_tokens or self.config.batch_size * longest
+    def trained_bytes(self) -> int:
+        """Bytes of the weights that train."""
+        return sum(weight.nbytes for weight in self.training_step.parameters if weight.requires_grad)
+
+    def kept_samples(self) -> list[Sample]:
+        """All images of the run whose features are kept, mirror images included."""
+        train, val = self.samples.values()
+        return [*train, *([sample.flipped() for sample in train] if self.config.flip else []), *val]
 
     def windows(self, epoch: int, done: int = 0) -> Iterator[list[Batch]]:
-        """Each step's batches of an epoch but those done; who reads ahead goes on into the next, which is to follow."""
-        config, features = self.config, self.training_step.features
+        """The batches of each step of an epoch after its first `done` steps; epochs must be asked for in order."""
+        features = self.training_step.features
         if self.stream is None:
             self.batches.start(epoch, done)
             self.stream = iter(features.ahead(self.loader) if features else self.loader)
-        stream = controlled(self.stream, config.attention_target, self.samples["train"], f"{config.seed} {epoch}")
+        seed = f"{self.config.seed} {epoch}"
+        stream = controlled(self.stream, self.config.attention_target, self.samples["train"], seed)
         return windows(stream, self.batches.sizes(epoch, done))
 
     def restore(self) -> None:
-        """Go on from the folder's checkpoint."""
-        state, step = self.folder.restore(self.training_step.optimizer, self.fingerprint), self.training_step
+        """Continue from the folder's checkpoint."""
+        step = self.training_step
+        state = self.folder.restore(step.optimizer, self.fingerprint)
         self.result.steps, self.result.epochs = state["steps"], state["epochs"]
         self.step, self.epoch, self.saved = state["step"], state["epoch"], state["step"]
         if state.get("scaler"):
@@ -247,34 +264,38 @@ class Run:
             self.folder.rewrite(self.result, self.step)
 
     def save(self) -> None:
-        """Write a checkpoint.  Within an epoch, the one before counts as the last whole one."""
+        """Write a checkpoint.  Its epoch is that of the last validation, also within the next epoch."""
         if not self.folder.writes:
             return
-        result, step = self.result, self.training_step
-        state = {"step": self.step, "epoch": result.epochs[-1]["epoch"], "data": self.fingerprint,
-                 "steps": result.steps, "epochs": result.epochs, "scaler": step.scaler.state_dict()}  # fmt: skip
-        images = self.validation.images if result.epochs[-1]["step"] == self.step else None
+        result, step, last = self.result, self.training_step, self.result.epochs[-1]
+        state = {"step": self.step, "epoch": last["epoch"], "data": self.fingerprint, "steps": result.steps,
+                 "epochs": result.epochs, "scaler": step.scaler.state_dict()}  # fmt: skip
+        images = self.validation.images if last["step"] == self.step else None
         self.folder.save(self.model, step.optimizer, state, result, images)
         self.saved = self.step
 
     def log(self, line: dict) -> None:
-        """Keep a line of metrics.jsonl, and show it to whoever watches."""
+        """Add a line to the result and to metrics.jsonl, and pass it to `on_log`."""
         (self.result.epochs if "val" in line else self.result.steps).append(line)
         if self.folder.writes:
             self.folder.log(line)
             if self.on_log:
                 self.on_log(line)
 
+    def reading(self) -> Reading:
+        """How validation images are read: batches have room where a training pass has."""
+        longest = max(tokens for *_, tokens in self.batches.lengths)
+        tokens = answering_tokens(self.config.batch_tokens or self.config.batch_size * longest, self.heatmap)
+        features = self.training_step.features
+        return Reading(batch_tokens=tokens, workers=self.workers, features=features, store=self.store)
+
+    def evaluate(self, samples: list[Sample]) -> Evaluation:
+        """Evaluate the model on samples."""
+        return evaluate_samples(self.model, samples, self.heatmap, self.compute, self.training_counts, self.reading())
+
     def validate(self) -> None:
-        """Evaluate the validation split and log it."""
-        reading = Reading(
-            batch_tokens=answering_tokens(self.pass_tokens, self.heatmap), workers=self.workers,
-            features=self.training_step.features, store=self.store,
-        )  # fmt: skip
-        counts = [sample.count for sample in self.samples["train"]]
-        self.validation = evaluate_samples(
-            self.model, self.samples["val"], self.heatmap, self.compute, counts, reading
-        )  # fmt: skip
+        """Evaluate the validation split, log it and call `on_epoch`."""
+        self.validation = self.evaluate(self.samples["val"])
         self.log({"step": self.step, "epoch": self.epoch, "val": self.validation.metrics})
         if self.on_epoch:
             self.on_epoch(self.model)

@@ -1,7 +1,4 @@
-"""A grid of runs over any options of `train`; a finished run is not run again.
-
-Each run is a process of `train` with a folder of its own; `logs/` holds its output.  `sweep.json` follows each run.
-"""
+"""Sweeps: train each combination of some options once, in a process and folder of its own; `sweep.json` lists them."""
 
 import json
 import os
@@ -15,7 +12,6 @@ from pathlib import Path
 
 import tyro
 
-from ..evaluation.answering import EvaluateConfig, evaluate
 from ..files import write_json
 from ..options import ConfigError, need, parse_options
 from .run import need_same_run, read_run
@@ -29,13 +25,11 @@ class SweepConfig:
     train: tyro.conf.Positional[tuple[str, ...]] = ()
     """After --: options of train that all runs share."""
     grid: tuple[str, ...] = ()
-    """NAME=VALUE,VALUE,... of options of train; a value of several words in quotes: "attention_layers=1 2,2 3"."""
+    """NAME=VALUE,VALUE,... of options of train; quote a value of several words: "attention_layers=1 2,2 3"."""
     out: Path = Path("runs/sweep")
     """Folder of the sweep: a folder for each run, logs/, sweep.json."""
     parallel: int = 1
-    """Runs at once."""
-    splits: tuple[str, ...] = ()
-    """Splits that the last weights of each run answer at the end, image by image: test and test_seen, for example."""
+    """Number of runs at the same time."""
 
     def __post_init__(self):
         need(self, "parallel", self.parallel >= 1, "at least 1")
@@ -45,7 +39,7 @@ class SweepConfig:
 
 @dataclass
 class GridRun:
-    """One combination of a grid: the words of `train`, the values of the grid's options, and all options."""
+    """One combination of a grid: its name, words for the command `train`, values of the grid's options, and config."""
 
     name: str
     words: list[str]
@@ -67,14 +61,14 @@ class GridRun:
 
 
 def grid_runs(config: SweepConfig) -> list[GridRun]:
-    """Every combination of the grid, checked as `train` checks its options: SystemExit, its message printed."""
+    """All combinations of the grid.  The parser of `train` checks them, and exits (SystemExit) on a wrong value."""
     axes = {name: values.split(",") for name, _, values in (axis.partition("=") for axis in config.grid)}
     runs = []
     for values in product(*axes.values()):
-        point = dict(zip(axes, values, strict=True))
-        name = ",".join(f"{key}={value}" for key, value in point.items()).replace(" ", "+").replace("/", "-")
+        name = ",".join(f"{key}={value}" for key, value in zip(axes, values, strict=True))
+        name = name.replace(" ", "+").replace("/", "-")
         words = [*config.train, "--out", str(config.out / name)]
-        for key, value in point.items():
+        for key, value in zip(axes, values, strict=True):
             flag = key.replace("_", "-")
             if value in ("True", "False"):
                 words.append(f"--{flag}" if value == "True" else f"--no-{flag}")
@@ -82,77 +76,69 @@ def grid_runs(config: SweepConfig) -> list[GridRun]:
                 words += [f"--{flag}", *value.split()]
         settings = parse_options(TrainConfig, words, "train")
         options = json.loads(settings.to_json())
-        runs.append(GridRun(name, words, {key: options[key] for key in point}, settings))
+        runs.append(GridRun(name, words, {key: options[key] for key in axes}, settings))
     return runs
 
 
 def run_sweep(config: SweepConfig) -> list[dict]:
-    """Train the runs that are not finished; `fsc147lib sweep` calls this.
+    """Train the runs of a grid that are not finished; the command `sweep`.
 
     Returns:
         The rows of `sweep.json`, in the grid's order: `name`, `options` (of the grid), `finished`, `error` (None, or
-        the last printed line of a failed run), `seconds` (of all its processes); of a finished run `best` and `last`
-        (validation metrics with their epoch), `curve` (metrics of each epoch) and `splits` (`answer_split` of each).
+        the last printed line of a failed run), `seconds` (of all its processes); of a finished run also `best` and
+        `last` (validation metrics with their epoch) and `curve` (validation metrics of each epoch).
     """
     runs, path = grid_runs(config), config.out / "sweep.json"
     spent = {row["name"]: row["seconds"] for row in json.loads(path.read_text())["runs"]} if path.is_file() else {}
     rows = {run.name: run.row(spent.get(run.name, 0.0)) for run in runs}
+    unfinished = [run for run in runs if not rows[run.name]["finished"]]
 
     def write() -> None:
         write_json(path, {"train": config.train, "grid": config.grid, "runs": list(rows.values())})
 
     write()
-    waiting = [run for run in runs if not rows[run.name]["finished"]]
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
-    for run, seconds, error in processes(waiting, config.out / "logs", config.parallel):
+    print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished before", flush=True)
+    for run, seconds, error in processes(unfinished, config.out / "logs", config.parallel):
         rows[run.name] = run.row(rows[run.name]["seconds"] + seconds, error)
         write()
         print(f"{run.name}: {error or 'MAE {mae:.2f}'.format(**rows[run.name]['best'])}, {seconds:.0f} s", flush=True)
-    for run in runs:
-        if config.splits and rows[run.name]["finished"]:
-            rows[run.name]["splits"] = {split: answer_split(run.config, split) for split in config.splits}
-            write()
     return list(rows.values())
 
 
 def processes(runs: list[GridRun], logs: Path, parallel: int) -> Iterator[tuple[GridRun, float, str | None]]:
-    """Train runs, `parallel` at once.  Yields each at its end, with its seconds and its error; an end ends them all."""
-    threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, len(runs))))
+    """Train runs, `parallel` at a time; yields each when it ends, with its seconds and its error, or None.
+
+    An exception ends the runs with SIGTERM, on which they save.
+    """
     waiting = list(runs)
-    active: dict[str, tuple[GridRun, subprocess.Popen, float]] = {}
+    active: dict[subprocess.Popen, tuple[GridRun, float]] = {}
+    threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, len(runs))))
     try:
         while waiting or active:
             while waiting and len(active) < parallel:
                 run = waiting.pop(0)
-                active[run.name] = run, start(run, logs / f"{run.name}.txt", threads), time.perf_counter()
+                active[start(run, logs / f"{run.name}.txt", threads)] = run, time.perf_counter()
             time.sleep(0.1)
-            for run, process, began in [entry for entry in active.values() if entry[1].poll() is not None]:
-                del active[run.name]
-                printed = (logs / f"{run.name}.txt").read_text(errors="replace").strip()
-                ended = printed.splitlines()[-1] if printed else f"ended with status {process.returncode}"
-                yield run, time.perf_counter() - began, ended if process.returncode else None
+            for process in [process for process in active if process.poll() is not None]:
+                run, began = active.pop(process)
+                error = None
+                if process.returncode:
+                    printed = (logs / f"{run.name}.txt").read_text(errors="replace").split("\n")
+                    error = next(filter(str.strip, reversed(printed)), f"ended with status {process.returncode}")
+                yield run, time.perf_counter() - began, error
     finally:
-        for _, process, _ in active.values():
+        for process in active:
             process.terminate()
+        for process in active:
             process.wait()
 
 
 def start(run: GridRun, log: Path, threads: int) -> subprocess.Popen:
-    """Start a run, or go on with it from its last whole epoch."""
+    """Start the process of a run, which resumes from a checkpoint if there is one; its output goes to `log`."""
     command = [sys.executable, "-m", "fsc147lib", "train", *run.words]
     if (run.config.out / "last").is_dir():
         command.append("--resume")
-    environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", **os.environ}
     log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", **os.environ}
     with log.open("w") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-
-
-def answer_split(config: TrainConfig, split: str) -> dict:
-    """Answers of a run's last weights on a split: the `metrics`, and each image's `error` and `kl`."""
-    found = evaluate(EvaluateConfig(
-        config.data, str(config.out / "last"), split, batch_size=64, category=config.category,
-        max_pixels=config.max_pixels, precision=config.precision,
-    ))  # fmt: skip
-    images = {key: [image.row()[key] for image in found.images] for key in ("error", "kl")}
-    return {"metrics": found.metrics, **images}

@@ -77,17 +77,20 @@ def stopped(config):
     return run
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 2), (signal.SIGTERM, 3), (signal.SIGINT, 5)])
-def test_a_signal_ends_the_run_between_steps_and_it_goes_on_there(config, stopped, number, step):
+@pytest.mark.parametrize(
+    ("number", "step", "options"),
+    [(signal.SIGINT, 2, {"batch_size": 3, "accumulation": 3}), (signal.SIGTERM, 3, {}), (signal.SIGINT, 5, {})],
+)
+def test_a_signal_ends_the_run_between_steps_and_it_goes_on_there(config, stopped, number, step, options):
     """In the first epoch, at its last step, and in the second epoch."""
     before = signal.getsignal(number)
-    train(config("whole"))
-    raised = stopped(number, step)
+    train(config("whole", **options))
+    raised = stopped(number, step, **options)
     assert f"{number.name} after step {step} of 6" in str(raised) and "--resume" in str(raised)
     assert json.loads((config().out / "last" / "training_state.json").read_text())["step"] == step
     assert signal.getsignal(number) is before
     steps = []
-    train(config(resume=True), lambda line: steps.append(line["step"]))
+    train(config(resume=True, **options), lambda line: steps.append(line["step"]))
     assert steps[0] == min(step + 1, 3 if step <= 3 else 6) and steps[-1] == 6
     ends_equal(config("whole").out, config().out)
 
@@ -114,14 +117,6 @@ def test_before_the_first_step_nothing_is_left(config, stopped):
     assert "start it again" in str(stopped(signal.SIGINT, 0))
     assert not (config().out / "last").exists()
     train(config(epochs=1))
-
-
-def test_accumulation_goes_on_within_an_epoch(config, stopped):
-    options = {"batch_size": 2, "accumulation": 3}
-    train(config("whole", **options))
-    stopped(signal.SIGINT, 2, **options)
-    train(config(**options, resume=True))
-    ends_equal(config("whole").out, config().out)
 
 
 def test_a_tie_leaves_best_with_the_first(config, monkeypatch):
@@ -293,19 +288,6 @@ def command(config, *more):
     words = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in
              ("data", "model", "out", "batch_size", "log_every", "tracking", "epochs", "learning_rate")]  # fmt: skip
     return [sys.executable, "-m", "fsc147lib", "train", *words, *more]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_command_says_how_to_go_on(config, number, status):
-    settings = config(epochs=50)
-    process = subprocess.Popen(command(settings), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: '"step": 1' in text_of(settings.out / "metrics.jsonl"), process)
-    process.send_signal(number)
-    _, printed = process.communicate(timeout=120)
-    assert process.returncode == status
-    assert "--resume" in printed and "Traceback" not in printed
-    assert (settings.out / "last" / "model.safetensors").is_file()
 
 
 def text_of(path):
