@@ -1,6 +1,6 @@
-"""How well a model counts and looks: errors of counts, alignment of maps, and answering a whole split.
+"""How well a model counts and looks: metrics of counts and maps, answering a split, faithfulness of maps.
 
-Left out: drawing the numbers (`report`).
+The results are numbers and text tables; `report` draws them.
 """
 
 from .answering import EvaluateConfig, Evaluation, ImageResult, Reading, evaluate, evaluate_samples

@@ -1,7 +1,6 @@
-"""Answer every image of a split and measure the answers and the maps.
+"""Answer every image of a split, and measure answers and maps.
 
-Answers are greedy and free; losses and maps are those of the training objective, read while the right answer is
-forced, so that they can be compared with the training log.  Left out: drawing, and what to do with the numbers.
+The model answers greedily.  Count loss and maps are those under the true answer, as in training.
 """
 
 import csv
@@ -50,31 +49,29 @@ class EvaluateConfig:
     model: str = "tiny"
     """"tiny", a folder such as runs/train/best, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
     split: str = "val"
-    """Split of the split file to answer."""
+    """Name of the split."""
     batch_size: int = 16
-    """Images answered at once."""
+    """Images in a batch."""
     json: Path | None = None
-    """Write metrics here, and each image to the same name with .csv."""
+    """File for the metrics; a .csv of the same name beside it lists the images."""
     limit: int | None = None
-    """Only so many images."""
+    """Number of images, from the first; None for all."""
     category: str | None = None
-    """What all images show; the root then needs no class file."""
+    """Class of all images; the root then needs no class file."""
     max_pixels: int = MAX_PIXELS
-    """Largest image, in pixels; Pillow's own limit of 179 million stays."""
+    """Largest image, in pixels; Pillow's limit of 179 million stays."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU (fp16 on one that has no bf16), fp32 elsewhere."""
+    """auto: bf16 autocast on a GPU (fp16 on a GPU without bf16), fp32 on a CPU."""
     heatmap: str = "attention"
-    """What is held against the target: attention, relative_attention, token_gradient, input_gradient, occlusion (slow),
-    or your own."""
+    """Heatmap method: attention, relative_attention, token_gradient, input_gradient, occlusion (slow) or your own."""
     attention_layers: tuple[int, ...] | None = None
-    """Layers of the heatmap; None for four over the second half."""
+    """Layers of the heatmap; None for four in the second half of the network."""
     attention_heads: tuple[int, ...] | None = None
     """Heads of the heatmap; None for all."""
     workers: int | None = None
-    """Processes that read images; None: up to 8 on a GPU, else 0."""
+    """Processes that read images; None: up to 8 on a GPU, 0 on a CPU."""
     longest: int | None = None
-    """Tokens of an answer at the most; None: as "COUNT: " and six digits need.  A model that was never fine-tuned
-    talks on: give it 64 where `unparsed_leniently` matters."""
+    """Most tokens in an answer; None: enough for "COUNT: " and six digits.  Models without fine-tuning need 64."""
 
     def __post_init__(self):
         need_report(self, "images")
@@ -87,60 +84,59 @@ class EvaluateConfig:
 
 @dataclass
 class ImageResult:
-    """One image's row in the CSV."""
+    """An image, a row of the CSV."""
 
     name: str
     category: str
     count: int
     predicted: int | None  # None where the answer does not parse
     answer: str
-    error: float  # in objects, see `metrics.absolute_errors`
-    predicted_leniently: int | None = None  # read by `parse_count_leniently`; decides nothing
-    alignment: dict[str, float | None] = field(default_factory=dict)  # None in an empty scene, which has no target
+    error: float  # in objects, of `metrics.absolute_errors`
+    predicted_leniently: int | None = None  # of `parse_count_leniently`; not used for `error`
+    alignment: dict[str, float | None] = field(default_factory=dict)  # values are None for an empty scene
 
     def row(self) -> dict:
-        """Flat, for the CSV."""
+        """Fields and alignments in a flat dict."""
         row = asdict(self)
         return {**row, **row.pop("alignment")}
 
 
 @dataclass
 class Evaluation:
-    """Numbers of a split: `metrics` of the whole, `bins` by true count, `images` one by one."""
+    """Results of a split."""
 
-    metrics: dict[str, float | None]  # None where no image has it: of empty scenes alone, for example
-    bins: dict[str, dict[str, float | None]]
+    metrics: dict[str, float | None]  # None where no image has the metric, such as `kl` of empty scenes alone
+    bins: dict[str, dict[str, float | None]]  # of `metrics_by_bin`
     images: list[ImageResult]
-    baselines: dict[str, dict[str, float | None]] = field(default_factory=dict)  # of a root with a training split
+    baselines: dict[str, dict[str, float | None]] = field(default_factory=dict)  # {} without training counts
 
     def write(self, path: str | Path, **about) -> None:
-        """Write `path` (JSON: metrics, bins, baselines, `about`) and, beside it with the ending .csv, the images."""
+        """Write metrics, bins, baselines and `about` as JSON to `path`, and the images as CSV beside it."""
         write_json(path, {**about, "metrics": self.metrics, "bins": self.bins, "baselines": self.baselines})
         write_text(Path(path).with_suffix(".csv"), to_csv([image.row() for image in self.images]))
 
 
 def to_csv(rows: list[dict]) -> str:
-    """Rows with the same keys as CSV text, with a header; a ' goes before a text that a spreadsheet would compute."""
+    """Dicts with the same keys as CSV text with a header; a ' goes before text that a spreadsheet would compute."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerows([rows[0], *([_plain_cell(value) for value in row.values()] for row in rows)])
+    table.writerow(rows[0])
+    for row in rows:
+        formula = [isinstance(x, str) and x.startswith(("=", "+", "-", "@", "\t", "\r")) for x in row.values()]
+        table.writerow(f"'{x}" if quote else x for x, quote in zip(row.values(), formula, strict=True))
     return text.getvalue()
-
-
-def _plain_cell(value):
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 @dataclass(frozen=True)
 class Reading:
     """How images reach the model."""
 
-    batch_size: int = 16  # images answered at once
-    batch_tokens: int | None = None  # of a batch with its padding, in place of `batch_size`
+    batch_size: int = 16  # images in a batch
+    batch_tokens: int | None = None  # limit of a batch's tokens, padding included; replaces `batch_size`
     workers: int = 0  # processes that read images
-    features: KeptFeatures | None = None  # in place of images
-    store: PixelStore | None = None  # keeps images for another evaluation
-    longest: int | None = None  # tokens of an answer at the most; None for those of the longest number that parses
+    features: KeptFeatures | None = None  # replace the images
+    store: PixelStore | None = None  # keeps images for the next evaluation
+    longest: int | None = None  # most tokens in an answer; None: enough for the longest number that parses
 
 
 @torch.no_grad()
@@ -152,19 +148,18 @@ def evaluate_samples(
     training_counts: Sequence[int] = (),
     reading: Reading = Reading(),
 ) -> Evaluation:
-    """Evaluate a model that is in memory; it is moved to the compute's device, and answers in eval mode.
+    """Evaluate a model that is in memory; it is moved to the compute's device and answers in eval mode.
 
     Args:
-        heatmap: what is held against the target; None for the attention.
+        heatmap: method whose maps are compared with the targets; None for the attention.
         compute: device and precision; None for `choose_compute()`.
-        training_counts: of the training images: their mean is the cost of an answer without a number on an empty
-            scene, their largest tells which answers are absurd, and baselines follow from them.  Without any the mean
-            is that of `samples`.
+        training_counts: counts of the training images, for baselines, for absurd answers, and for the error of an
+            unparsed answer on an empty scene (their mean; without any, the mean of `samples`).
 
     Returns:
-        Metrics: `counting_metrics`, `absurd_answers`, unparsed (rate, 0..1), unparsed_leniently and mae_lenient (the
-        same where answers are read by `parse_count_leniently`), count_loss (nats per answer token), and the mean
-        `alignment` of images with objects.
+        Metrics: `counting_metrics`; `absurd_answers`; `unparsed`, rate of answers that do not parse, 0..1;
+        `unparsed_leniently` and `mae_lenient`, with answers read by `parse_count_leniently`; `count_loss` in nats per
+        answer token; means of `alignment` over images with objects.
 
     Raises:
         ValueError: a metric is not finite.
@@ -191,7 +186,7 @@ def evaluate_samples(
 def answer_batches(
     model: CountingModel, samples: list[Sample], heatmap: Heatmap | None, compute: Compute, reading: Reading
 ) -> Iterator[tuple[list[int], Batch, list[tuple[str, bool]], torch.Tensor, dict[str, list[float]]]]:
-    """Of each batch: places in `samples`, the batch, answers (text, and whether it ends), the count loss, alignment."""
+    """For each batch: indices in `samples`, batch, answers (text, whether complete), summed count loss, alignment."""
     network, tokenizer, features = model.network, model.tokenizer, reading.features
     heatmap, longest = heatmap or make_heatmap(network), reading.longest or longest_answer(tokenizer)
     collate = Collate(tokenizer, model.image_processor, reading.store, pixels=features is None)
@@ -217,15 +212,15 @@ def answer_batches(
 
 
 def answering_tokens(training_tokens: int, heatmap: Heatmap) -> int:
-    """Tokens that have room at once in answering where a training pass has so many.
+    """Tokens that fit in an answering batch if `training_tokens` fit in a training pass.
 
-    Answers are read without gradients, which leaves room for four times as many, unless the heatmap needs gradients.
+    Four times as many fit without gradients.  Attention methods need none; the others are counted as needing them.
     """
     return 4 * training_tokens if isinstance(heatmap, Attention) else training_tokens
 
 
 def answering_chunks(lengths: list[int], batch_size: int, batch_tokens: int | None = None) -> list[list[int]]:
-    """Places of sequences in order of length, in chunks of `batch_size`, or of `batch_tokens` with their padding."""
+    """Indices sorted by length, in chunks of `batch_size`; or, if given, of up to `batch_tokens` with padding."""
     chunks: list[list[int]] = [[]]
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
         size = len(chunks[-1]) + 1
@@ -257,7 +252,7 @@ def _summarise(images: list[ImageResult], loss: float, empty_cost: float, traini
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Load a model and evaluate a split; `fsc147lib evaluate` calls this, prints it and writes `json`."""
+    """Load a model and evaluate a split, as `fsc147lib evaluate` does; nothing is printed or written."""
     samples = open_split(config.data, config.split, config.limit, config.category, None, config.max_pixels)
     model = load_model(config.model)
     compute = choose_compute(config.precision)

@@ -1,11 +1,7 @@
-"""Is a map true?  Whether the model needs what a map marks, and whether the map needs the model.
+"""Whether a map is faithful: the model needs the cells that the map marks, and the map depends on the weights.
 
-Hiding visual tokens in a map's order must hurt the answer sooner than in a random order (deletion), and showing
-them in that order must restore it sooner (insertion; Petsiuk et al., "RISE", BMVC 2018).  When the weights are
-re-drawn layer by layer, the map must fall apart (Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018).
-And a map that lies on the objects must do so better than maps that know nothing of the picture.
-
-Left out: the maps (`model.heatmaps`), and drawing (`report.faithful`).
+Deletion hides visual tokens in the map's order, insertion shows them (Petsiuk et al., "RISE", BMVC 2018).
+Re-drawn weights must change a faithful map (Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018).
 """
 
 import copy
@@ -18,7 +14,7 @@ import torch
 from ..data import Sample, kl_divergence, resample_map
 from ..data.targets import centre_blob
 from ..model import Batch, CountingModel, choose_compute, look, make_heatmap, mean_map, method_names
-from ..model.looking import Whose, answered_batches
+from ..model.looking import answered_batches
 from ..model.occlusion import hidden_log_probabilities
 from ..options import ConfigError
 from ..readers import progress_bar
@@ -26,33 +22,25 @@ from .metrics import alignment, bootstrap_interval, correlation
 from .tables import aligned
 
 CHANCE = ("uniform", "centre", "another image's target")
-"""Maps that know nothing of their picture."""
+"""Maps that do not depend on the picture."""
 
-RANDOM_ORDERS = 2  # whose curves are averaged
+MEASURES = {
+    "kl": "KL to target", "mass_on_objects": "on objects", "pointing": "pointing",
+    "deletion": "deletion", "insertion": "insertion", "redrawn": "re-drawn",
+}  # fmt: skip
+"""Columns of `faithfulness_table`: key and heading."""
 
 
 @dataclass
 class Faithfulness:
-    """What is known of one kind of map over N images; a measure that does not apply is left out.
+    """Measures of a kind of map over N images; a measure that was not taken is empty or None."""
 
-    Attributes:
-        alignment: measure -> [N], of `metrics.alignment`.
-        curves: [N, 2, steps + 1] log-probability of the answer, in nats: first when ever more tokens are hidden,
-            then when ever more are shown, each in the map's order.
-        better: "deletion", "insertion" -> [N] area between that curve and the one in random order, in nats;
-            above 0 the map's order is better.
-        similarity: after so many layers are re-drawn -> [N] rank correlation with the map before, -1..1.
-    """
-
-    alignment: dict[str, np.ndarray] = field(default_factory=dict)
-    curves: np.ndarray | None = None
+    alignment: dict[str, np.ndarray] = field(default_factory=dict)  # measure of `metrics.alignment` -> [N]
+    curves: np.ndarray | None = None  # [N, 2, steps + 1], of `token_curves`
     better: dict[str, np.ndarray] = field(default_factory=dict)
+    """"deletion", "insertion" -> [N] area in nats between the map's curve and the random order's; above 0 is good."""
     similarity: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def measures(self) -> dict[str, np.ndarray]:
-        """Each measure's values [N]; "redrawn" is the similarity once all layers are."""
-        redrawn = {"redrawn": list(self.similarity.values())[-1]} if self.similarity else {}
-        return {**self.alignment, **self.better, **redrawn}
+    """Part that was re-drawn last -> [N] rank correlation with the map of the unchanged model, -1..1."""
 
 
 def measure_maps(
@@ -61,45 +49,40 @@ def measure_maps(
     methods: Sequence[str] | None = None,
     redrawn: Sequence[str] | None = None,
     steps: int = 8,
-    answer: Whose = "own",
 ) -> dict[str, Faithfulness]:
-    """Measure methods on two or more samples with objects; the same on every call.
+    """Measure heatmap methods while the model gives its own answers; the results are the same on every call.
 
     Args:
-        model: as in `look`.
-        methods: names in METHODS; None for all.
-        redrawn: those of them that are repeated with re-drawn weights, layer by layer; None for all.
-        steps: in how many equal steps the tokens of an image are hidden, in grey.
-        answer: whose map, and whose log-probability.
+        samples: two or more with objects; a ConfigError for fewer, or for an empty scene.
+        methods: names of heatmap methods; None for all.
+        redrawn: the methods whose `similarity` is measured, which needs a map of each re-drawn network; None for all.
+        steps: number of equal steps in which all tokens of an image are hidden or shown.
 
     Returns:
-        Of each method; of the target itself, held against the model; of a random order, and of CHANCE.
-
-    Raises:
-        ConfigError: fewer than two samples, or one without objects.
+        `Faithfulness` by name: of each method, of "target" (the target used as a map), of the maps in CHANCE
+        (alignment alone), and of "random order" (curves alone, the mean of two random orders).
     """
     if len(samples) < 2 or not all(sample.count for sample in samples):
         raise ConfigError("maps are held against another image's target: give two samples or more, all with objects")
-    compute = choose_compute()
-    methods, rng = list(method_names() if methods is None else methods), np.random.default_rng(0)
-    batches = [batch for batch, _ in answered_batches(model, samples, compute, answer=answer)]
-    target = torch.stack([torch.from_numpy(sample.target) for sample in samples])
+    compute, methods = choose_compute(), list(method_names() if methods is None else methods)
+    redrawn = methods if redrawn is None else redrawn
+    batches = [batch for batch, _ in answered_batches(model, samples, compute)]
+    target = torch.from_numpy(np.stack([sample.target for sample in samples]))  # [N, 14, 14]
+    chance = torch.full_like(target, 1 / target[0].numel()), centre_blob(target, 1 / 4), target.roll(1, dims=0)
+    orders = torch.from_numpy(np.random.default_rng(0).random((2, *target.shape)))
     with compute.autocast():
         maps = {name: _maps(model.network, batches, name) for name in progress_bar(methods, desc="maps", leave=False)}
-        uniform = torch.full_like(target, 1 / target[0].numel())
-        chance = (uniform, centre_blob(target, 1 / 4), target.roll(1, dims=0))
         maps |= {"target": target, **dict(zip(CHANCE, chance, strict=True))}
-        found = {}
-        for name, map_ in maps.items():
-            found[name] = Faithfulness({key: values.numpy() for key, values in alignment(map_, target).items()})
-        shuffled = [torch.from_numpy(rng.random(target.shape)) for _ in range(RANDOM_ORDERS)]
-        random = np.mean([token_curves(model.network, batches, order, steps) for order in shuffled], axis=0)
+        found = {
+            name: Faithfulness({key: values.numpy() for key, values in alignment(map_, target).items()})
+            for name, map_ in maps.items()
+        }
+        random = np.mean([token_curves(model.network, batches, order, steps) for order in orders], axis=0)
         found["random order"] = Faithfulness(curves=random)
         for name in progress_bar([*methods, "target"], desc="curves", leave=False):
             found[name].curves = token_curves(model.network, batches, maps[name], steps)
             area = np.trapezoid(found[name].curves - random, dx=1 / steps)  # [N, 2]
             found[name].better = {"deletion": -area[:, 0], "insertion": area[:, 1]}
-        redrawn = methods if redrawn is None else redrawn
         for layer, network in redrawn_networks(model.network) if redrawn else ():
             for name in redrawn:
                 found[name].similarity[layer] = rank_correlation(maps[name], _maps(network, batches, name))
@@ -111,40 +94,37 @@ def _maps(network, batches: list[Batch], method: str) -> torch.Tensor:
 
 
 def token_curves(network, batches: list[Batch], maps: torch.Tensor, steps: int) -> np.ndarray:
-    """Deletion and insertion, see `Faithfulness.curves`.
+    """Log-probability of the answer's digits while an image's tokens are hidden in grey, and while they are shown.
 
-    Args:
-        maps: [N, 14, 14], moved to each image's tokens; equal tokens come in random order, the same on every call.
+    Tokens come in falling order of `maps` [N, 14, 14], resampled to the token grid; equal tokens in a random order
+    that is the same on every call.
 
     Returns:
-        [N, 2, steps + 1]; the first point of deletion is the whole picture, that of insertion none of it.
+        [N, 2, steps + 1] in nats.  Row 0 (deletion) goes from the whole picture to a grey one, row 1 (insertion) back.
     """
-    curves, start, rng = [], 0, np.random.default_rng(0)
-    merge = network.config.vision_config.spatial_merge_size
+    curves: list[torch.Tensor] = []
+    rng, merge = np.random.default_rng(0), network.config.vision_config.spatial_merge_size
+    insertion = [steps, *range(steps + 1, 2 * steps), 0]  # its ends are the pictures at the ends of deletion
     for batch in batches:
         hidden = []
-        for map_, (rows, columns) in zip(maps[start:], batch["image_sizes"], strict=False):
+        for map_, (rows, columns) in zip(maps[len(curves) :], batch["image_sizes"], strict=False):
             values = resample_map(map_.double().numpy(), (rows // merge, columns // merge)).round(9)
-            rank = np.empty(values.size, dtype=int)
-            rank[np.lexsort((rng.random(values.size), -values.ravel()))] = np.arange(values.size)
+            rank = np.lexsort((rng.random(values.size), -values.ravel())).argsort()
             edges = np.linspace(0, values.size, steps + 1).round()[:, None]
-            cells = np.concatenate([rank < edges, rank >= edges[1:-1]])  # the ends of both are the same pictures
+            cells = np.concatenate([rank < edges, rank >= edges[1:-1]])  # [2 * steps, tokens]
             hidden.append(torch.from_numpy(cells.reshape(-1, *values.shape)))
-        start += len(hidden)
-        for score in hidden_log_probabilities(network, batch, hidden):
-            deletion, insertion = score.float().cpu().split([steps + 1, steps - 1])
-            curves.append(torch.stack([deletion, torch.cat([deletion[-1:], insertion, deletion[:1]])]))
-    return torch.stack(curves).double().numpy()
+        for score in hidden_log_probabilities(network, batch, hidden):  # [2 * steps]
+            curves.append(score[[*range(steps + 1), *insertion]].view(2, -1).double().cpu())
+    return torch.stack(curves).numpy()
 
 
 def redrawn_networks(network) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The network with one layer more re-drawn each time: the language model's from the last to the first, then vision.
+    """A copy of the network after each step of re-drawing: language layers from last to first, then the vision encoder.
 
-    A weight is drawn from the values of its own tensor, which are put in a random order: so all sizes stay, and
-    only what was learned goes.
+    To re-draw a tensor is to put its own values in a random order.
 
     Returns:
-        Pairs of the layer that was just re-drawn, and the network (always the same one).
+        Pairs of the part that was re-drawn last, and the copy, which each step changes further.
     """
     network, generator = copy.deepcopy(network), torch.Generator().manual_seed(0)
     layers = network.model.language_model.layers
@@ -158,50 +138,45 @@ def redrawn_networks(network) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
-    """Spearman's, over the cells of each pair of maps [N, 14, 14]: [N], -1..1; 0 for a constant map."""
-    from scipy.stats import rankdata  # half a second, which every start would wait for
+    """Spearman's rank correlation over the cells of each pair of maps [N, 14, 14]: [N], -1..1; 0 of a constant map."""
+    from scipy.stats import rankdata  # takes half a second to import
 
     return correlation(*(torch.from_numpy(rankdata(maps.flatten(1), axis=1)) for maps in (first, second))).numpy()
 
 
-MEASURES = {  # of `Faithfulness.measures`: heading
-    "kl": "KL to target", "mass_on_objects": "on objects", "pointing": "pointing",
-    "deletion": "deletion", "insertion": "insertion", "redrawn": "re-drawn",
-}  # fmt: skip
-
-
 def faithfulness_table(found: dict[str, Faithfulness]) -> str:
-    """Kinds of maps x measures, each a mean and half the width of its 95 % bootstrap interval over images."""
+    """Results of `measure_maps` as text: a row for each map, mean ± half the width of the 95 % bootstrap interval.
+
+    The column "re-drawn" is the similarity after all parts were re-drawn.
+    """
     rows = [["", *MEASURES.values()]]
-    for name, one in found.items():
-        cells = {}
-        for key, values in one.measures().items():
-            low, mean, high = bootstrap_interval(values)
-            cells[key] = f"{mean:z.2f} ±{(high - low) / 2:.2f}"
+    for name, kind in found.items():
+        values = kind.alignment | kind.better
+        if kind.similarity:
+            values["redrawn"] = list(kind.similarity.values())[-1]
+        intervals = {key: bootstrap_interval(values[key]) for key in MEASURES if key in values}
+        cells = {key: f"{mean:z.2f} ±{(high - low) / 2:.2f}" for key, (low, mean, high) in intervals.items()}
         if cells:
             rows.append([name, *(cells.get(key, "-") for key in MEASURES)])
     return aligned(rows)
 
 
-# --- The map of the true answer beside that of the model's own
-
-
 def own_against_true(model: CountingModel, samples: list[Sample]) -> dict[str, dict[str, float]]:
-    """How much attention maps of images with objects change where the digits are the model's own, not the true ones.
+    """Compare attention maps under the true answers, which training uses, with those under the model's own answers.
 
-    Training and `evaluate` hold the map of the true answer against the target; a picture shows that of the own one.
+    The samples have objects.
 
     Returns:
-        For all images, those answered exactly and those that are not (where there are any): `images`;
-        `kl_between`, the mean KL(true answer's map || own answer's map) in nats; `alignment` of each with the
-        target, as `kl_true`, `kl_own`, `mass_on_objects_true` and so on.
+        For the groups "all", "exactly right" and "not right", if not empty: `images`, their number; `kl_between`, mean
+        KL(map of the true answer || map of the own answer) in nats; the mean of each measure of `alignment` for both
+        maps, as `kl_true`, `kl_own`, `mass_on_objects_true`...
     """
     true, own = (mean_map(look(model, samples, answer=answer)) for answer in ("true", "own"))
     target = torch.stack([torch.from_numpy(sample.target) for sample in samples])
     measured = {"kl_between": kl_divergence(true.maps, own.maps)}
     for seen in (true, own):
         measured |= {f"{key}_{seen.whose}": values for key, values in alignment(seen.maps, target).items()}
-    exact = torch.tensor([one == other for one, other in zip(own.answers, true.answers, strict=True)])
+    exact = torch.tensor([said == right for said, right in zip(own.answers, true.answers, strict=True)])
     groups = {"all": torch.ones_like(exact), "exactly right": exact, "not right": ~exact}
     return {
         name: {"images": int(chosen.sum()), **{key: float(values[chosen].mean()) for key, values in measured.items()}}

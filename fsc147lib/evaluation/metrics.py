@@ -1,31 +1,30 @@
-"""Numbers: how far counts are off, whether two runs differ, how well a heatmap lies on the objects, and whether
-probabilities of counts can be believed.
-"""
+"""Metrics: errors of counts, intervals, alignment of heatmaps with targets, calibration of count distributions."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..data import kl_divergence
 from ..model import Prediction
 
-ABSURD = 10  # times the largest count in training: an answer above that is absurd
+ABSURD = 10  # an answer is absurd above this multiple of the largest training count
 BINS = ((0, 0), (1, 20), (21, 50), (51, 100), (101, 200), (201, None))  # true counts, both ends included
 
 
 def absolute_errors(predicted, target, empty_cost: float | None = None) -> np.ndarray:
-    """How far each count is off, [N] float64 in objects; an answer without a number is never scored as right.
+    """Absolute error of each count, [N] float64 in objects.  An answer that does not parse costs the true count.
 
     Args:
-        predicted: [N] counts; None or NaN where the answer does not parse.  That costs the true count.
+        predicted: [N] counts; None or NaN for an answer that does not parse.
         target: [N] true counts, at least 0.
-        empty_cost: what it costs on an empty scene, at least 1: the mean count of the training images; None for
-            the mean of `target`.
+        empty_cost: error of an unparsed answer on an empty scene: the mean training count, or None for the mean of
+            `target`.  The error is at least 1.
 
     Raises:
-        ValueError: lengths differ, there is nothing to measure, or a target is no count.
+        ValueError: the lengths differ, the lists are empty, or a true count is negative or NaN.
     """
     predicted, target = np.asarray(predicted, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if predicted.shape != target.shape or target.ndim != 1 or len(target) == 0:
@@ -37,14 +36,14 @@ def absolute_errors(predicted, target, empty_cost: float | None = None) -> np.nd
 
 
 def counting_metrics(predicted, target, empty_cost: float | None = None) -> dict[str, float | None]:
-    """Errors of predicted counts, as in Ranjan et al. and the crowd-counting literature, and how many are right.
-
-    Args and errors are those of `absolute_errors`.
+    """Counting metrics of N images (Ranjan et al., CVPR 2021); arguments and errors as in `absolute_errors`.
 
     Returns:
-        `mae`, `rmse` and `median_error` in objects; `nae`, the mean error relative to the target, and `sre`, the root
-        of the mean squared error relative to the target, both over the images with objects and None without any;
-        `exact`, `within_1` and `within_10_percent`, the parts of all images (0..1) so close to the target.
+        `mae`, `rmse`, `median_error`: in objects.
+        `nae`, mean of error / true count, and `sre`, root of the mean of error² / true count: over images with
+        objects; None without any.
+        `exact`, `within_1`, `within_10_percent`: share of images, 0..1, whose error is 0, at most 1, and at most 10 %
+        of the true count; an unparsed answer is in none of them.
     """
     error = absolute_errors(predicted, target, empty_cost)
     target, parsed = np.asarray(target), ~np.isnan(np.asarray(predicted, dtype=np.float64))
@@ -62,31 +61,27 @@ def counting_metrics(predicted, target, empty_cost: float | None = None) -> dict
 
 
 def absurd_answers(predicted, target, empty_cost: float | None, training_counts: Sequence[int]) -> dict:
-    """How many answers are beyond reason, and the mean error without them: one answer of 25081 hides all the others.
-
-    Args:
-        training_counts: of the training images; the others are those of `absolute_errors`.
+    """Absurd answers: those above ABSURD times the largest of `training_counts`.  One can dominate the MAE.
 
     Returns:
-        `absurd`, the number of answers above ABSURD times the largest training count; `mae_without_absurd`, the
-        mean error of the other images in objects, None where there is no other.  Nothing where no training count is
-        above 0.
+        `absurd`, the number of absurd answers, and `mae_without_absurd`, the MAE of the other images in objects (None
+        without any).  An empty dict where no training count is above 0.
     """
     error, largest = absolute_errors(predicted, target, empty_cost), max(training_counts, default=0)
     if not largest:
         return {}
-    absurd = np.asarray(predicted, dtype=np.float64) > ABSURD * largest  # [N]; False of an answer without a number
+    absurd = np.asarray(predicted, dtype=np.float64) > ABSURD * largest  # [N]; False for NaN
     others = error[~absurd]
     return {"absurd": int(absurd.sum()), "mae_without_absurd": float(others.mean()) if len(others) else None}
 
 
 def metrics_by_bin(predicted, target, empty_cost: float | None = None) -> dict[str, dict[str, float | None]]:
-    """`counting_metrics` of each of BINS that has images, their number and the rate of unparsed answers, by its name.
+    """`counting_metrics` in bins of the true count, as {"21-50": {"images": 12, "unparsed": 0.25, "mae": ...}}.
 
-    For example {"21-50": {"images": 12, "unparsed": 0.25, "mae": ...}}.
+    `images` is the number of images, `unparsed` their rate of unparsed answers; a bin without images is left out.
     """
     predicted, target = np.asarray(predicted, dtype=np.float64), np.asarray(target)
-    empty_cost = target.mean() if empty_cost is None else empty_cost  # of all, not of the bin
+    empty_cost = target.mean() if empty_cost is None else empty_cost  # over all bins
     result = {}
     for low, high in BINS:
         chosen = (target >= low) & (target <= (np.inf if high is None else high))
@@ -99,31 +94,30 @@ def metrics_by_bin(predicted, target, empty_cost: float | None = None) -> dict[s
 
 
 def constant_baselines(training_counts, target) -> dict[str, dict[str, float | None]]:
-    """What a model that never looks achieves: always the training mean, or always its median."""
+    """`counting_metrics` of a `constant` answer for each image: the mean, or the median, of the training counts."""
     constants = {"mean": float(np.mean(training_counts)), "median": float(np.median(training_counts))}
     return {k: {"constant": v, **counting_metrics(np.full(len(target), v), target)} for k, v in constants.items()}
 
 
 def answer_histogram(predicted, target) -> dict[int, tuple[int, int]]:
-    """How often each number is true and how often it is predicted: shows what answers cluster on.
+    """Number -> (images with that true count, images with that answer), by rising number.
 
-    Returns:
-        Number: (times true, times predicted), ascending, of all that are either; without unparsed answers (None).
+    None in `predicted`, an answer that does not parse, is skipped.
     """
     true, answered = Counter(map(int, target)), Counter(int(number) for number in predicted if number is not None)
     return {number: (true[number], answered[number]) for number in sorted(true.keys() | answered.keys())}
 
 
 def bootstrap_interval(values, statistic: Callable = np.mean, draws: int = 2000) -> tuple[float, float, float]:
-    """A statistic of a sample with its 95 % percentile bootstrap interval (Efron, 1979).
+    """95 % percentile bootstrap interval of a statistic (Efron, 1979); the same on every call.
 
     Args:
-        values: [N], or [R, N] of R runs on the same N images: then runs and images are both drawn anew
-            (Owen, "The pigeonhole bootstrap", 2007).  Over a few runs the interval is somewhat narrow.
-        statistic: of an array to a number.
+        values: [N], or [R, N] of R runs on the same N images; then runs and images are both resampled (Owen, "The
+            pigeonhole bootstrap", 2007).  With few runs the interval is somewhat too narrow.
+        statistic: function of an array that returns a number.
 
     Returns:
-        Low end, the statistic of `values`, high end; the same on every call.
+        Low end of the interval, statistic of `values`, high end.
     """
     values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
     drawn = [statistic(values[np.ix_(*(rng.integers(0, n, n) for n in values.shape))]) for _ in range(draws)]
@@ -132,14 +126,14 @@ def bootstrap_interval(values, statistic: Callable = np.mean, draws: int = 2000)
 
 
 def paired_difference(first, second, draws: int = 2000) -> tuple[float, float, float]:
-    """By how much errors of one model are above another's on the same images: the mean of `first - second`.
+    """Mean of `first - second`, errors of two models on the same images, with its 95 % bootstrap interval.
 
     Args:
-        first, second: `absolute_errors` [N] of the same images in the same order, or [R, N] of R runs each, run by
-            run with the same seed; a ValueError where their shapes differ.
+        first, second: `absolute_errors` [N] of the same images in the same order, or [R, N] of R runs each, paired by
+            seed; a ValueError where the shapes differ.
 
     Returns:
-        Low end of the 95 % interval, mean difference, high end.  An interval above 0: `second` is better.
+        Low end, mean difference, high end.  An interval above 0 means that `second` has the smaller errors.
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape or first.size == 0:
@@ -148,15 +142,16 @@ def paired_difference(first, second, draws: int = 2000) -> tuple[float, float, f
 
 
 def alignment(heatmap: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How well each heatmap A lies on its target P: [B, 14, 14], each non-negative and summing to 1.
+    """Agreement of heatmaps A with targets P, [B, 14, 14] each, non-negative with sum 1: [B] for each measure.
 
-    Cells with objects are those whose share of the objects is at least the average, 1 / cells.
+    A cell has objects where its P is at least the average, 1/196.  All measures are NaN where P is zeros (an empty
+    scene).
 
     Returns:
-        [B] each: `kl`, KL(P || A) in nats, 0 is perfect; `mass_on_objects`, the part of A on cells with
-        objects, 0..1; `pearson`, correlation over cells, -1..1, 0 for a constant map; `pointing`, 1 where
-        the largest cell of A has objects (the pointing game of Zhang et al., ECCV 2016), else 0.  All are NaN
-        for an empty scene, whose target is zeros.
+        `kl`: KL(P || A) in nats; 0 is perfect.
+        `mass_on_objects`: sum of A over the cells with objects, 0..1.
+        `pearson`: correlation over cells, -1..1; 0 for a constant map.
+        `pointing`: 1 where the largest cell of A has objects, else 0 (pointing game; Zhang et al., ECCV 2016).
     """
     a, p = heatmap.flatten(1).float(), target.flatten(1).float()  # [B, 196]
     on_objects = p >= 1 / p.shape[1]
@@ -171,21 +166,20 @@ def alignment(heatmap: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Te
 
 
 def correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Pearson's, of each pair of rows [B, N]: [B], -1..1; 0 where one of them is constant."""
-    a, b = (x - x.mean(dim=1, keepdim=True) for x in (first, second))
-    scale = a.norm(dim=1) * b.norm(dim=1)
-    return torch.where(scale > 0, (a * b).sum(dim=1) / scale.clamp_min(1e-12), 0.0)
+    """Pearson's correlation of each pair of rows of [B, N]: [B], -1..1; 0 where a row is constant."""
+    return F.cosine_similarity(*(rows - rows.mean(dim=1, keepdim=True) for rows in (first, second)))
 
 
 def calibration(
     predictions: Sequence[Prediction], counts: Sequence[int], levels: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 ) -> list[dict]:
-    """How often true counts lie in the predictions' central intervals that are to hold so much probability.
+    """Coverage of the predictions' central intervals at each level of probability.
 
     Returns:
-        For each level: `level`; `claimed`, the mean probability of the intervals, which end at whole numbers and so
-        hold somewhat more; `inside`, how often the truth lies in them, with `low` and `high`, its 95 % bootstrap
-        interval; `width`, the mean of how many numbers they span.  `inside` below `claimed`: it is too sure.
+        A row for each level: `level`; `claimed`, the mean probability that the intervals hold (above the level, for
+        they end at whole numbers); `inside`, the share of true counts in their interval, with `low` and `high`, its
+        95 % bootstrap interval; `width`, the mean number of counts in an interval.  `inside` below `claimed` means
+        overconfidence.
     """
     rows = []
     for level in levels:
@@ -193,7 +187,6 @@ def calibration(
         held = [p.distribution[low : high + 1].sum() for p, (low, high) in zip(predictions, ends, strict=True)]
         inside = [low <= count <= high for count, (low, high) in zip(counts, ends, strict=True)]
         low, rate, high = bootstrap_interval(inside)
-        width = float(np.mean([high - low + 1 for low, high in ends]))
         row = {"level": level, "claimed": float(np.mean(held)), "inside": rate, "low": low, "high": high}
-        rows.append({**row, "width": width})
+        rows.append({**row, "width": float(np.diff(ends).mean() + 1)})
     return rows

@@ -1,10 +1,10 @@
-"""Metrics as tables that a person understands: words, units, which end is good, and what not looking achieves."""
+"""Metrics as text tables: words, units, which direction is good."""
 
 from collections.abc import Sequence
 
 from .metrics import ABSURD
 
-MEASURES = {  # key of `counting_metrics` or `alignment`: words, which end is good, format
+MEASURES = {  # metric: words, whether low or high is good, format
     "mae": ("MAE, mean error (objects)", "low", "{:.2f}"),
     "rmse": ("RMSE, root mean squared error (objects)", "low", "{:.2f}"),
     "median_error": ("median error (objects)", "low", "{:.2f}"),
@@ -22,22 +22,19 @@ MEASURES = {  # key of `counting_metrics` or `alignment`: words, which end is go
     "pearson": ("correlation of map and target (-1..1)", "high", "{:.2f}"),
     "pointing": ("map's largest cell has an object", "high", "{:.0%}"),
 }
-PLAIN_MEASURE = ("", "", "{:.3f}")
-"""A metric without a line above is told by its key."""
-TOLD_BELOW = ("absurd", "mae_without_absurd", "constant")
+OTHER = ("", "", "{:.3f}")  # a metric that is not in MEASURES is printed under its own name
+BIN_MEASURES = {"mae": "MAE", "nae": "NAE", "exact": "exact", "unparsed": "no number"}
 
 PUBLISHED = [
     {"name": "FamNet (published)", "mae": 22.08, "rmse": 99.54},
     {"name": "CountGD, text only (published)", "mae": 14.76, "rmse": 120.42},
     {"name": "QICA (published)", "mae": 12.41},
 ]
-"""Errors on FSC147's test split as their authors give them."""
-
-BIN_MEASURES = {"mae": "MAE", "nae": "NAE", "exact": "exact", "unparsed": "no number"}
+"""Errors on FSC147's test split, from the papers."""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of as many cells each as text: the first column to the left, the others to the right, two spaces apart."""
+    """Rows of equal length as text: the first column aligned left, the others right, two spaces between columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
@@ -45,20 +42,20 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def metrics_table(
     title: str, columns: dict[str, dict], baselines: dict[str, dict], bins: dict[str, dict] | None = None
 ) -> str:
-    """Metrics of models (heading -> metrics) on one split, a line each, beside those of models that never look.
-
-    A sentence below tells a model's `absurd_answers`, where it gave any.
+    """Metrics of models on a split as text: a row for each metric, a column for each model and each baseline.
 
     Args:
-        title: what was measured on what, the first line.
+        title: the first line.
+        columns: heading -> metrics of a model; a sentence below the table tells its absurd answers, if it gave any.
         baselines: of `constant_baselines`; may be empty.
-        bins: of `metrics_by_bin`, printed below.
+        bins: of `metrics_by_bin`, printed as a second table.
     """
     columns = columns | {f"{name} {row['constant']:.1f}": row for name, row in baselines.items()}
     rows = [["", "good", *columns]]
-    found = dict.fromkeys(key for metrics in columns.values() for key in metrics if key not in TOLD_BELOW)
-    for key in (*(key for key in MEASURES if key in found), *(key for key in found if key not in MEASURES)):
-        words, good, _ = MEASURES.get(key, PLAIN_MEASURE)
+    found = dict.fromkeys(key for metrics in columns.values() for key in metrics)
+    below = ("absurd", "mae_without_absurd", "constant")  # in sentences and headings
+    for key in [*(key for key in MEASURES if key in found), *(key for key in found if key not in (*MEASURES, *below))]:
+        words, good, _ = MEASURES.get(key, OTHER)
         rows.append([words or key, good, *(_cell(metrics, key) for metrics in columns.values())])
     text = f"{title}\n\n{aligned(rows)}"
     if told := [_absurd_answers(name, metrics) for name, metrics in columns.items() if metrics.get("absurd")]:
@@ -79,5 +76,5 @@ def _absurd_answers(name: str, metrics: dict) -> str:
 
 
 def _cell(metrics: dict, key: str) -> str:
-    form = MEASURES.get(key, PLAIN_MEASURE)[2]
+    form = MEASURES.get(key, OTHER)[2]
     return "-" if metrics.get(key) is None else form.format(metrics[key]).replace("%", " %")

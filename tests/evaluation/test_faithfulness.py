@@ -6,12 +6,20 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
-from fsc147lib.data import Picture, resample_map
-from fsc147lib.evaluation import alignment, faithfulness_table, measure_maps
+from fsc147lib.data import FSC147, Picture, resample_map
+from fsc147lib.evaluation import (
+    alignment,
+    evaluate_samples,
+    faithfulness_table,
+    measure_maps,
+    own_against_true,
+    own_against_true_table,
+)
 from fsc147lib.evaluation.faithfulness import CHANCE, rank_correlation, redrawn_networks, token_curves
-from fsc147lib.model import Collate, load_model, make_heatmap
+from fsc147lib.model import Collate, choose_compute, load_model, make_heatmap
 from fsc147lib.model.answers import digits_score
 from fsc147lib.model.forward import answer_logits
+from fsc147lib.model.looking import answered_batches
 from fsc147lib.options import ConfigError
 
 
@@ -92,10 +100,10 @@ def test_another_image_is_needed(dual, mixed_samples, empty_samples):
 @pytest.mark.medium
 def test_measures_of_methods_and_of_chance(dual, mixed_samples):
     samples = mixed_samples[:2]
-    found = measure_maps(dual, samples, ["attention", "token_gradient"], ["attention"], steps=2, answer="true")
+    found = measure_maps(dual, samples, ["attention", "token_gradient"], ["attention"], steps=2)
     assert list(found) == ["attention", "token_gradient", "target", *CHANCE, "random order"]
     target = torch.from_numpy(np.stack([sample.target for sample in samples]))
-    batch = Collate(dual.tokenizer, dual.image_processor)(samples)
+    ((batch, _),) = answered_batches(dual, samples, choose_compute())
     attention = make_heatmap(dual.network)(batch).detach()
     np.testing.assert_allclose(found["attention"].alignment["kl"], alignment(attention, target)["kl"], rtol=1e-3)
     np.testing.assert_allclose(found["target"].alignment["kl"], 0, atol=1e-4)
@@ -112,8 +120,20 @@ def test_measures_of_methods_and_of_chance(dual, mixed_samples):
     (network,) = [network for layer, network in redrawn_networks(dual.network) if layer == "vision"]
     again = make_heatmap(network)(batch).detach()
     expected = [spearmanr(a.flatten(), b.flatten()).statistic for a, b in zip(attention, again, strict=True)]
-    np.testing.assert_allclose(one.measures()["redrawn"], expected, atol=0.02)
+    np.testing.assert_allclose(one.similarity["vision"], expected, atol=0.02)
     table = faithfulness_table(found)
     assert "random order" not in table and all(name in table for name in CHANCE)
     (row,) = [line for line in table.splitlines() if line.startswith("token_gradient")]
     assert row.split()[-1] == "-"
+
+
+def test_own_maps_are_those_of_the_true_answer_where_it_is_right(tiny, root):
+    """An untaught model is never right, and looks elsewhere when it babbles."""
+    samples = list(FSC147(root, "val"))[:4]
+    groups = own_against_true(tiny, samples)
+    assert list(groups) == ["all", "not right"] and groups["all"] == groups["not right"]
+    assert groups["all"]["images"] == 4 and groups["all"]["kl_between"] > 1e-4
+    measured = evaluate_samples(tiny, samples).metrics
+    for key in ("kl", "mass_on_objects", "pearson", "pointing"):
+        assert groups["all"][f"{key}_true"] == pytest.approx(measured[key], rel=1e-3, abs=1e-5)
+    assert "kl_between" in own_against_true_table(groups)

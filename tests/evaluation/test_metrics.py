@@ -12,21 +12,15 @@ from fsc147lib.evaluation.metrics import (
     alignment,
     answer_histogram,
     bootstrap_interval,
+    calibration,
     constant_baselines,
     counting_metrics,
     metrics_by_bin,
     paired_difference,
 )
+from fsc147lib.model import Prediction
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "fsc147"
-
-
-def test_by_hand():
-    result = counting_metrics([12, 5, 0], [10, 5, 20])  # errors 2, 0, 20
-    assert result["mae"] == pytest.approx(22 / 3)
-    assert result["rmse"] == pytest.approx((404 / 3) ** 0.5)
-    assert result["nae"] == pytest.approx((0.2 + 0 + 1) / 3)
-    assert result["sre"] == pytest.approx(((4 / 10 + 0 + 400 / 20) / 3) ** 0.5)
 
 
 def test_an_answer_without_a_number_is_never_right():
@@ -52,11 +46,11 @@ def test_one_absurd_answer_hides_neither_the_median_nor_the_rest():
     assert absurd_answers(predicted, target, None, []) == absurd_answers(predicted, target, None, [0, 0]) == {}
 
 
-def test_relative_errors_leave_empty_scenes_out():
-    result = counting_metrics([12, 5, 0, 0, 7], [10, 5, 20, 0, 0], empty_cost=3)
-    with_objects = counting_metrics([12, 5, 0], [10, 5, 20])
-    assert (result["nae"], result["sre"]) == (with_objects["nae"], with_objects["sre"])
-    assert result["mae"] == pytest.approx((2 + 0 + 20 + 0 + 7) / 5)
+def test_errors_by_hand_and_relative_ones_without_empty_scenes():
+    result = counting_metrics([12, 5, 0, 0, 7], [10, 5, 20, 0, 0], empty_cost=3)  # errors 2, 0, 20, 0, 7
+    assert result["mae"] == pytest.approx(29 / 5) and result["rmse"] == pytest.approx((453 / 5) ** 0.5)
+    assert result["nae"] == pytest.approx((0.2 + 0 + 1) / 3)
+    assert result["sre"] == pytest.approx(((4 / 10 + 0 + 400 / 20) / 3) ** 0.5)
     empty = counting_metrics([0, 4], [0, 0])
     assert empty["nae"] is None and empty["sre"] is None and empty["mae"] == 2 and empty["exact"] == 0.5
 
@@ -154,28 +148,19 @@ def one_hot(*cells):
     return heatmap
 
 
-def test_alignment_of_a_perfect_map():
-    target = one_hot((3, 4), (10, 2))
-    result = alignment(target, target)
-    assert result["kl"].item() == pytest.approx(0, abs=1e-6)
-    assert result["mass_on_objects"].item() == pytest.approx(1)
-    assert result["pearson"].item() == pytest.approx(1)
-    assert result["pointing"].item() == 1
-
-
-def test_alignment_of_a_uniform_map():
-    target = one_hot((3, 4), (10, 2))
-    result = alignment(torch.full((1, 14, 14), 1 / 196), target)
-    assert result["kl"].item() == pytest.approx(np.log(196 / 2), rel=1e-5)
-    assert result["mass_on_objects"].item() == pytest.approx(2 / 196)
-    assert result["pearson"].item() == 0  # a constant map correlates with nothing
-
-
-def test_alignment_of_a_map_beside_the_objects():
-    result = alignment(one_hot((0, 0)), one_hot((3, 4), (10, 2)))
-    assert result["mass_on_objects"].item() == 0 and result["pointing"].item() == 0
-    assert result["pearson"].item() < 0
-    assert result["kl"].item() > 10
+@pytest.mark.parametrize(
+    ("heatmap", "kl", "mass", "pearson", "pointing"),
+    [
+        (one_hot((3, 4), (10, 2)), 0, 1, 1, 1),  # perfect
+        (torch.full((1, 14, 14), 1 / 196), np.log(196 / 2), 2 / 196, 0, 0),  # uniform: correlates with nothing
+        (one_hot((0, 0)), None, 0, -1 / (195 * 97) ** 0.5, 0),  # beside the objects
+    ],
+)
+def test_alignment_of_a_map(heatmap, kl, mass, pearson, pointing):
+    result = {key: value.item() for key, value in alignment(heatmap, one_hot((3, 4), (10, 2))).items()}
+    assert result["kl"] == pytest.approx(kl, rel=1e-5, abs=1e-6) if kl is not None else result["kl"] > 10
+    assert result["mass_on_objects"] == pytest.approx(mass) and result["pointing"] == pointing
+    assert result["pearson"] == pytest.approx(pearson, abs=1e-6)
 
 
 def test_an_empty_scene_has_no_alignment():
@@ -189,3 +174,31 @@ def test_pearson_is_numpys():
     a, p = (x / x.sum() for x in torch.rand(2, 14, 14, generator=generator))
     expected = np.corrcoef(a.flatten(), p.flatten())[0, 1]
     assert alignment(a[None], p[None])["pearson"].item() == pytest.approx(expected, abs=1e-5)
+
+
+def poisson(rates, factor=1.0):
+    """Predictions that claim a normal distribution of variance `factor` x rate around each rate."""
+    numbers, found = np.arange(10_000), []
+    for rate in rates:
+        distribution = np.exp(-((numbers - rate) ** 2) / (2 * factor * rate))
+        found.append(Prediction(None, "", None, distribution / distribution.sum(), 1.0, None))
+    return found
+
+
+@pytest.mark.medium
+def test_honest_probabilities_hold_the_truth_as_often_as_they_claim():
+    rng = np.random.default_rng(0)
+    rates = rng.uniform(20, 400, 2000)
+    counts = rng.normal(rates, np.sqrt(rates)).round().astype(int)
+    honest, sure = (calibration(poisson(rates, factor), counts) for factor in (1.0, 0.25))
+    for row in honest:
+        assert row["level"] <= row["claimed"] < row["level"] + 0.05
+        assert row["low"] <= row["claimed"] <= row["high"] and row["low"] < row["inside"] < row["high"]
+    (half,) = [row for row in sure if row["level"] == 0.9]
+    assert half["inside"] == pytest.approx(0.6, abs=0.04)  # half the width of a 90 % interval holds 59 %
+    assert half["width"] == pytest.approx(np.mean(2 * 1.645 * np.sqrt(rates / 4)) + 1, rel=0.02)
+
+
+def test_a_true_count_out_of_reach_is_outside():
+    (row,) = calibration(poisson([30.0]), [20_000], levels=[0.99])
+    assert row["inside"] == 0
