@@ -48,7 +48,7 @@ def run_train(config) -> bool:
     from .training.memory import plan_training
 
     if config.dry_run:
-        fits, text = plan_training(config)
+        fits, text, _ = plan_training(config)
         print(text)
         return fits
     summary = train(config).summary()
@@ -92,6 +92,14 @@ def run_sweep(config) -> bool:
     return all(row["finished"] for row in rows)
 
 
+def run_study(config) -> None:
+    from .report import study
+
+    for budget in study.run_study(config).get("budgets", []):
+        print("\n".join(["", *budget["verdict"]]))
+        print(f"all of it in {config.out}/study.json, drawn in {config.out}/forest.png")
+
+
 def run_compare(config) -> None:
     from .report import comparison
 
@@ -112,6 +120,7 @@ COMMANDS = {
     "verify": ("report.verify:VerifyConfig", run_verify, "see whether a model works on this machine"),
     "train": ("training.memory:TrainCommand", run_train, "fine-tune a model with both losses"),
     "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
+    "study": ("report.study:StudyConfig", run_study, "measure what the attention loss is worth on your data"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
     "predict": ("model.prediction:PredictConfig", run_predict, "count in your pictures, and show where it looks"),
     "compare": ("report.comparison:CompareConfig", run_compare, "lay training runs side by side, with intervals"),

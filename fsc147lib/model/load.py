@@ -73,6 +73,11 @@ def load_model(
     return CountingModel(network, tokenizer, image_processor, RANDOM_RECIPE if is_random else Recipe.read(found))
 
 
+def recipe_of(name: str | Path) -> Recipe:
+    """A model's defaults in training, read without its weights; raises as `load_model` does."""
+    return RANDOM_RECIPE if str(name) == RANDOM else Recipe.read(_find(name))
+
+
 def count_parameters(name: str | Path) -> int:
     """Parameters of a model, counted from its config alone; raises as `load_model` does."""
     found = _find(name)

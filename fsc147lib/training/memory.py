@@ -26,6 +26,14 @@ GPU_SPARE = 0.05
 """Share of the GPU's memory that stays empty: the same work can need slightly more another time."""
 
 
+class Plan(NamedTuple):
+    """What a run needs."""
+
+    fits: bool
+    text: str  # memory and time
+    epoch: float = math.nan  # seconds, without its validation
+
+
 class Measured(NamedTuple):
     """Cost of the heaviest step and the heaviest batch of answers."""
 
@@ -130,8 +138,8 @@ class TrainCommand(TrainConfig):
     """Do not train: measure a step of the heaviest images, and print the memory and time that the run needs."""
 
 
-def plan_training(config: TrainConfig) -> tuple[bool, str]:
-    """Whether a run fits on this machine, and what it needs, as text.  Nothing is written.
+def plan_training(config: TrainConfig) -> Plan:
+    """What a run needs, and whether it fits on this machine.  Nothing is written.
 
     Raises:
         ConfigError, DataError, ModelError: as `train`.
@@ -150,11 +158,11 @@ def plan_training(config: TrainConfig) -> tuple[bool, str]:
     if states > room or run is None:
         cards = ", ".join(f"{gib(states / number)} on each of {number}" for number in (2, 4, 8))
         advice = f"it does not fit, even without images; shared out over cards it is {cards}: try --lora 16"
-        return False, f"{table(parts, room)}\n{advice}, or a smaller model"
+        return Plan(False, f"{table(parts, room)}\n{advice}, or a smaller model")
     return plan_step(run, parts, room)
 
 
-def plan_step(run: Run, parts: dict[str, int], room: int) -> tuple[bool, str]:
+def plan_step(run: Run, parts: dict[str, int], room: int) -> Plan:
     """`plan_training` of a run whose weights, gradients and moments (bytes in `parts`) fit."""
     size, found, batch, accumulation = run.config.batch_size, None, run.config.batch_size, run.config.accumulation
     on_gpu, states = run.compute.device.type == "cuda", sum(parts.values())
@@ -176,16 +184,16 @@ def plan_step(run: Run, parts: dict[str, int], room: int) -> tuple[bool, str]:
         flags = (
             f"--batch-size {largest} --accumulation {math.ceil(accumulation * batch / largest)}, " if largest else ""
         )
-        return False, f"{text}\nit does not fit: try {flags}--gradient-checkpointing or --lora 16"
+        return Plan(False, f"{text}\nit does not fit: try {flags}--gradient-checkpointing or --lora 16")
     if run.config.caches_vision:
         kept, asked = features_bytes(run, run.kept_samples()), run.config.vision_cache
         place = choose_place(kept, sum(parts.values()) - parts["weights"]) if asked == "auto" else asked
         text += f"\n{'image features':22}{gib(kept):>10} on the {place}"
     lengths = [tokens for *_, tokens in run.batches.lengths]
     step = found.seconds * batch / size
-    epoch = step * run.batches.steps * sum(lengths) / len(lengths) / max(lengths) / 60
+    epoch = step * run.batches.steps * sum(lengths) / len(lengths) / max(lengths)
     text += f"\na step of the heaviest images {step:.2f} s, the first passes {found.first:.1f} s"
-    return True, f"{text}\nan epoch about {epoch:.1f} min, without its validation\nit fits"
+    return Plan(True, f"{text}\nan epoch about {epoch / 60:.1f} min, without its validation\nit fits", epoch)
 
 
 def table(parts: dict[str, int], room: int) -> str:

@@ -107,7 +107,7 @@ def test_a_dry_run_prints_the_states_of_the_weights_that_train(config, capsys):
     assert float(printed["AdamW's two moments"][0]) == pytest.approx(2 * size, abs=0.01)
     assert "it fits" in printed and "that are free" in " ".join(printed["together"])
     assert not config.out.exists()  # nothing was begun
-    fits, text = plan_training(config)
+    fits, text, _ = plan_training(config)
     assert fits and "on the host" in text  # features of a frozen encoder
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_does_not_fit_is_told_what_does(config, run, monkeypatch):
         (states - 4, f"on each of 2, {states / 4 / GIB:.2f} GiB on each of 4"),
     ):
         monkeypatch.setattr(memory, "free_memory", lambda room=room: room)
-        fits, text = plan_training(config)
+        fits, text, _ = plan_training(config)
         assert not fits and told in text
     words = ["train", "--data", str(config.data), "--out", str(config.out), "--limit", "8", "--dry-run"]
     assert main(words) == 1
@@ -135,5 +135,5 @@ def test_a_run_that_does_not_fit_is_told_what_does(config, run, monkeypatch):
     monkeypatch.setattr(memory, "measure", full)
     assert "it does not fit: try --gradient-checkpointing" in plan_training(config)[1]
     monkeypatch.setattr(memory, "Run", full)
-    fits, text = plan_training(config)
+    fits, text, _ = plan_training(config)
     assert not fits and "try --lora 16, or a smaller model" in text
