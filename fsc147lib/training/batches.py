@@ -15,9 +15,9 @@ from ..readers import reader_options
 
 
 class Shown(NamedTuple):
-    """A training image in an epoch: its index, and whether it is mirrored."""
+    """A training image in an epoch."""
 
-    image: int
+    image: int  # its index
     mirrored: bool
 
 
@@ -67,16 +67,9 @@ class SizeBatches(Sampler):
     drop_last = False  # accelerate reads it
 
     def __init__(
-        self,
-        lengths: list[tuple[int, int, int]],
-        batch_size: int,
-        seed: int,
-        flip: bool = True,
-        by_size: bool = True,
-        accumulation: int = 1,
-        processes: int = 1,
-        batch_tokens: int | None = None,
-    ):
+        self, lengths: list[tuple[int, int, int]], batch_size: int, seed: int, flip: bool = True, by_size: bool = True,
+        accumulation: int = 1, processes: int = 1, batch_tokens: int | None = None,
+    ):  # fmt: skip
         if batch_tokens and processes > 1:  # the processes' numbers of parts would differ
             raise ConfigError("batch_tokens (--batch-tokens) works in one process: give a smaller --batch-size")
         if len(lengths) < processes:

@@ -26,11 +26,6 @@ def other_targets(samples: list[Sample], seed: str) -> dict[str, torch.Tensor]:
     return {sample.name: torch.from_numpy(order[i - 1].target) for i, sample in enumerate(order)}
 
 
-def own_targets(batch: Batch, others: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The batch's own targets [B, 14, 14]."""
-    return batch["target"]
-
-
 def centre(batch: Batch, others: dict[str, torch.Tensor]) -> torch.Tensor:
     """A blob in the middle of each image with objects [B, 14, 14]."""
     return centre_blob(batch["target"]) * (batch["target"] > 0).any(dim=(1, 2), keepdim=True)
@@ -45,7 +40,7 @@ def shuffled(batch: Batch, others: dict[str, torch.Tensor]) -> torch.Tensor:
     return target.to(batch["target"])
 
 
-ATTENTION_TARGETS = {"objects": own_targets, "shuffled": shuffled, "centre": centre}
+ATTENTION_TARGETS = {"objects": lambda batch, _: batch["target"], "shuffled": shuffled, "centre": centre}
 """Targets of the heatmap: functions of a batch and of `other_targets` to targets [B, 14, 14]."""
 
 

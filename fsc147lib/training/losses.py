@@ -40,11 +40,7 @@ class DualLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        network,
-        heatmap: Heatmap | None = None,
-        attention_loss: str = "kl",
-        heatmap_images: int | None = None,
+        self, network, heatmap: Heatmap | None = None, attention_loss: str = "kl", heatmap_images: int | None = None
     ):
         super().__init__()
         self.network, self.heatmap = network, heatmap or make_heatmap(network)
@@ -59,25 +55,24 @@ class DualLoss(nn.Module):
                 this batch's.  With gradient accumulation, those of all batches of the step, in all processes.
         """
         with_objects = [row for row, count in enumerate(batch["count"]) if count]
-        weight = weight if with_objects else 0.0
-        looked_at, share = batch, 1.0
+        tokens, images = tokens or batch["answer_tokens"], images or len(with_objects)
         all_images = self.heatmap_images is None or self.heatmap_images >= len(batch["names"])
-        if weight and all_images:  # a single pass
+        looked_at, share = batch, 1.0
+        if not (weight and with_objects):
+            logits, _ = answer_logits(self.network, batch)
+            count = count_loss(logits, batch["answer_labels"]) / tokens
+            return LossParts(count, count, torch.zeros_like(count))
+        if all_images:  # a single pass
             logits, heatmap = self.heatmap.with_logits(batch, create_graph=True)
         else:
             logits, _ = answer_logits(self.network, batch)
-            if weight:
-                rows = with_objects if all_images else self.chosen(batch["names"], with_objects)
-                looked_at, share = select_rows(batch, rows), len(rows) / len(with_objects)
-                heatmap = self.heatmap(looked_at, create_graph=True)
-        labels = batch["answer_labels"]
-        count = count_loss(logits, labels) / (batch["answer_tokens"] if tokens is None else tokens)
-        attention = torch.zeros_like(count)
-        if weight:
-            target = looked_at["target"]
-            divergence = ATTENTION_LOSSES[self.attention_loss](target, heatmap)
-            divergence = divergence * (target > 0).any(dim=2).any(dim=1)
-            attention = divergence.sum() / share / (len(with_objects) if images is None else images)
+            rows = self.chosen(batch["names"], with_objects)
+            looked_at, share = select_rows(batch, rows), len(rows) / len(with_objects)
+            heatmap = self.heatmap(looked_at, create_graph=True)
+        divergence = ATTENTION_LOSSES[self.attention_loss](looked_at["target"], heatmap)  # [B]
+        divergence = divergence * (looked_at["target"] > 0).any(dim=2).any(dim=1)
+        attention = divergence.sum() / share / images
+        count = count_loss(logits, batch["answer_labels"]) / tokens
         return LossParts(count + weight * attention, count, attention)
 
     def chosen(self, names: list[str], rows: list[int]) -> list[int]:

@@ -125,15 +125,15 @@ class TrainConfig:
             need(self, name, getattr(self, name) in known, f"one of {', '.join(known)}")
         counts = ("epochs", "batch_size", "accumulation", "log_every", "heatmap_every", "heatmap_images", "limit",
                   "lora", "max_pixels", "batch_tokens")  # fmt: skip
-        for name, least in {**dict.fromkeys(counts, 1), "workers": 0, "unfreeze_vision_at": 0}.items():
-            value = getattr(self, name)
-            need(self, name, value is None or value >= least, f"at least {least}")
-        for name in ("learning_rate", "clip"):
-            value = getattr(self, name)
-            need(self, name, value is None or 0 < value < math.inf, "above 0 and finite")
-        for name in ("weight_decay", "attention_weight"):
-            need(self, name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        need(self, "warmup", 0 <= self.warmup <= 1, "in 0..1")
+        for names, holds, rule in (
+            (counts, lambda value: value >= 1, "at least 1"),
+            (("workers", "unfreeze_vision_at"), lambda value: value >= 0, "at least 0"),
+            (("learning_rate", "clip"), lambda value: 0 < value < math.inf, "above 0 and finite"),
+            (("weight_decay", "attention_weight"), lambda value: 0 <= value < math.inf, "at least 0 and finite"),
+            (("warmup",), lambda value: 0 <= value <= 1, "in 0..1"),
+        ):
+            for name in names:
+                need(self, name, getattr(self, name) is None or holds(getattr(self, name)), rule)
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
         need(self, "lora", not (self.lora and self.resume), "off when resume is on: adapters are merged on saving")
         if self.vision_cache not in ("auto", "off"):
@@ -178,18 +178,11 @@ class TrainConfig:
 
 
 class Run:
-    """The parts of a training run: images, model, step, loader and folder.
-
-    Attributes:
-        step, epoch: number of steps and of epochs that are done.
-        saved: number of steps in the last checkpoint.
-        torn: an update has begun and not ended, so the weights must not be saved.
-        fingerprint: of the images, see `run.fingerprint`; set by `loop.open_run`.
+    """A training run: its images, model, step, loader and folder, and the numbers of steps and epochs done.
 
     Args:
         on_log, on_epoch: see `train`.
         model: a `CountingModel` to train; None loads the config's.
-        signals: caught by the caller.
     """
 
     def __init__(self, config: TrainConfig, on_log=None, on_epoch=None, model=None, signals: Signals | None = None):
@@ -215,8 +208,9 @@ class Run:
         self.workers = default_workers() if config.workers is None else config.workers
         self.open_loader(pixels=not config.caches_vision)
         self.total_steps = self.batches.steps * config.epochs
-        self.step, self.epoch, self.saved, self.torn = 0, 0, 0, False
-        self.fingerprint: dict[str, str] = {}
+        self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs that are done, and steps in the last checkpoint
+        self.torn = False  # an update has begun and not ended, so the weights must not be saved
+        self.fingerprint: dict[str, str] = {}  # of the images
         self.training_counts, val = ([sample.count for sample in samples] for samples in self.samples.values())
         sizes = {split: len(samples) for split, samples in self.samples.items()}
         self.result = TrainResult(config.out, constant_baselines(self.training_counts, val), sizes)

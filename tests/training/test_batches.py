@@ -1,7 +1,6 @@
 """For any number of images, batch size, accumulation and processes: no empty batch, each image once an epoch."""
 
 from collections import Counter
-from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 
 from fsc147lib.options import ConfigError
 from fsc147lib.training.batches import SizeBatches
-from fsc147lib.training.loop import TrainConfig, train
 
 SIZES = st.sampled_from([(2, 3, 16), (4, 6, 34), (4, 6, 36), (4, 40, 170)])
 
@@ -49,11 +47,3 @@ def test_no_batch_is_empty_and_each_image_comes_once(
         assert all(part for step in parts for part in step)
     ahead = islice(batches, sum(map(len, batches.epoch(0))))
     assert list(ahead) == [batch for step in batches.epoch(0) for batch in step]
-
-
-@pytest.mark.slow
-def test_batches_of_one_image_train(root, tmp_path):
-    """17 images in steps of 8 passes: 3 steps of 5 or 6 images."""
-    config = TrainConfig(root, tmp_path / "run", "tiny-random", batch_size=1, accumulation=8, limit=17, log_every=1)
-    result = train(replace(config, tracking="disabled"))
-    assert [line["step"] for line in result.steps] == [1, 2, 3]

@@ -119,22 +119,6 @@ def test_before_the_first_step_nothing_is_left(config, stopped):
     train(config(epochs=1))
 
 
-def test_a_tie_leaves_best_with_the_first(config, monkeypatch):
-    """Resumed where the last epoch's error is the best one's: an uninterrupted run keeps the earlier."""
-    evaluate = setup.evaluate_samples
-
-    def measured(*args, **options):
-        found = evaluate(*args, **options)
-        found.metrics["mae"] = 5.0
-        return found
-
-    monkeypatch.setattr(setup, "evaluate_samples", measured)
-    train(config())
-    train(config(resume=True))
-    state = json.loads((config().out / "best" / "training_state.json").read_text())
-    assert state["epoch"] == 1
-
-
 READER_DIED = "DataLoader worker (pid 12) is killed by signal: Terminated."
 
 
