@@ -8,6 +8,7 @@ import gc
 import importlib
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from .files import write_json, write_text
@@ -44,6 +45,7 @@ def run_synth(config) -> None:
 
 def run_train(config) -> bool:
     from .evaluation import metrics_table
+    from .report.comparison import against_before
     from .training import train
     from .training.memory import plan_training
 
@@ -56,16 +58,26 @@ def run_train(config) -> bool:
     columns = {"before": summary["before"], f"best, epoch {best['epoch']}": best, f"last, epoch {last['epoch']}": last}
     title = f"{images['val']} images of the split val of {config.data}, {config.model} trained on {images['train']}"
     print(metrics_table(title, columns, summary["baselines"]))
-    print(f"\nweights in {config.out}/best and {config.out}/last, losses in {config.out}/metrics.jsonl")
+    print(f"\n{against_before(config.out)}")
+    print(f"weights in {config.out}/best and {config.out}/last, losses in {config.out}/metrics.jsonl")
     return True
 
 
 def run_evaluate(config) -> None:
     from .evaluation import evaluate, metrics_table
+    from .evaluation.answering import model_before
+    from .report.comparison import difference
 
-    found = evaluate(config)
+    found, before = evaluate(config), config.before or model_before(config.model)
+    columns = {"model": found.metrics}
+    if before:
+        first = evaluate(replace(config, model=before))
+        columns = {f"before ({before})": first.metrics, **columns}
     title = f"{len(found.images)} images of the split {config.split} of {config.data}, answered by {config.model}"
-    print(metrics_table(title, {"model": found.metrics}, found.baselines, found.bins))
+    print(metrics_table(title, columns, found.baselines, found.bins))
+    if before:
+        rows = ({image.name: image.row() for image in each.images} for each in (found, first))
+        print("", *difference("model - before", *rows), sep="\n")
     if config.json is not None:
         found.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
 

@@ -60,11 +60,13 @@ def test_synth_train_evaluate(command, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["attention_layers"] == [1, 2]
-    status, _, err = command(
+    assert "\nlast - before: MAE " in done.stdout
+    status, out, err = command(
         "evaluate", "--data", tmp_path / "data", "--split", "val", "--model", tmp_path / "run" / "best",
         "--json", tmp_path / "val.json", "--attention-layers", 1, 2,
     )  # fmt: skip
     assert status == 0, err
+    assert "before (tiny-random)" in out and "\nmodel - before: MAE " in out
     trained = json.loads((tmp_path / "run" / "summary.json").read_text())["best"]
     evaluated = json.loads((tmp_path / "val.json").read_text())["metrics"]
     assert evaluated["mae"] == trained["mae"]

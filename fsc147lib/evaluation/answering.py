@@ -5,6 +5,7 @@ The model answers greedily.  Count loss and maps are those under the true answer
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class EvaluateConfig:
     """Name of the split."""
     batch_size: int = 16
     """Images in a batch."""
+    before: str | None = None
+    """Second model to answer; None: the one that a run's checkpoint was trained from, if there is one."""
     json: Path | None = None
     """File for the metrics; a .csv of the same name beside it lists the images."""
     limit: int | None = None
@@ -249,6 +252,15 @@ def _summarise(images: list[ImageResult], loss: float, empty_cost: float, traini
         raise ValueError(f"{', '.join(wrong)}: the model is broken, or its images are; look with `verify`")
     baselines = constant_baselines(training_counts, counts[1]) if len(training_counts) else {}
     return Evaluation(metrics, metrics_by_bin(*counts), images, baselines)
+
+
+def model_before(model: str) -> str | None:
+    """The model that a checkpoint of a run was trained from, as the run's config.json tells; None of other models."""
+    try:
+        options = json.loads((Path(model).parent / "config.json").read_text())
+        return options["model"] if "attention_weight" in options else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:

@@ -53,7 +53,7 @@ def metrics_table(
     columns = columns | {f"{name} {row['constant']:.1f}": row for name, row in baselines.items()}
     rows = [["", "good", *columns]]
     found = dict.fromkeys(key for metrics in columns.values() for key in metrics)
-    below = ("absurd", "mae_without_absurd", "constant")  # in sentences and headings
+    below = ("absurd", "mae_without_absurd", "constant", "epoch")  # in sentences and headings
     for key in [*(key for key in MEASURES if key in found), *(key for key in found if key not in (*MEASURES, *below))]:
         words, good, _ = MEASURES.get(key, OTHER)
         rows.append([words or key, good, *(_cell(metrics, key) for metrics in columns.values())])

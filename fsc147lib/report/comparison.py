@@ -60,24 +60,32 @@ def compare_runs(config: CompareConfig) -> str:
     return "\n\n".join([aligned(rows), metrics_table(title, columns, baselines), "\n".join(differences)])
 
 
-def images_of_best(folder: Path, mae: float) -> dict[str, dict[str, str]]:
-    """Rows of a run's best/validation.csv by image name; {} without that file, or if its MAE is not `mae`: then a
-    crash left another epoch's file."""
-    path = folder / "best" / "validation.csv"
+def image_rows(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of a table of images (CSV) by image name; {} without the file."""
     if not path.is_file():
         return {}
     with path.open(newline="") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
-    return rows if np.isclose(np.mean([float(row["error"]) for row in rows.values()]), mae) else {}
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def images_of_best(folder: Path, mae: float) -> dict[str, dict[str, str]]:
+    """Rows of a run's best/validation.csv; {} if its MAE is not `mae`: then a crash left another epoch's file."""
+    rows = image_rows(folder / "best" / "validation.csv")
+    return rows if rows and np.isclose(np.mean([float(row["error"]) for row in rows.values()]), mae) else {}
+
+
+def against_before(out: Path) -> str:
+    """MAE and KL of a run's last validation minus those before training, with 95 % intervals over images."""
+    return "\n".join(difference("last - before", *map(image_rows, (out / "last/validation.csv", out / "before.csv"))))
 
 
 def difference(names: str, own: dict[str, dict], first: dict[str, dict]) -> list[str]:
     """A line each for MAE and KL: mean difference of two runs over the same images, with its 95 % interval."""
     if not own or own.keys() != first.keys():
-        return [f"{names}: not the same images, or no best/validation.csv of both"]
+        return [f"{names}: not the same images, or a table of images is missing"]
     lines = []
     for key, words in (("error", "MAE"), ("kl", "KL")):
-        known = [image for image in first if first[image].get(key)]  # an empty scene has no KL
+        known = [image for image in first if first[image][key] not in (None, "")]  # an empty scene has no KL
         low, middle, high = paired_difference(*([float(run[image][key]) for image in known] for run in (own, first)))
         verdict = "no clear difference" if low <= 0 <= high else "better" if middle < 0 else "worse"
         lines.append(f"{names}: {words} {middle:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}")

@@ -191,9 +191,8 @@ def conclude(config: StudyConfig, run: GridRun) -> None:
     """Write a run's RESULT: the last validation, and the last weights' answers on `test`."""
     result = {"val": run.row(0.0)["last"], **answer(config, str(run.config.out / "last"))}
     write_json(run.config.out / RESULT, result)
-    for name in ("best", "last"):
-        for path in (run.config.out / name).glob("*.safetensors"):
-            path.unlink()
+    for path in run.config.out.rglob("*.safetensors"):
+        path.unlink()
 
 
 def answer(config: StudyConfig, model: str) -> dict:

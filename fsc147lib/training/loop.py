@@ -41,6 +41,7 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
             open_run(run)
             if not run.result.epochs:
                 run.validate()
+                run.folder.write_table("before.csv", run.validation.images)
             with progress_bar(total=run.total_steps, initial=run.step, desc="train") as progress:
                 while run.epoch < config.epochs:
                     with signals.hold():

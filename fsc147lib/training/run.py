@@ -1,7 +1,7 @@
 """A run's folder: its files, its lock, and how a run resumes from it.
 
-`config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `summary.json` (first, best and last
-validation), `best/` and `last/` (checkpoints), `last.old/` (the previous checkpoint, used if `last/` is damaged),
+`config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `before.csv` (answers before training),
+`summary.json` (first, best and last validation), `best/` and `last/` (checkpoints), `last.old/` (the previous checkpoint, used if `last/` is damaged),
 `run_id`, `wandb/`.
 """
 
@@ -204,6 +204,11 @@ class RunFolder:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.tracker is not None:
             self.tracker.log(line, step=line["step"])
+
+    def write_table(self, name: str, images: list[ImageResult]) -> None:
+        """Write a table of images (CSV) into the folder."""
+        if self.writes:
+            write_text(self.out / name, to_csv([image.row() for image in images]))
 
     def save(
         self, model: CountingModel, optimizer: torch.optim.Optimizer, state: dict, result: TrainResult,

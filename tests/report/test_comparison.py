@@ -56,7 +56,7 @@ def test_images_of_another_epoch_are_not_compared(tmp_path):
     """A crash between best/ and summary.json leaves images that are not those of the metrics."""
     a, b = write_run(tmp_path / "a", [2.0, 4.0], 0.9), write_run(tmp_path / "b", [1.0, 3.0], 0.4)
     (b / "best" / "validation.csv").write_text((a / "best" / "validation.csv").read_text())
-    assert "b - a: not the same images, or no best/validation.csv of both" in compare_runs(CompareConfig((a, b)))
+    assert "b - a: not the same images, or a table of images is missing" in compare_runs(CompareConfig((a, b)))
 
 
 def test_what_is_no_run_is_named(tmp_path):
