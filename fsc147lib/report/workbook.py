@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,19 @@ import torch
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from transformers.utils.logging import disable_progress_bar
 
+from ..data import DataError, Sample
+from ..data.fsc147 import open_split
 from ..data.scenes import make_dataset
 from ..evaluation.tables import PUBLISHED
 from ..model.device import gpu_memory
 from ..model.load import count_parameters
+from ..options import ConfigError
+from ..training.run import read_run
 
+WORLD = "sea"  # that the shipped models have never seen
 PICTURES = {"train": 400, "val": 60, "test": 50}  # of the drawn data set
+SHIPPED_PAIR = {"counts": "tiny", "both": "tiny-dual"}
+SHOWN = 60  # images of a split that a notebook looks at
 COLUMNS = {  # of the tables of test results: key -> heading, format
     "mae": ("MAE (objects)", "{mae:.2f}"),
     "rmse": ("RMSE (objects)", "{rmse:.2f}"),
@@ -60,21 +68,43 @@ class Settings:
         """A folder for a new training run, with the next free number."""
         return self.runs / f"{name}-{max(self.numbered(name), default=0) + 1}"
 
-    def trained(self) -> Path:
-        """The best checkpoint of notebook 03's newest run with both losses; WorkbookError if there is none."""
-        found = {number: run / "best" for number, run in self.numbered("both").items() if (run / "best").is_dir()}
-        if not found:
-            raise WorkbookError(f"there is no trained model in {self.runs}: run 03_dual_loss_finetuning.ipynb first")
-        return found[max(found)]
+    def pair(self) -> dict[str, str]:
+        """Last weights of notebook 03's newest finished runs, "counts" and "both"; the shipped pair without them."""
+        pair = {name: self.newest(name) for name in SHIPPED_PAIR}
+        if not all(pair.values()):
+            pair = SHIPPED_PAIR
+        print("\n".join(f"{name}: {model}" for name, model in pair.items()))
+        return pair
+
+    def newest(self, name: str) -> str | None:
+        """Folder of the last weights of the newest finished run of a name; None without one."""
+        for _, run in sorted(self.numbered(name).items(), reverse=True):
+            with suppress(ConfigError):
+                options, summary, _ = read_run(run)
+                if summary["last"]["epoch"] == options["epochs"]:
+                    return str(run / "last")
+        return None
+
+    def samples(self, split: str, most: int = SHOWN) -> list[Sample]:
+        """Up to `most` images of a split, evenly from its whole; of a root without a test split those of val."""
+        try:
+            found = open_split(self.data, split)
+        except DataError:
+            if split != "test":
+                raise
+            print(f"{self.data.name} has no test split: val stands for it")
+            return self.samples("val", most)
+        if len(found) > most:
+            print(f"{split}: {most} of {len(found)} images")
+        return [found[i * len(found) // most] for i in range(most)] if len(found) > most else found
 
     def fit(self) -> dict:
-        """Options of `train` that fit on this GPU, with a limit of images; prints them and the free memory."""
+        """Options of `train` that fit on this GPU; prints them and the free memory."""
         if not torch.cuda.is_available():
-            return {"limit": 160, "batch_size": 8}
+            return {"batch_size": 8}
         total, free = (size / 2**30 for size in gpu_memory())
         scale = count_parameters(self.model) / 2.1e9  # a model's need grows with its size
         needed, options = next((need * scale, options) for need, options in FITS if need * scale <= total)
-        options = {"limit": 160, **options}
         print(f"{self.model} on {total:.0f} GiB: {', '.join(f'{key}={value}' for key, value in options.items())}")
         print(f"{free:.1f} GiB of the GPU are free", end=".\n" if free >= needed else f", {needed:.1f} are needed: ")
         if free < needed:
@@ -101,7 +131,8 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
     out.mkdir(parents=True, exist_ok=True)
     data = os.environ.get("FSC147_DATA") or data
     if data is None:
-        data = out / "drawn-{train}-{val}-{test}".format(**PICTURES)
+        data = out / f"drawn-{WORLD}-" + "-".join(map(str, PICTURES.values()))
         if not data.exists():
-            make_dataset(data, **PICTURES)
+            make_dataset(data, **PICTURES, world=WORLD)
+    open_split(Path(data).expanduser(), "train", 1)  # a wrong folder is told in the first cell
     return Settings(Path(data).expanduser(), os.environ.get("FSC147_MODEL") or str(model), out)

@@ -1,8 +1,8 @@
 """A run's folder: its files, its lock, and how a run resumes from it.
 
 `config.json`, `metrics.jsonl` (a line every few steps, and one for each epoch), `before.csv` (answers before training),
-`summary.json` (first, best and last validation), `best/` and `last/` (checkpoints), `last.old/` (the previous checkpoint, used if `last/` is damaged),
-`run_id`, `wandb/`.
+`summary.json` (first, best and last validation), `best/` and `last/` (checkpoints), `last.old/` (the previous
+checkpoint, used if `last/` is damaged), `run_id`, `wandb/`.
 """
 
 import hashlib

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from fsc147lib.data import DataError
 from fsc147lib.report import runner, workbook
 
 HERE = Path(__file__).resolve().parents[2]
@@ -99,24 +100,52 @@ def test_a_card_s_memory_picks_the_options(tmp_path, monkeypatch, capsys, gib, p
     monkeypatch.setattr(workbook, "count_parameters", lambda name: parameters)
     for free in (gib, 0):  # another kernel holds the card
         monkeypatch.setattr(workbook, "gpu_memory", lambda free=free: (int(gib * 2**30), int(free * 2**30)))
-        assert workbook.Settings(tmp_path, "model", tmp_path).fit() == {"limit": 160, **expected}
+        assert workbook.Settings(tmp_path, "model", tmp_path).fit() == expected
     roomy, full = re.findall(r"[0-9.]+ GiB of the GPU are free.*", capsys.readouterr().out)
     assert roomy.endswith(" free.") and "are needed" in full and "kernel of another notebook" in full
 
 
 def test_a_new_run_never_takes_an_older_ones_folder(tmp_path):
     where = workbook.Settings(tmp_path / "root", "runs/a/best", tmp_path)
-    with pytest.raises(workbook.WorkbookError, match="run 03_dual_loss_finetuning.ipynb first"):
-        where.trained()
     for expected in ("both-1", "both-2"):
         folder = where.new_run("both")
         assert folder.name == expected
-        (folder / "best").mkdir(parents=True)
-    (where.runs / "both-10" / "best").mkdir(parents=True)
+        folder.mkdir(parents=True)
+    (where.runs / "both-10").mkdir()
     assert where.new_run("both").name == "both-11" and where.new_run("counts").name == "counts-1"
-    (where.runs / "both-11").mkdir()  # a run that is not finished
-    assert where.trained() == where.runs / "both-10" / "best"
     assert where.runs != workbook.Settings(tmp_path / "root", "runs/b/best", tmp_path).runs
+
+
+def test_the_pair_is_the_newest_finished_one_else_the_shipped_one(tmp_path):
+    where = workbook.Settings(tmp_path / "root", "tiny", tmp_path)
+
+    def write(name, epoch):
+        (where.runs / name).mkdir(parents=True)
+        (where.runs / name / "config.json").write_text('{"epochs": 3}')
+        (where.runs / name / "summary.json").write_text(json.dumps({"last": {"epoch": epoch}}))
+        (where.runs / name / "metrics.jsonl").touch()
+
+    write("counts-1", 3)
+    assert where.pair() == {"counts": "tiny", "both": "tiny-dual"}
+    write("both-2", 3)
+    write("both-10", 3)
+    write("both-11", 2)  # stopped
+    (where.runs / "both-12").mkdir()
+    assert where.pair() == {name: str(where.runs / run / "last") for name, run in
+                            (("counts", "counts-1"), ("both", "both-10"))}  # fmt: skip
+
+
+def test_a_large_split_is_sampled_and_a_missing_test_split_told(root, tmp_path, capsys):
+    where = workbook.Settings(root, "tiny", tmp_path)
+    whole = where.samples("train", 1000)
+    few = where.samples("train", 3)
+    assert [sample.name for sample in few] == [whole[i * len(whole) // 3].name for i in range(3)]
+    assert f"train: 3 of {len(whole)} images" in capsys.readouterr().out
+
+
+def test_a_wrong_folder_fails_in_the_first_cell(tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        workbook.settings(tmp_path / "nowhere", out=tmp_path)
 
 
 # --- The runner
