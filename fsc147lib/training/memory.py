@@ -20,10 +20,10 @@ from .batches import Shown
 from .setup import Run, TrainConfig
 
 GPU_SHARE, HOST_SHARE = 0.25, 0.5
-"""Kept features may take these shares of the GPU's memory and of the free host memory."""
+"""Largest shares of the GPU's memory, and of the free host memory, for kept features."""
 
 GPU_SPARE = 0.05
-"""Share of the GPU's memory that stays empty: the same work can need slightly more another time."""
+"""Share of the GPU's memory that stays free, because the need for memory varies."""
 
 
 class Plan(NamedTuple):
@@ -116,12 +116,12 @@ def choose_place(size: int, beside: float) -> str:
 
 
 def place_of_features(run: Run) -> str:
-    """Where a run's kept features lie.  The GPU is chosen only where a step fits beside them, and in one process: with
-    several, one that runs out of memory would leave the others waiting."""
+    """The place of a run's kept features: "gpu" only if a step fits beside them, and only in a run of one process."""
     if run.config.vision_cache != "auto":
         return run.config.vision_cache
     size, beside, step = features_bytes(run, run.kept_samples()), math.inf, run.training_step
-    on_gpu, alone = run.compute.device.type == "cuda", run.accelerator.num_processes == 1
+    on_gpu = run.compute.device.type == "cuda"
+    alone = run.accelerator.num_processes == 1  # others would wait forever for one that runs out of memory
     if on_gpu and alone and size <= GPU_SHARE * gpu_memory()[0]:
         with suppress(torch.OutOfMemoryError):
             beside = measure(run, run.config.batch_size).bytes

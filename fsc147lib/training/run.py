@@ -62,20 +62,16 @@ class TrainResult:
 def fingerprint(samples: dict[str, list[Sample]]) -> dict[str, str]:
     """SHA-256 of the `images` (names and files), `categories` and `dots` of all splits, in order.
 
-    A copy of a root has the same fingerprint.  Boxes and density files are not in it: training does not use them.
+    Boxes and density files are not in it, because training does not use them.
     """
     listed: dict[str, list] = {"images": [], "categories": [], "dots": []}
     for part in samples.values():
         with ThreadPoolExecutor() as pool:  # many reads at a time, for slow disks
-            files = pool.map(lambda sample: _sha256(sample.image_path.read_bytes()), part)
+            files = pool.map(lambda sample: hashlib.sha256(sample.image_path.read_bytes()).hexdigest(), part)
             listed["images"].append([(sample.name, file) for sample, file in zip(part, files, strict=True)])
         listed["categories"].append([sample.category for sample in part])
-        listed["dots"].append([_sha256(sample.points.tobytes()) for sample in part])
-    return {key: _sha256(json.dumps(values).encode()) for key, values in listed.items()}
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+        listed["dots"].append([hashlib.sha256(sample.points.tobytes()).hexdigest() for sample in part])
+    return {key: hashlib.sha256(json.dumps(values).encode()).hexdigest() for key, values in listed.items()}
 
 
 def need_same_run(config) -> None:
@@ -84,9 +80,8 @@ def need_same_run(config) -> None:
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}): start a new run from {config.out}/last as --model"
-        ) from error
+        cure = f"start a new run from {config.out}/last as --model"
+        raise ConfigError(f"{path} cannot be read ({error}): {cure}") from error
     now = json.loads(config.to_json())
     for option in fields(config):  # an option that the file lacks had its default
         before = saved.get(option.name, option.default)
@@ -98,7 +93,7 @@ def need_same_run(config) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this is a run's first process, the one that writes."""
+    """Whether this is the first process of a run, the one that writes."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,7 +1,6 @@
 """One training step: losses over a window of batches, their gradient, its clip and the update; what benchmarks time.
 
-Also what changes from step to step: the learning rate, and the weight of the attention loss.
-Left out: which batches make a window (`batches`).
+Also the learning rate and the weight of the attention loss, which change from step to step.
 """
 
 import math

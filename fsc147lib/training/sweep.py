@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
 
@@ -37,27 +38,13 @@ class SweepConfig:
         need(self, "grid", axes and all(axes), "NAME=VALUE,VALUE,... for each option")
 
 
-@dataclass
-class GridRun:
-    """One combination of a grid: its name, words for the command `train`, values of the grid's options, and config."""
+class GridRun(NamedTuple):
+    """One combination of a grid."""
 
     name: str
-    words: list[str]
-    options: dict
+    words: list[str]  # of the command `train`
+    options: dict  # of the grid, with their values
     config: TrainConfig
-
-    def row(self, seconds: float, error: str | None = None) -> dict:
-        """The run's row of `run_sweep`, read from its folder."""
-        row = {"name": self.name, "options": self.options, "finished": False, "error": error, "seconds": seconds}
-        try:
-            need_same_run(self.config)
-            _, summary, epochs = read_run(self.config.out)
-        except ConfigError:
-            return row
-        if summary["last"]["epoch"] < self.config.epochs:
-            return row
-        curve = [{"epoch": line["epoch"], **line["val"]} for line in epochs]
-        return {**row, "finished": True, "best": summary["best"], "last": summary["last"], "curve": curve}
 
 
 def grid_runs(config: SweepConfig) -> list[GridRun]:
@@ -70,14 +57,30 @@ def grid_runs(config: SweepConfig) -> list[GridRun]:
         words = [*config.train, "--out", str(config.out / name)]
         for key, value in zip(axes, values, strict=True):
             flag = key.replace("_", "-")
-            if value in ("True", "False"):
-                words.append(f"--{flag}" if value == "True" else f"--no-{flag}")
+            if value == "True":
+                words.append(f"--{flag}")
+            elif value == "False":
+                words.append(f"--no-{flag}")
             else:
                 words += [f"--{flag}", *value.split()]
         settings = parse_options(TrainConfig, words, "train")
         options = json.loads(settings.to_json())
         runs.append(GridRun(name, words, {key: options[key] for key in axes}, settings))
     return runs
+
+
+def row_of(run: GridRun, seconds: float, error: str | None = None) -> dict:
+    """The run's row of `run_sweep`, read from its folder."""
+    row = {"name": run.name, "options": run.options, "finished": False, "error": error, "seconds": seconds}
+    try:
+        need_same_run(run.config)
+        _, summary, epochs = read_run(run.config.out)
+    except ConfigError:
+        return row
+    if summary["last"]["epoch"] < run.config.epochs:
+        return row
+    curve = [{"epoch": line["epoch"], **line["val"]} for line in epochs]
+    return {**row, "finished": True, "best": summary["best"], "last": summary["last"], "curve": curve}
 
 
 def run_sweep(config: SweepConfig) -> list[dict]:
@@ -90,7 +93,7 @@ def run_sweep(config: SweepConfig) -> list[dict]:
     """
     runs, path = grid_runs(config), config.out / "sweep.json"
     spent = {row["name"]: row["seconds"] for row in json.loads(path.read_text())["runs"]} if path.is_file() else {}
-    rows = {run.name: run.row(spent.get(run.name, 0.0)) for run in runs}
+    rows = {run.name: row_of(run, spent.get(run.name, 0.0)) for run in runs}
     unfinished = [run for run in runs if not rows[run.name]["finished"]]
 
     def write() -> None:
@@ -99,7 +102,7 @@ def run_sweep(config: SweepConfig) -> list[dict]:
     write()
     print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished before", flush=True)
     for run, seconds, error in processes(unfinished, config.out / "logs", config.parallel):
-        rows[run.name] = run.row(rows[run.name]["seconds"] + seconds, error)
+        rows[run.name] = row_of(run, rows[run.name]["seconds"] + seconds, error)
         write()
         print(f"{run.name}: {error or 'MAE {mae:.2f}'.format(**rows[run.name]['best'])}, {seconds:.0f} s", flush=True)
     return list(rows.values())
@@ -121,11 +124,9 @@ def processes(runs: list[GridRun], logs: Path, parallel: int) -> Iterator[tuple[
             time.sleep(0.1)
             for process in [process for process in active if process.poll() is not None]:
                 run, began = active.pop(process)
-                error = None
-                if process.returncode:
-                    printed = (logs / f"{run.name}.txt").read_text(errors="replace").split("\n")
-                    error = next(filter(str.strip, reversed(printed)), f"ended with status {process.returncode}")
-                yield run, time.perf_counter() - began, error
+                printed = (logs / f"{run.name}.txt").read_text(errors="replace").split("\n")
+                error = next(filter(str.strip, reversed(printed)), f"ended with status {process.returncode}")
+                yield run, time.perf_counter() - began, error if process.returncode else None
     finally:
         for process in active:
             process.terminate()
@@ -135,9 +136,8 @@ def processes(runs: list[GridRun], logs: Path, parallel: int) -> Iterator[tuple[
 
 def start(run: GridRun, log: Path, threads: int) -> subprocess.Popen:
     """Start the process of a run, which resumes from a checkpoint if there is one; its output goes to `log`."""
-    command = [sys.executable, "-m", "fsc147lib", "train", *run.words]
-    if (run.config.out / "last").is_dir():
-        command.append("--resume")
+    resume = ["--resume"] if (run.config.out / "last").is_dir() else []
+    command = [sys.executable, "-m", "fsc147lib", "train", *run.words, *resume]
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", **os.environ}
     with log.open("w") as file:

@@ -217,8 +217,9 @@ def handing_over_its_end(_):
     raise EOFError
 
 
-@pytest.mark.parametrize("twice", [False, True])
-@pytest.mark.parametrize("death", [killed, handing_over, handing_over_its_end])
+@pytest.mark.parametrize(
+    ("death", "twice"), [(killed, False), (handing_over, False), (handing_over, True), (handing_over_its_end, False)]
+)
 def test_a_killed_worker_is_one_sentence(small_root, tmp_path, monkeypatch, capsys, death, twice):
     """torch's handler of dead processes can raise once more, anywhere in the program."""
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation import Evaluation, ImageResult
-from fsc147lib.model import pixels
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import Recipe
@@ -112,31 +111,11 @@ def test_logged_validation_is_that_of_the_checkpoint(finished, root):
 
 
 @pytest.mark.slow
-def test_a_run_decodes_each_image_once(config, monkeypatch):
-    read, decode = [], pixels.resized_patches
-    monkeypatch.setattr(
-        pixels, "resized_patches", lambda sample, processor: read.append(sample.name) or decode(sample, processor)
-    )
-    settings = config(epochs=2, limit=4)
-    train(settings)
-    names = [sample.name for split in ("train", "val") for sample in FSC147(settings.data, split)[:4]]
-    assert sorted(read) == sorted(names)
-
-
-@pytest.mark.slow
 def test_both_losses_fall(config):
     result = train(config(epochs=6, flip=False))
     assert result.steps[-1]["count_loss"] < result.steps[0]["count_loss"] / 3
     assert result.steps[-1]["attention_loss"] < result.steps[0]["attention_loss"]
     assert result.epochs[0]["epoch"] == 0 and len(result.epochs) == 7
-
-
-@pytest.mark.slow
-def test_counts_alone_can_be_trained(config):
-    """With weight 0 no heatmap is looked at; the log says so instead of 0."""
-    result = train(config(epochs=1, attention_weight=0.0))
-    assert all(line["attention_loss"] is None and line["total"] == line["count_loss"] for line in result.steps)
-    assert result.epochs[-1]["val"]["kl"] > 0  # validation still measures where it looks
 
 
 @pytest.mark.slow
@@ -359,17 +338,8 @@ def test_order_is_fair(by_size):
     companies = [{frozenset(i for i, _ in batch) for batch in epoch} for epoch in epochs[:2]]
     assert len(companies[0] & companies[1]) <= 2  # the widest images differ from all others and meet again
     assert 60 < sum(mirrored for batch in epochs[0] for _, mirrored in batch) < 180
-
-
-def test_one_epoch_follows_the_other():
-    """Whoever reads ahead finds the next epoch's batches; a run that goes on begins in the midst of one."""
-    batches = SizeBatches(LENGTHS, 24, 0, accumulation=2, batch_tokens=3000)
-    batches.start(4, done=3)
-    steps = batches.epoch(4, done=3) + batches.epoch(5) + batches.epoch(6)
-    assert batches.epoch(4, done=3) == batches.epoch(4)[3:] and len(batches.epoch(5)) == batches.steps
-    expected = [batch for step in steps for batch in step]
-    assert list(islice(batches, len(expected))) == expected
-    assert batches.sizes(4, done=3) == [len(step) for step in steps[: batches.steps - 3]]
+    padded = sum(max(LENGTHS[i][2] for i, _ in batch) * len(batch) for batch in epochs[0])
+    assert (sum(length[2] for length in LENGTHS) > 0.85 * padded) == by_size
 
 
 @pytest.mark.medium
@@ -420,15 +390,6 @@ def test_every_image_weighs_alike(accumulation, processes):
     assert smaller[-16:].mean() == pytest.approx(smaller.mean(), abs=0.1) and 0.05 < smaller.mean() < 0.95
 
 
-def test_batches_by_size_hold_little_padding():
-    padded = []
-    for by_size in (True, False):
-        batches = SizeBatches(LENGTHS, 16, seed=0, by_size=by_size)
-        places = sum(max(LENGTHS[i][2] for i, _ in batch) * len(batch) for (batch,) in batches.epoch(0))
-        padded.append(1 - sum(length[2] for length in LENGTHS) / places)
-    assert 0 <= padded[0] < padded[1] / 3
-
-
 @pytest.mark.medium
 def test_a_step_asks_for_no_number(config, monkeypatch):
     """On a GPU each would be a wait; they are fetched together, every few steps.  transformers asks for one a pass."""
@@ -459,12 +420,11 @@ def test_a_step_asks_for_no_number(config, monkeypatch):
 
 def test_schedule():
     factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1)
-    assert max(factors) == pytest.approx(1) and factors[-1] < 0.001
+    assert factors[0] == pytest.approx(0.1) and factors[9] == max(factors) == 1
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert learning_rate_factor(0, 1, 0.0) == 1
     assert learning_rate_factor(55, 100, 0.1, "linear") == pytest.approx(0.5)
-    assert learning_rate_factor(9, 100, 0.1, "constant") == learning_rate_factor(99, 100, 0.1, "constant") == 1
+    assert learning_rate_factor(99, 100, 0.1, "constant") == 1
 
 
 def test_batches_split_by_tokens_make_the_same_steps():

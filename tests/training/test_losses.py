@@ -219,26 +219,3 @@ def test_attention_gradient_is_the_finite_difference(float64, mixed_samples, kin
                 weight -= sign * step * direction
         assert abs(slope) > 1e-9, name
         assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(slope, rel=1e-4), name
-
-
-@pytest.mark.medium
-def test_checkpointed_gradients_are_the_same(tiny, batch):
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            tiny.network.activation_checkpointing_enable({"use_reentrant": False})
-        tiny.network.train()
-        tiny.network.zero_grad()
-        DualLoss(tiny.network)(batch, 0.1).attention.backward()
-        gradients.append([p.grad.clone() for p in tiny.network.parameters() if p.grad is not None])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-4)
-
-
-@pytest.mark.medium
-def test_bf16_autocast_keeps_the_rows_in_float32(tiny, batch):
-    exact = DualLoss(tiny.network)(batch, 0.1).attention
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        parts = DualLoss(tiny.network)(batch, 0.1)
-    assert parts.attention.dtype == torch.float32
-    assert float(parts.attention) == pytest.approx(float(exact), rel=0.02)
