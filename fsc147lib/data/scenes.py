@@ -19,6 +19,7 @@ from ..files import new_folder
 from .drawing import Shapes, any_colour, rgb
 from .faults import IMAGES, write_layout
 from .sprites import Sprites, read_sprites
+from .worlds import WORLDS, change_world
 
 HEIGHT = 384
 WIDTHS = (384, 432, 480, 512, 576, 640)
@@ -39,13 +40,16 @@ class SynthConfig:
     val: int = 100  # Pictures of categories that are never trained on.
     test: int = 50  # Pictures of still other such categories.
     seed: int = 0  # The same seed draws the same bytes.
+    world: str = "day"  # Light and weather: day, on which the shipped models were trained; sea; or night.
     sprites: Path | None = None  # Draw with cut-outs (PNG or WebP with transparency): a folder for each category.
 
 
 Stock = Shapes | Sprites  # what scenes are made of
 
 
-def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | None = None) -> tuple[Image.Image, dict]:
+def draw_scene(
+    rng: np.random.Generator, split: str = "train", stock: Stock | None = None, world: str = "day"
+) -> tuple[Image.Image, dict]:
     """Draw a picture of a split, of composed shapes or from a stock of cut-outs; `rng` decides everything.
 
     Returns the RGB image, HEIGHT high and one of WIDTHS wide, and its annotation: `category`, `points` [N, 2] x, y and
@@ -64,14 +68,17 @@ def draw_scene(rng: np.random.Generator, split: str = "train", stock: Stock | No
     kinds = rng.permutation([category] * count + shown).tolist()
     centres, radii = _place(rng, len(kinds), size)
     image, boxes = _background(rng, size), np.zeros((len(kinds), 4))
+    objects = Image.new("L", image.size)
     slant = rng.uniform(0.08, 0.3) * np.array([rng.choice([-1, 1]), 1])
     for i, kind in enumerate(kinds):
-        boxes[i] = _paste(image, *stock.cut_out(rng, kind, radii[i]), centres[i], slant * radii[i])
+        pixels, mask = stock.cut_out(rng, kind, radii[i])
+        boxes[i] = box = _paste(image, pixels, mask, centres[i], slant * radii[i])
+        objects.paste(255, box, mask)
     counted = np.array(kinds) == category
     points = (boxes[counted, :2] + boxes[counted, 2:]) / 2
     distractors = [kind for kind in kinds if kind != category]
     scene = {"category": category, "points": points, "boxes": boxes[counted][:3], "distractors": distractors}
-    return _light(rng, image), scene
+    return change_world(world, rng, _light(rng, image), objects), scene
 
 
 def _place(rng: np.random.Generator, number: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -153,16 +160,24 @@ def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def make_dataset(
-    out: str | Path, train: int, val: int, test: int, seed: int = 0, sprites: str | Path | None = None
+    out: str | Path,
+    train: int,
+    val: int,
+    test: int,
+    seed: int = 0,
+    world: str = "day",
+    sprites: str | Path | None = None,
 ) -> Path:
     """Draw a whole root in FSC147's official layout, and return it; arguments as in `SynthConfig`.
 
     A picture depends on the seed, its split and its place there alone.  Raises FileExistsError where `out` holds
-    something; ValueError for a split without pictures, a negative seed, or cut-outs that cannot be used.
+    something; ValueError for a split without pictures, a negative seed, an unknown world, or unusable cut-outs.
     """
     for name, value, least in (("train", train, 1), ("val", val, 1), ("test", test, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"--{name} is {value}, but must be at least {least}")
+    if world not in WORLDS:
+        raise ValueError(f"--world {world} is unknown: give one of {', '.join(WORLDS)}")
     stock = Shapes() if sprites is None else read_sprites(sprites, seed)
     sizes = zip(DRAWN, (train, val, test, val, test), strict=True)
     jobs = [(split, index) for split, size in sizes for index in range(size)]
@@ -172,7 +187,7 @@ def make_dataset(
         (draft / IMAGES).mkdir(parents=True)
         with ProcessPoolExecutor() as pool:  # a process for each core
             paths = [draft / IMAGES / f"{number}.jpg" for number in range(1, len(jobs) + 1)]
-            scenes = pool.map(partial(_save_scene, seed, stock), jobs, paths, chunksize=8)
+            scenes = pool.map(partial(_save_scene, seed, stock, world), jobs, paths, chunksize=8)
             for (split, _), path, (category, entry) in zip(jobs, paths, scenes, strict=True):
                 splits[split].append(path.name)
                 entries[path.name], categories[path.name] = entry, category
@@ -180,10 +195,10 @@ def make_dataset(
     return Path(out)
 
 
-def _save_scene(seed: int, stock: Stock, job: tuple[str, int], path: Path) -> tuple[str, dict]:
+def _save_scene(seed: int, stock: Stock, world: str, job: tuple[str, int], path: Path) -> tuple[str, dict]:
     """Draw a picture of a split; returns its category and its annotation as in FSC147."""
     split, index = job
-    image, scene = draw_scene(np.random.default_rng([seed, DRAWN.index(split), index]), split, stock)
+    image, scene = draw_scene(np.random.default_rng([seed, DRAWN.index(split), index]), split, stock, world)
     image.save(path, quality=90)
     corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in scene["boxes"].tolist()]
     entry = {"box_examples_coordinates": corners, "img_path": f"{IMAGES}/{path.name}"}
