@@ -91,7 +91,7 @@ def run_study(config: StudyConfig) -> dict:
     describe_plan(config, budgets)
     if config.dry_run:
         return {}
-    before = answer(config, config.model)["metrics"]
+    before = answer(shared_options(config, budgets[0]), config.model)["metrics"]
     study: dict = {"config": json.loads(json.dumps(asdict(config), default=str)), "before": before, "budgets": []}
     for budget in budgets:
         study["budgets"].append(study_budget(config, budget, before))
@@ -105,8 +105,7 @@ def describe_plan(config: StudyConfig, budgets: list[int]) -> None:
     choosing = (max(1, len(config.learning_rates)) + len(config.weights)) * len(config.seeds)
     told_runs = len(variants(config, 1.0)) * len(config.confirm or config.seeds)
     runs = choosing + told_runs - (0 if config.confirm else 2 * len(config.seeds))
-    words = [*shared_words(config, budgets[-1]), "--out", str(config.out / "plan")]
-    fits, text, epoch = plan_training(parse_options(TrainConfig, words, "train"))
+    fits, text, epoch = plan_training(shared_options(config, budgets[-1]))
     if not fits:
         raise ConfigError(text)
     minutes = runs * config.epochs * epoch * sum(budgets) / budgets[-1] / config.parallel / 60
@@ -120,7 +119,12 @@ def describe_plan(config: StudyConfig, budgets: list[int]) -> None:
 def shared_words(config: StudyConfig, budget: int) -> list[str]:
     """Words of `train` for all runs of a budget."""
     words = ["--data", str(config.data), "--model", config.model, "--epochs", str(config.epochs)]
-    return [*words, "--limit", str(budget), "--tracking", "disabled", *config.train]
+    return [*words, "--limit", str(budget), "--tracking", "disabled", "--no-checkpoints", *config.train]
+
+
+def shared_options(config: StudyConfig, budget: int) -> TrainConfig:
+    """The options that all runs of a budget share."""
+    return parse_options(TrainConfig, [*shared_words(config, budget), "--out", str(config.out / "plan")], "train")
 
 
 def variants(config: StudyConfig, weight: float) -> list[Variant]:
@@ -178,26 +182,29 @@ def finish(config: StudyConfig, runs: list[GridRun]) -> None:
     trained = {run.name: run.row(0.0)["finished"] for run in runs}
     for run in runs:
         if trained[run.name] and not (run.config.out / RESULT).is_file():
-            conclude(config, run)
+            conclude(run)
     waiting = [run for run in runs if not trained[run.name]]
     for run, seconds, error in processes(waiting, config.out / "logs", config.parallel):
         if error:
             raise ConfigError(f"{run.name} failed: {error}.  The same command tries it again")
-        conclude(config, run)
+        conclude(run)
         print(f"{run.config.out.parent.name}, {run.name}: {seconds:.0f} s", flush=True)
 
 
-def conclude(config: StudyConfig, run: GridRun) -> None:
+def conclude(run: GridRun) -> None:
     """Write a run's RESULT: the last validation, and the last weights' answers on `test`."""
-    result = {"val": run.row(0.0)["last"], **answer(config, str(run.config.out / "last"))}
+    result = {"val": run.row(0.0)["last"], **answer(run.config, str(run.config.out / "last"))}
     write_json(run.config.out / RESULT, result)
     for path in run.config.out.rglob("*.safetensors"):
         path.unlink()
 
 
-def answer(config: StudyConfig, model: str) -> dict:
+def answer(options: TrainConfig, model: str) -> dict:
     """A model's answers on `test`: `metrics`, and each image's `error`."""
-    found = evaluate(EvaluateConfig(config.data, model, "test", batch_size=64))
+    found = evaluate(EvaluateConfig(
+        options.data, model, "test", batch_size=64, category=options.category, max_pixels=options.max_pixels,
+        precision=options.precision, workers=options.workers,
+    ))  # fmt: skip
     free_models()
     return {"metrics": found.metrics, "error": [image.error for image in found.images]}
 

@@ -225,6 +225,13 @@ class RunFolder:
             self._publish(result)
         shutil.rmtree(self.replaced, ignore_errors=True)
 
+    def save_weights(self, model: CountingModel, result: TrainResult, images: list[ImageResult]) -> None:
+        """Write last/ with the weights alone, its validation, and summary.json."""
+        model.save(self.out / "last")
+        self.write_table("last/validation.csv", images)
+        write_json(self.out / "summary.json", result.summary())
+        shutil.rmtree(self.replaced, ignore_errors=True)
+
     def _publish(self, result: TrainResult) -> None:
         """Write summary.json, and best/ if the last epoch is the best one."""
         summary = result.summary()

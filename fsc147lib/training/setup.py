@@ -111,6 +111,8 @@ class TrainConfig:
     """Number of steps between two lines of metrics.jsonl."""
     tracking: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: offline needs neither account nor network."""
+    checkpoints: bool = True
+    """Save a checkpoint after each epoch; off: the weights alone, at the end, so that the run cannot resume."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint; it ends as if it had never stopped."""
     overwrite: bool = False
@@ -134,6 +136,7 @@ class TrainConfig:
         ):
             for name in names:
                 need(self, name, getattr(self, name) is None or holds(getattr(self, name)), rule)
+        need(self, "checkpoints", self.checkpoints or not self.resume, "on when resume is on")
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
         need(self, "lora", not (self.lora and self.resume), "off when resume is on: adapters are merged on saving")
         if self.vision_cache not in ("auto", "off"):
@@ -262,6 +265,10 @@ class Run:
         if not self.folder.writes:
             return
         result, step, last = self.result, self.training_step, self.result.epochs[-1]
+        if not self.config.checkpoints:
+            if self.epoch == self.config.epochs:
+                self.folder.save_weights(self.model, result, self.validation.images)
+            return
         state = {"step": self.step, "epoch": last["epoch"], "data": self.fingerprint, "steps": result.steps,
                  "epochs": result.epochs, "scaler": step.scaler.state_dict()}  # fmt: skip
         images = self.validation.images if last["step"] == self.step else None
