@@ -19,7 +19,11 @@ test: lint
 	$(PYTEST) -m "not slow" tests
 	rm -rf runs/nbval
 	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -c "from fsc147lib.report.workbook import settings; settings()"
-	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider -n 2 --dist loadfile notebooks
+	$(MAKE) -j2 nbval-01-02 nbval-03-04
+
+# Notebook 04 shows the runs of 03.
+nbval-%: setup
+	FSC147_OUT=$(CURDIR)/runs/nbval $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider $(foreach n,$(subst -, ,$*),notebooks/$(n)_*.ipynb)
 
 # The tests that train or wait for longer.
 slow: setup

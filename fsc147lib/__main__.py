@@ -59,9 +59,8 @@ def run_train(config) -> bool:
     title = f"{images['val']} images of the split val of {config.data}, {config.model} trained on {images['train']}"
     print(metrics_table(title, columns, summary["baselines"]))
     print(f"\n{against_before(config.out)}")
-    print(
-        f"weights in {config.out}/{'best and last' if config.checkpoints else 'last'}, losses in {config.out}/metrics.jsonl"
-    )
+    kept = "best and last" if config.checkpoints else "last"
+    print(f"weights in {config.out}/: {kept}; losses in {config.out}/metrics.jsonl")
     return True
 
 

@@ -22,7 +22,7 @@ from ..model.load import recipe_of
 from ..options import ConfigError, need, parse_options
 from ..training.memory import plan_training
 from ..training.setup import TrainConfig
-from ..training.sweep import GridRun, SweepConfig, grid_runs, processes
+from ..training.sweep import GridRun, SweepConfig, grid_runs, processes, row_of
 
 COUNTS = "counts alone"
 RESULT = "test.json"  # in a run's folder
@@ -179,12 +179,12 @@ def grid(config: StudyConfig, budget: int, rate: float | None, variant: Variant,
 
 def finish(config: StudyConfig, runs: list[GridRun]) -> None:
     """Train and answer the runs that have no result yet.  A run's weights are removed once it has answered."""
-    trained = {run.name: run.row(0.0)["finished"] for run in runs}
+    trained = {run.name: row_of(run, 0.0)["finished"] for run in runs}
     for run in runs:
         if trained[run.name] and not (run.config.out / RESULT).is_file():
             conclude(run)
     waiting = [run for run in runs if not trained[run.name]]
-    for run, seconds, error in processes(waiting, config.out / "logs", config.parallel):
+    for run, seconds, error in processes(waiting, runs[0].config.out.parent / "logs", config.parallel):
         if error:
             raise ConfigError(f"{run.name} failed: {error}.  The same command tries it again")
         conclude(run)
@@ -193,7 +193,7 @@ def finish(config: StudyConfig, runs: list[GridRun]) -> None:
 
 def conclude(run: GridRun) -> None:
     """Write a run's RESULT: the last validation, and the last weights' answers on `test`."""
-    result = {"val": run.row(0.0)["last"], **answer(run.config, str(run.config.out / "last"))}
+    result = {"val": row_of(run, 0.0)["last"], **answer(run.config, str(run.config.out / "last"))}
     write_json(run.config.out / RESULT, result)
     for path in run.config.out.rglob("*.safetensors"):
         path.unlink()
