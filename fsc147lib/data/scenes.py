@@ -134,7 +134,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     return ground.filter(ImageFilter.BoxBlur(0.8))
 
 
-def _paste(image: Image.Image, pixels: Image.Image, mask: Image.Image, centre: np.ndarray, slant: np.ndarray) -> list:
+def _paste(image: Image.Image, pixels: Image.Image, mask: Image.Image, centre: np.ndarray, slant: np.ndarray) -> tuple:
     """Lay a cut-out and its shadow on the image; returns its box x1 y1 x2 y2, exact."""
     x, y = (round(c - side / 2) for c, side in zip(centre, pixels.size, strict=True))
     x, y = max(0, min(x, image.width - pixels.width)), max(0, min(y, image.height - pixels.height))
@@ -144,7 +144,7 @@ def _paste(image: Image.Image, pixels: Image.Image, mask: Image.Image, centre: n
     across, down = slant.round().astype(int).tolist()
     image.paste((8, 8, 16), (x - soft + across, y - soft + down), shadow.filter(ImageFilter.BoxBlur(soft * 0.6)))
     image.paste(pixels, (x, y), mask)
-    return [x, y, x + pixels.width, y + pixels.height]
+    return x, y, x + pixels.width, y + pixels.height
 
 
 def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
@@ -160,13 +160,7 @@ def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def make_dataset(
-    out: str | Path,
-    train: int,
-    val: int,
-    test: int,
-    seed: int = 0,
-    world: str = "day",
-    sprites: str | Path | None = None,
+    out: str | Path, train: int, val: int, test: int, seed: int = 0, world: str = "day", sprites: Path | None = None
 ) -> Path:
     """Draw a whole root in FSC147's official layout, and return it; arguments as in `SynthConfig`.
 
