@@ -1,8 +1,7 @@
-"""Draw a small data set in FSC147's own layout, to learn on with no download.
+"""Draw a small data set in FSC147's own layout.
 
-Each picture shows a counted category among distractors that share its look or its shape, on a cluttered background
-and under uneven light; a few show distractors alone.  A dot lies in the middle of each object, and three have boxes.
-A seed gives the same bytes again (with the same version of Pillow).
+A picture shows a counted category among distractors that share its look or its shape, or a few distractors alone.
+A dot lies in the middle of each object, and three have boxes.  A seed gives the same bytes with the same Pillow.
 """
 
 import math
@@ -67,8 +66,7 @@ def draw_scene(
     shown += [rivals[i] for i in rng.choice(len(rivals), others - len(shown), p=shares)]
     kinds = rng.permutation([category] * count + shown).tolist()
     centres, radii = _place(rng, len(kinds), size)
-    image, boxes = _background(rng, size), np.zeros((len(kinds), 4))
-    objects = Image.new("L", image.size)
+    image, objects, boxes = _background(rng, size), Image.new("L", size[::-1]), np.zeros((len(kinds), 4))
     slant = rng.uniform(0.08, 0.3) * np.array([rng.choice([-1, 1]), 1])
     for i, kind in enumerate(kinds):
         pixels, mask = stock.cut_out(rng, kind, radii[i])
