@@ -1,8 +1,7 @@
-"""Draw a small data set in FSC147's own layout, to learn on with no download.
+"""Draw a small data set in FSC147's own layout.
 
-Each picture shows a counted category among distractors that share its look or its shape, on a cluttered background
-and under uneven light; a few show distractors alone.  A dot lies in the middle of each object, and three have boxes.
-A seed gives the same bytes again (with the same version of Pillow).
+A picture shows a counted category among distractors that share its look or its shape, or a few distractors alone.
+A dot lies in the middle of each object, and three have boxes.  A seed gives the same bytes with the same Pillow.
 """
 
 import math
@@ -67,8 +66,7 @@ def draw_scene(
     shown += [rivals[i] for i in rng.choice(len(rivals), others - len(shown), p=shares)]
     kinds = rng.permutation([category] * count + shown).tolist()
     centres, radii = _place(rng, len(kinds), size)
-    image, boxes = _background(rng, size), np.zeros((len(kinds), 4))
-    objects = Image.new("L", image.size)
+    image, objects, boxes = _background(rng, size), Image.new("L", size[::-1]), np.zeros((len(kinds), 4))
     slant = rng.uniform(0.08, 0.3) * np.array([rng.choice([-1, 1]), 1])
     for i, kind in enumerate(kinds):
         pixels, mask = stock.cut_out(rng, kind, radii[i])
@@ -134,7 +132,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     return ground.filter(ImageFilter.BoxBlur(0.8))
 
 
-def _paste(image: Image.Image, pixels: Image.Image, mask: Image.Image, centre: np.ndarray, slant: np.ndarray) -> list:
+def _paste(image: Image.Image, pixels: Image.Image, mask: Image.Image, centre: np.ndarray, slant: np.ndarray) -> tuple:
     """Lay a cut-out and its shadow on the image; returns its box x1 y1 x2 y2, exact."""
     x, y = (round(c - side / 2) for c, side in zip(centre, pixels.size, strict=True))
     x, y = max(0, min(x, image.width - pixels.width)), max(0, min(y, image.height - pixels.height))
@@ -144,7 +142,7 @@ def _paste(image: Image.Image, pixels: Image.Image, mask: Image.Image, centre: n
     across, down = slant.round().astype(int).tolist()
     image.paste((8, 8, 16), (x - soft + across, y - soft + down), shadow.filter(ImageFilter.BoxBlur(soft * 0.6)))
     image.paste(pixels, (x, y), mask)
-    return [x, y, x + pixels.width, y + pixels.height]
+    return x, y, x + pixels.width, y + pixels.height
 
 
 def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
@@ -160,13 +158,7 @@ def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def make_dataset(
-    out: str | Path,
-    train: int,
-    val: int,
-    test: int,
-    seed: int = 0,
-    world: str = "day",
-    sprites: str | Path | None = None,
+    out: str | Path, train: int, val: int, test: int, seed: int = 0, world: str = "day", sprites: Path | None = None
 ) -> Path:
     """Draw a whole root in FSC147's official layout, and return it; arguments as in `SynthConfig`.
 

@@ -10,6 +10,7 @@ from fsc147lib.data import drawing
 from fsc147lib.data.drawing import COLOURS, HELD_OUT, LOOKS, SHAPES, TRAINED, Shapes
 from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES, SPLITS
 from fsc147lib.data.scenes import COUNTS, DRAWN, HEIGHT, MAX_DISTRACTORS, draw_scene, make_dataset
+from fsc147lib.data.worlds import WORLDS
 
 
 def digests(root):
@@ -83,7 +84,7 @@ def test_no_picture_shows_a_pair_that_is_held_out_from_its_split(scenes):
 @pytest.mark.slow
 def test_counts_range_from_none_to_sixty_and_distractors_tell_nothing(monkeypatch):
     monkeypatch.setattr("fsc147lib.data.scenes._background", lambda rng, size: Image.new("RGB", size[::-1]))
-    monkeypatch.setattr("fsc147lib.data.scenes._paste", lambda *args: [1, 2, 3, 4])  # nothing drawn: it is quick
+    monkeypatch.setattr("fsc147lib.data.scenes._paste", lambda *args: (1, 2, 3, 4))  # nothing drawn: it is quick
     monkeypatch.setattr(Shapes, "cut_out", lambda *args: (None, None))
     monkeypatch.setattr("fsc147lib.data.scenes._light", lambda rng, image: image)
     drawn = [draw_scene(np.random.default_rng(i))[1] for i in range(700)]
@@ -142,19 +143,42 @@ def test_boxes_hold_the_whole_object_and_nothing_more(monkeypatch):
     assert alone
 
 
-def test_objects_under_the_dots_have_the_colour_of_the_category(scenes):
+@pytest.mark.medium
+@pytest.mark.parametrize("world", WORLDS)
+def test_objects_under_the_dots_have_the_colour_of_the_category(world):
     def hue(rgb):
         centred = np.asarray(rgb, dtype=float) - np.mean(rgb)
         return centred / (np.linalg.norm(centred) + 1e-9)
 
     right = []
-    for image, scene in scenes["train"]:
+    for image, scene in (draw_scene(np.random.default_rng([i]), "train", None, world) for i in range(24)):
         look, shape = scene["category"].split()
         if look in COLOURS and shape not in ("rings", "leaves"):  # a hole or a vein in the middle
             for x, y in scene["points"]:
                 seen = hue(np.asarray(image)[int(y) - 2 : int(y) + 3, int(x) - 2 : int(x) + 3].mean(axis=(0, 1)))
                 right.append(max(COLOURS, key=lambda name: float(seen @ hue(COLOURS[name]))) == look)
     assert len(right) > 50 and np.mean(right) > 0.95
+
+
+@pytest.mark.parametrize("world", [name for name in WORLDS if name != "day"])
+def test_a_world_changes_the_light_and_nothing_else(world):
+    for i in range(3):
+        (day, plain), (image, scene), (again, _) = (
+            draw_scene(np.random.default_rng([i]), "test", None, name) for name in ("day", world, world)
+        )
+        assert image.tobytes() == again.tobytes() and image.size == day.size
+        assert np.abs(np.asarray(image, dtype=float) - np.asarray(day)).mean() > 40
+        for key, value in plain.items():
+            assert np.array_equal(value, scene[key])
+
+
+def test_the_default_world_is_the_one_that_the_shipped_models_know():
+    """The light of a scene as drawn for them, in 4 x 3 areas; a little may change with Pillow's version."""
+    image, scene = draw_scene(np.random.default_rng([1]))
+    assert (scene["category"], len(scene["points"]), len(scene["distractors"])) == ("purple arrows", 2, 1)
+    light = [[111, 106, 121, 137], [115, 110, 128, 140], [126, 130, 136, 144]]
+    areas = np.asarray(image.convert("L").resize((4, 3), Image.Resampling.BOX), dtype=float)
+    assert np.abs(areas - light).max() <= 2
 
 
 def test_every_shape_covers_its_middle_but_the_ring():
@@ -174,4 +198,6 @@ def test_what_is_refused_leaves_the_folder_as_it_is(tmp_path):
         make_dataset(tmp_path / "x", 1, 0, 1)
     with pytest.raises(ValueError, match="--seed is -1"):
         make_dataset(tmp_path / "x", 1, 1, 1, seed=-1)
+    with pytest.raises(ValueError, match="--world moon is unknown: give one of day, sea, night"):
+        make_dataset(tmp_path / "x", 1, 1, 1, world="moon")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
