@@ -1,9 +1,9 @@
-"""Attention that also hands on the answer's rows, registered with transformers.
+"""Attention that also hands on the answer's rows, registered with transformers under names of its own.
 
 transformers calls a registered function in each layer, with rotated queries, keys and values and the layer's keywords.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATIONS = {"text_config": "sdpa_with_rows", "vision_config": "flash_or_sdpa_by_image"}
-"""Of each network; a vision implementation with "flash" in its name gets all images in a single call."""
+"""Names for both networks; a vision implementation with "flash" in its name gets all images in a single call."""
 
 FAST_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Without cuDNN's, which plans anew for each length."""
@@ -22,21 +22,23 @@ FAST_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 _plain = AttentionInterface()["sdpa"]
 
 
-def backends(second_derivative: bool):
-    """Within, attention is fast, or has a second derivative; also in layers that are computed again."""
-    return sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION)
+class Looked(NamedTuple):
+    """Given to a layer whose rows are read."""
+
+    positions: torch.Tensor  # [B, R] of the queries; with a mask all queries are read
+    rows: list[torch.Tensor]  # gets [B, H, R, K] float32, each row summing to 1
 
 
 def text_attention(
-    module, query, key, value, attention_mask, look: "Looked | None" = None, scaling=None, second_derivative=False,
+    module, query, key, value, attention_mask, look: Looked | None = None, scaling=None, second_derivative=False,
     **kwargs,
 ):  # fmt: skip
-    """transformers' `sdpa`, whose rows go into `look` in the layers that have it.
+    """transformers' `sdpa`, which adds attention rows to `look` in the layers that have it.
 
     query [B, H, Q, D], key and value [B, Hk, K, D], attention_mask [B, 1, Q, K] True where attended, None where causal;
     returns [B, Q, H, D] and None.
     """
-    with backends(second_derivative):
+    with sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION):
         output, _ = _plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if look is not None:
         if attention_mask is None:
@@ -51,7 +53,7 @@ def text_attention(
 def attention_rows(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scaling: float) -> torch.Tensor:
     """Attention probabilities by plain products, which have derivatives of any order.
 
-    query [B, H, R, D], key [B, Hk, K, D], each for H / Hk heads, seen [B, 1, R, K] True where attended; returns
+    query [B, H, R, D], key [B, Hk, K, D] (each for H / Hk heads), seen [B, 1, R, K] True where attended; returns
     [B, H, R, K] float32, each row summing to 1.
     """
     with torch.autocast(query.device.type, enabled=False):  # the softmax needs float32
@@ -75,7 +77,7 @@ def vision_attention(
         tokens = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # [P, H, D]
         bounds = cu_seq_lens_q
         return varlen_attn(*tokens, bounds, bounds, max_length_q, max_length_q, scale=scaling)[None], None
-    with backends(second_derivative):
+    with sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION):
         return _image_by_image(query, key, value, cu_seq_lens_q, scaling), None
 
 
@@ -96,28 +98,19 @@ AttentionInterface.register(IMPLEMENTATIONS["vision_config"], vision_attention)
 AttentionMaskInterface.register(IMPLEMENTATIONS["text_config"], AttentionMaskInterface()["sdpa"])
 
 
-class Looked(NamedTuple):
-    """Given to a layer whose rows are read."""
-
-    positions: torch.Tensor  # [B, R] of the queries; with a mask all queries are read
-    rows: list[torch.Tensor]  # gets [B, H, R, K] float32, each row summing to 1
-
-
 @contextmanager
 def rows_of_layers(network, layers: tuple[int, ...], positions: torch.Tensor):
-    """Within, a pass hands on the attention rows of the given layers: a dict, layer -> list with the rows.
+    """A context that yields a dict, layer -> list, to which the layers add their attention rows at positions [B, R].
 
-    A hook gives each layer its `Looked`, the same where the backward pass computes the layer again.
+    The first entry is that of the pass; a backward pass that computes the layer again adds another.
     """
-    looked = {i: Looked(positions, []) for i in layers}
+    looks = {i: Looked(positions, []) for i in layers}
+    with ExitStack() as hooks:
+        for i, look in looks.items():
 
-    def give(look):
-        return lambda _, args, kwargs: (args, {**kwargs, "look": look})
+            def give(_, args, kwargs, look=look):
+                return args, {**kwargs, "look": look}
 
-    modules = network.model.language_model.layers
-    hooks = [modules[i].register_forward_pre_hook(give(look), with_kwargs=True) for i, look in looked.items()]
-    try:
-        yield {i: look.rows for i, look in looked.items()}
-    finally:
-        for hook in hooks:
-            hook.remove()
+            layer = network.model.language_model.layers[i]
+            hooks.enter_context(layer.register_forward_pre_hook(give, with_kwargs=True))
+        yield {i: look.rows for i, look in looks.items()}

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -75,7 +74,7 @@ def measure(run: Run, size: int) -> Measured:
     features, passes = 0, len(parts) * run.batches.per_step
     if run.config.caches_vision and not run.config.vision_trains(run.epoch):
         images = [sample for part in parts for sample in part]
-        step.features = KeptFeatures.encode(run.model, [*images, *answers], run.compute, "host", Path(), run.workers)
+        step.features = KeptFeatures.encode(run.model, [*images, *answers], run.compute, "host", run.workers)
         features = features_bytes(run, images) * run.batches.per_step
     window = [to_device(run.collate(parts[0]), device)] * min(2, passes)  # a second pass adds to the first's gradient
     in_use = memory_in_use(device.type)
@@ -104,7 +103,7 @@ def measure(run: Run, size: int) -> Measured:
 
 
 def choose_place(size: int, beside: float) -> str:
-    """The first of "gpu", "host" and "disk" with room for `size` bytes of kept features.
+    """The first of "gpu" and "host" with room for `size` bytes of kept features, or "off".
 
     `beside`: bytes of the GPU that a run needs for other things, above those in use.
     """
@@ -112,7 +111,7 @@ def choose_place(size: int, beside: float) -> str:
         whole, ours = gpu_memory()
         if size <= min(GPU_SHARE * whole, ours - memory_in_use("cuda") - beside - GPU_SPARE * whole):
             return "gpu"
-    return "host" if size <= HOST_SHARE * free_memory() else "disk"
+    return "host" if size <= HOST_SHARE * free_memory() else "off"
 
 
 def place_of_features(run: Run) -> str:
@@ -188,7 +187,7 @@ def plan_step(run: Run, parts: dict[str, int], room: int) -> Plan:
     if run.config.caches_vision:
         kept, asked = features_bytes(run, run.kept_samples()), run.config.vision_cache
         place = choose_place(kept, sum(parts.values()) - parts["weights"]) if asked == "auto" else asked
-        text += f"\n{'image features':22}{gib(kept):>10} on the {place}"
+        text += f"\n{'image features':22}{gib(kept):>10} " + ("not kept" if place == "off" else f"on the {place}")
     lengths = [tokens for *_, tokens in run.batches.lengths]
     step = found.seconds * batch / size
     epoch = step * run.batches.steps * sum(lengths) / len(lengths) / max(lengths)

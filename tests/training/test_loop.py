@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation import Evaluation, ImageResult
-from fsc147lib.model import pixels
+from fsc147lib.model import collate
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import Recipe
@@ -113,9 +113,9 @@ def test_logged_validation_is_that_of_the_checkpoint(finished, root):
 
 @pytest.mark.slow
 def test_a_run_decodes_each_image_once(config, monkeypatch):
-    read, decode = [], pixels.resized_patches
+    read, decode = [], collate.resized_patches
     monkeypatch.setattr(
-        pixels, "resized_patches", lambda sample, processor: read.append(sample.name) or decode(sample, processor)
+        collate, "resized_patches", lambda sample, processor: read.append(sample.name) or decode(sample, processor)
     )
     settings = config(epochs=2, limit=4)
     train(settings)
