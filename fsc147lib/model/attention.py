@@ -5,7 +5,6 @@ transformers calls a registered function in each layer, with rotated queries, ke
 
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,40 +12,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+# a vision implementation with "flash" in its name gets all images in a single call
 IMPLEMENTATIONS = {"text_config": "sdpa_with_rows", "vision_config": "flash_or_sdpa_by_image"}
-"""Names for both networks; a vision implementation with "flash" in its name gets all images in a single call."""
-
+# without cuDNN's, which plans anew for each length
 FAST_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Without cuDNN's, which plans anew for each length."""
-
 _plain = AttentionInterface()["sdpa"]
 
 
-class Looked(NamedTuple):
-    """Given to a layer whose rows are read."""
-
-    positions: torch.Tensor  # [B, R] of the queries; with a mask all queries are read
-    rows: list[torch.Tensor]  # gets [B, H, R, K] float32, each row summing to 1
-
-
 def text_attention(
-    module, query, key, value, attention_mask, look: Looked | None = None, scaling=None, second_derivative=False,
-    **kwargs,
-):  # fmt: skip
-    """transformers' `sdpa`, which adds attention rows to `look` in the layers that have it.
+    module, query, key, value, attention_mask, look=None, scaling=None, second_derivative=False, **kwargs
+):
+    """transformers' `sdpa`; in layers with a `look`, attention rows [B, H, R, K] are added to it.
 
     query [B, H, Q, D], key and value [B, Hk, K, D], attention_mask [B, 1, Q, K] True where attended, None where causal;
-    returns [B, Q, H, D] and None.
+    returns [B, Q, H, D] and None.  `look` holds the positions [B, R] of the queries, and a list for the rows; with a
+    mask the rows are those of all queries.
     """
     with sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION):
         output, _ = _plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if look is not None:
+        positions, rows = look
         if attention_mask is None:
-            index = look.positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+            index = positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
             query = query.gather(2, index)  # [B, H, R, D]
             places = torch.arange(key.shape[2], device=key.device)
-            attention_mask = places <= look.positions[:, None, :, None]  # [B, 1, R, K]
-        look.rows.append(attention_rows(query, key, attention_mask, scaling))
+            attention_mask = places <= positions[:, None, :, None]  # [B, 1, R, K]
+        rows.append(attention_rows(query, key, attention_mask, scaling))
     return output, None
 
 
@@ -104,13 +95,13 @@ def rows_of_layers(network, layers: tuple[int, ...], positions: torch.Tensor):
 
     The first entry is that of the pass; a backward pass that computes the layer again adds another.
     """
-    looks = {i: Looked(positions, []) for i in layers}
+    found: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
     with ExitStack() as hooks:
-        for i, look in looks.items():
+        for i, rows in found.items():
 
-            def give(_, args, kwargs, look=look):
+            def give(_, args, kwargs, look=(positions, rows)):
                 return args, {**kwargs, "look": look}
 
             layer = network.model.language_model.layers[i]
             hooks.enter_context(layer.register_forward_pre_hook(give, with_kwargs=True))
-        yield {i: look.rows for i, look in looks.items()}
+        yield found

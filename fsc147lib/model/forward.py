@@ -21,8 +21,8 @@ from .collate import Batch, need_right_padding
 ARGUMENTS = inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"  # renamed by transformers 5.24
 
+# layer -> [B, H, A, K] float32 attention probabilities at the answer's positions, each row summing to 1
 Rows = dict[int, torch.Tensor]
-"""Layer -> [B, H, A, K] float32 attention probabilities at the answer's positions, each row summing to 1."""
 
 
 def answer_logits(
@@ -40,13 +40,19 @@ def answer_logits(
     need_right_padding(batch)  # causal attention hides padding on the right
     answer, features = batch["answer_positions"], features or encode_images(network, batch, second_derivative)
     return _call(
-        network, rows_of, answer, input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
-        mm_encoder_outputs=_image_outputs(features), logits_to_keep=answer, second_derivative=second_derivative,
+        network, rows_of, answer, features, input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+        use_cache=False, logits_to_keep=answer, second_derivative=second_derivative,
     )  # fmt: skip
 
 
-def _call(network, rows_of: tuple[int, ...], positions: torch.Tensor, **inputs) -> tuple[torch.Tensor, Rows]:
+def _call(
+    network, rows_of: tuple[int, ...], positions: torch.Tensor, features: list[torch.Tensor] | None = None, **inputs
+) -> tuple[torch.Tensor, Rows]:
     """Logits of the network, and attention rows of some layers at positions [B, R]."""
+    if features is not None:
+        embeddings, stacked = features[0], [[x] for x in features[1:]]
+        outputs = BaseModelOutputWithDeepstackFeatures(pooler_output=[embeddings], deepstack_features=stacked)
+        inputs["mm_encoder_outputs"] = {"image": outputs}
     embedding, narrow = network.get_input_embeddings(), nullcontext()
     kind = embedding.weight.device.type
     # The sum through all layers is as narrow as autocast's products, but for fp16, which ends at 65,504: single numbers
@@ -56,12 +62,6 @@ def _call(network, rows_of: tuple[int, ...], positions: torch.Tensor, **inputs) 
     with rows_of_layers(network, rows_of, positions) as rows, narrow:
         logits = network(**inputs).logits
     return logits, {layer: found[0] for layer, found in rows.items()}
-
-
-def _image_outputs(features: list[torch.Tensor]) -> dict[str, BaseModelOutputWithDeepstackFeatures]:
-    embeddings, *deepstack = features
-    stacked = [[x] for x in deepstack]
-    return {"image": BaseModelOutputWithDeepstackFeatures(pooler_output=[embeddings], deepstack_features=stacked)}
 
 
 # --- Answers, token by token
@@ -130,12 +130,10 @@ def read_prompts(network, batch: Batch) -> Prompts:
     need_right_padding(batch)
     last = batch["answer_positions"][:, :1]  # [B, 1] the question's last token
     length, cache = int(last.max()), DynamicCache(config=network.config.text_config)
-    images = _image_outputs(encode_images(network, batch))
+    ids, positions = batch["input_ids"][:, :length], batch["position_ids"][:, :, :length]
+    features, asked = encode_images(network, batch), {"use_cache": True, "logits_to_keep": 1, CACHE: cache}
     with torch.compiler.set_stance("force_eager"):
-        _call(
-            network, (), last, input_ids=batch["input_ids"][:, :length], mm_encoder_outputs=images,
-            position_ids=batch["position_ids"][:, :, :length], use_cache=True, logits_to_keep=1, **{CACHE: cache},
-        )  # fmt: skip
+        _call(network, (), last, features, input_ids=ids, position_ids=positions, **asked)
     seen = torch.arange(length, device=last.device) < last
     position = batch["position_ids"].gather(2, last.expand(3, -1, -1))
     return Prompts(network, cache, seen, batch["input_ids"].gather(1, last), position)

@@ -11,8 +11,7 @@ from .answers import digits_score
 from .collate import Batch
 from .forward import Prompts, Rows, answer_logits, encode_images, normalised_pixels
 
-Maps = tuple[torch.Tensor, torch.Tensor]
-"""The answer's logits [B, A, V], and a mass or heatmap [B, 14, 14]."""
+Maps = tuple[torch.Tensor, torch.Tensor]  # the answer's logits [B, A, V], and a mass or heatmap [B, 14, 14]
 
 
 class Heatmap:
@@ -29,9 +28,8 @@ class Heatmap:
     def mass(self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None) -> Maps:
         """The answer's logits [B, A, V] and a non-negative mass [B, 14, 14] with any sum above 0.
 
-        Args:
-            create_graph: the mass gets a gradient with respect to the weights.
-            prompts: what `read_prompts` made of the batch; None: the method reads the questions itself.
+        With `create_graph` the mass has a gradient with respect to the weights.  `prompts` are the batch's questions,
+        if `read_prompts` has read them already.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how its mass is computed")
 

@@ -22,8 +22,7 @@ from .network import CountingModel
 from .prompt import parse_count
 
 Whose = Literal["own", "true"]
-Word = Literal["all", "first", "last", "before"]
-"""Tokens of an answer: all digits, the first digit, the last digit, or the token before the first digit."""
+Word = Literal["all", "first", "last", "before"]  # digits of an answer, or the token before the first one
 
 
 @dataclass
@@ -60,7 +59,8 @@ def look(
         layers, heads: numbers of those whose attention is read; None for `default_layers` and all heads.
         answer: "own" for the model's own answers, "true" for the true counts, as in training.
         method: a name in METHODS.
-        word: the part of an answer to which the maps belong; an answer without digits counts as all digits.
+        word: the maps are of "all" digits of an answer, the "first", the "last", or the token "before" the first;
+            in an answer without digits all tokens count as digits.
     """
     compute = choose_compute()
     heatmap = make_heatmap(model.network, method, layers, heads)
