@@ -34,10 +34,18 @@ from ..model import (
     to_device,
 )  # fmt: skip
 from ..model.answers import count_loss
-from ..model.prompt import longest_answer, parse_count, parse_count_leniently
+from ..model.prompt import longest_answer, parse_count
 from ..options import Precision, need, need_report
 from ..readers import progress_bar, read, reader_options
-from .metrics import absolute_errors, absurd_answers, alignment, constant_baselines, counting_metrics, metrics_by_bin
+from .metrics import (
+    absolute_errors,
+    absurd_answers,
+    alignment,
+    constant_baselines,
+    counting_metrics,
+    metrics_by_bin,
+    parse_count_leniently,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ def digits_score(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 def own_answers(model: CountingModel, batch: Batch, longest: int | None = None) -> tuple[list[list[int]], Prompts]:
     """Tokens of a model's greedy answer to each image, and the questions as `read_prompts` gives them.
 
-    An answer ends with its end token, or after `longest` tokens; None: the longest answer that parses.  The model must
-    be in eval mode.
+    An answer has up to `longest` tokens; None: as the longest that parses.  The model must be in eval mode.
     """
     end, prompts = model.tokenizer.eos_token_id, read_prompts(model.network, batch)
     tokens = prompts.greedy(longest or longest_answer(model.tokenizer), end)

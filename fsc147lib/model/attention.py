@@ -35,8 +35,7 @@ def text_attention(
         if attention_mask is None:
             index = positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
             query = query.gather(2, index)  # [B, H, R, D]
-            places = torch.arange(key.shape[2], device=key.device)
-            attention_mask = places <= positions[:, None, :, None]  # [B, 1, R, K]
+            attention_mask = torch.arange(key.shape[2], device=key.device) <= positions[:, None, :, None]
         rows.append(attention_rows(query, key, attention_mask, scaling))
     return output, None
 
@@ -61,9 +60,9 @@ def vision_attention(
 ):  # fmt: skip
     """Attention within each image, [1, H, P, D] each -> ([1, P, H, D], None).
 
-    `cu_seq_lens_q` [images + 1] holds the images' bounds, `max_length_q` the longest.  torch's variable-length
-    attention serves all images at once on a GPU in half precision; it has no second derivative.
+    `cu_seq_lens_q` [images + 1] holds the images' bounds, `max_length_q` the largest number of patches of an image.
     """
+    # torch's variable-length attention has no second derivative
     if query.is_cuda and query.dtype.itemsize == 2 and not second_derivative:
         tokens = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # [P, H, D]
         bounds = cu_seq_lens_q
@@ -91,10 +90,7 @@ AttentionMaskInterface.register(IMPLEMENTATIONS["text_config"], AttentionMaskInt
 
 @contextmanager
 def rows_of_layers(network, layers: tuple[int, ...], positions: torch.Tensor):
-    """A context that yields a dict, layer -> list, to which the layers add their attention rows at positions [B, R].
-
-    The first entry is that of the pass; a backward pass that computes the layer again adds another.
-    """
+    """A context that yields a dict, layer -> list, to which each pass of a layer adds its rows at positions [B, R]."""
     found: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
     with ExitStack() as hooks:
         for i, rows in found.items():

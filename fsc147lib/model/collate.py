@@ -48,9 +48,6 @@ class Batch(TypedDict, total=False):
     neutral_tail: torch.Tensor  # [S] tokens of the neutral question, from the image on
 
 
-# --- Images
-
-
 def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
     """(height, width) in pixels after resizing, multiples of 32; DataError for an image that is too narrow."""
     factor, limits = image_processor.patch_size * image_processor.merge_size, image_processor.size
@@ -58,13 +55,6 @@ def resized_size(sample: Sample, image_processor) -> tuple[int, int]:
         return smart_resize(*sample.size, factor, limits["shortest_edge"], limits["longest_edge"])
     except ValueError as error:
         raise DataError(f"the image processor refuses {sample.image_path}: {error}") from error
-
-
-def resized_patches(sample: Sample, image_processor) -> torch.Tensor:
-    """The patches of a sample's image after decoding and resizing, as `to_patches` gives them."""
-    height, width = resized_size(sample, image_processor)
-    image = sample.image.resize((width, height), Image.Resampling(image_processor.resample))
-    return to_patches(torch.from_numpy(np.array(image)), image_processor.patch_size, image_processor.merge_size)
 
 
 def to_patches(image: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
@@ -80,10 +70,7 @@ def from_patches(patches: torch.Tensor, columns: int, patch: int, merge: int) ->
 
 
 class PixelStore:
-    """Patches of image files, kept in the memory of one process from their first use.
-
-    `room` is the number of bytes that may be kept; None: half of this machine's free memory.
-    """
+    """Keeps patches of image files from their first use, up to `room` bytes; None: half of the free memory."""
 
     def __init__(self, image_processor, room: int | None = None):
         self.image_processor = image_processor
@@ -93,21 +80,20 @@ class PixelStore:
     def patches(self, sample: Sample) -> torch.Tensor:
         """[P, 3 * patch * patch] uint8 of a sample's image; a mirror image is mirrored after resizing."""
         patch, merge = self.image_processor.patch_size, self.image_processor.merge_size
+        height, width = resized_size(sample, self.image_processor)
         if sample.mirror_of is not None:
             kept = self.patches(sample.mirror_of)
-            tokens = resized_size(sample, self.image_processor)[1] // (patch * merge)  # in a row
+            tokens = width // (patch * merge)  # in a row
             return kept.view(-1, tokens, merge, merge, 3, patch, patch).flip(1, 3, 6).view_as(kept)
         has_file = sample.in_memory is None  # names of images in memory may repeat
         if has_file and sample.image_path in self.kept:
             return self.kept[sample.image_path]
-        patches = resized_patches(sample, self.image_processor)
+        image = sample.image.resize((width, height), Image.Resampling(self.image_processor.resample))
+        patches = to_patches(torch.from_numpy(np.array(image)), patch, merge)
         if has_file and patches.nbytes <= self.room:
             self.room -= patches.nbytes
             self.kept[sample.image_path] = patches
         return patches
-
-
-# --- Batches
 
 
 def image_key(sample: Sample) -> tuple[str, bool]:

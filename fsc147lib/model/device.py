@@ -1,11 +1,9 @@
-"""Device, precision and memory of the machine at hand."""
+"""Device, precision and free memory of the machine at hand."""
 
 import gc
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -35,8 +33,8 @@ def choose_compute(precision: Precision = "auto") -> Compute:
     """
     on_gpu = torch.cuda.is_available()
     if precision == "auto":
-        narrow: Literal["bf16", "fp16"] = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        precision = narrow if on_gpu else "fp32"
+        has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp16" if on_gpu else "fp32"
     if precision == "fp16" and not on_gpu:
         raise ConfigError("precision (--precision) is fp16, but must be fp32 or bf16 without an NVIDIA GPU")
     if torch.backends.mps.is_available():
@@ -66,32 +64,3 @@ def gpu_memory() -> tuple[int, int]:
     free, total = torch.cuda.mem_get_info()
     most = int(total * torch.cuda.get_per_process_memory_fraction())
     return most, min(most, free + torch.cuda.memory_reserved())
-
-
-def memory_in_use(device: str) -> int:
-    """Bytes that tensors take on "cuda"; on a CPU, bytes of this process."""
-    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
-
-
-def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """Call `run`; returns the largest memory meanwhile, in MiB: of tensors on "cuda", of the process on a CPU.
-
-    None, without the call, for a CPU of another system than Linux.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
-    except OSError:
-        return None
-    run()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-
-
-def wait_for(device: str) -> None:
-    """Wait until the GPU has finished; on a CPU nothing happens."""
-    if device == "cuda":
-        torch.cuda.synchronize()

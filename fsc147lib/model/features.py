@@ -28,10 +28,9 @@ class KeptFeatures:
     def encode(
         cls, model: CountingModel, samples: Iterable[Sample], compute: Compute, place: str, workers: int
     ) -> "KeptFeatures":
-        """Run a model's vision encoder on samples; mirror images are samples of their own.
+        """Run a model's vision encoder, which must not change later, on samples, and keep the outputs in memory.
 
-        The encoder must not change while the features are used.  `place`, "gpu" or "host", is the memory where they
-        are kept; `workers` is the number of processes that read images.
+        `place` is the memory, "gpu" or "host".  Mirror images are samples of their own.
         """
         network, collate = model.network.to(compute.device), Collate(model.tokenizer, model.image_processor)
         by_size = {image_key(sample): sample for sample in sorted(samples, key=collate.lengths)}
@@ -59,7 +58,7 @@ class KeptFeatures:
         return {**batch, "image_features": torch.cat(kept)}
 
     def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield batches with their features; a batch's features are copied while the GPU works on the one before."""
+        """Yield batches with their features; each batch's are copied while the GPU works on the batch before."""
         if self.device.type != "cuda" or self.features.is_cuda:
             yield from map(self.add_to, batches)
             return

@@ -29,13 +29,10 @@ def answer_logits(
     network, batch: Batch, *, rows_of: tuple[int, ...] = (), features: list[torch.Tensor] | None = None,
     second_derivative: bool = False,
 ) -> tuple[torch.Tensor, Rows]:  # fmt: skip
-    """One pass over questions and answers: logits [B, A, V] of the tokens in `answer_labels`, and attention rows.
+    """One pass over questions and answers: logits [B, A, V] of the tokens in `answer_labels`, and rows of some layers.
 
-    Args:
-        batch: on the network's device; ValueError if it has padding on the left.
-        rows_of: numbers of the language model's layers whose rows are wanted.
-        features: of `encode_images`; None encodes the batch's images.
-        second_derivative: the logits get one.
+    `features` are those of `encode_images`; None encodes the batch's images.  With `second_derivative` the logits have
+    one.  ValueError for a batch on the CPU with padding on the left.
     """
     need_right_padding(batch)  # causal attention hides padding on the right
     answer, features = batch["answer_positions"], features or encode_images(network, batch, second_derivative)
@@ -59,12 +56,9 @@ def _call(
     # of that sum come near it in large models.  The handle of a hook is a context that removes it.
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
         narrow = embedding.register_forward_hook(lambda _, __, output: output.to(torch.bfloat16))
-    with rows_of_layers(network, rows_of, positions) as rows, narrow:
+    with narrow, rows_of_layers(network, rows_of, positions) as rows:
         logits = network(**inputs).logits
     return logits, {layer: found[0] for layer, found in rows.items()}
-
-
-# --- Answers, token by token
 
 
 @dataclass
@@ -139,9 +133,6 @@ def read_prompts(network, batch: Batch) -> Prompts:
     return Prompts(network, cache, seen, batch["input_ids"].gather(1, last), position)
 
 
-# --- Vision encoder
-
-
 def normalised_pixels(batch: Batch) -> torch.Tensor:
     """`pixel_values` as the network takes them, [P, 3 * 2 * 16 * 16] float; bytes are scaled on their device."""
     pixels = batch["pixel_values"]
@@ -153,10 +144,9 @@ def normalised_pixels(batch: Batch) -> torch.Tensor:
 
 
 def encode_images(network, batch: Batch, second_derivative: bool = False) -> list[torch.Tensor]:
-    """Outputs of the vision encoder for a batch's V visual tokens; a batch with `image_features` gives those.
+    """The vision encoder's 1 + D outputs [V, C] for a batch's visual tokens; a batch with `image_features` gives those.
 
-    They are 1 + D tensors [V, C]: the embeddings that stand in the sequence, and the deepstack features that are added
-    after the language model's first D layers.
+    They are the embeddings in the sequence, and the deepstack features that the first D layers add.
     """
     if "image_features" in batch:  # [V, 1 + D, C]
         return list(batch["image_features"].unbind(1))

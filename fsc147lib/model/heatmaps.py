@@ -1,15 +1,13 @@
-"""Methods that say where the model looks: each is a class and gives heatmaps [B, 14, 14] that sum to 1.
+"""Methods that say where the model looks; a new one is a subclass of `Heatmap` given to `register`."""
 
-A new method is a subclass of `Heatmap` given to `register`.
-"""
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from ..options import ConfigError
 from .answers import digits_score
 from .collate import Batch
-from .forward import Prompts, Rows, answer_logits, encode_images, normalised_pixels
+from .forward import Prompts, Rows, answer_logits, encode_images, normalised_pixels, read_prompts
 
 Maps = tuple[torch.Tensor, torch.Tensor]  # the answer's logits [B, A, V], and a mass or heatmap [B, 14, 14]
 
@@ -28,16 +26,12 @@ class Heatmap:
     def mass(self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None) -> Maps:
         """The answer's logits [B, A, V] and a non-negative mass [B, 14, 14] with any sum above 0.
 
-        With `create_graph` the mass has a gradient with respect to the weights.  `prompts` are the batch's questions,
-        if `read_prompts` has read them already.
+        With `create_graph` the mass can be differentiated.  `prompts` are the batch's questions, if they are read.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how its mass is computed")
 
     def with_logits(self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None) -> Maps:
-        """The answer's logits [B, A, V] and the heatmap [B, 14, 14], which sums to 1; arguments as in `mass`.
-
-        A ConfigError refuses `create_graph` for a method that cannot be trained.
-        """
+        """`mass`, scaled to sum 1 for each image; ConfigError for `create_graph` if the method cannot be trained."""
         if create_graph and not self.trainable:
             choices = ", ".join(method_names(trainable=True))
             raise ConfigError(f"{self.name} is for looking, it has no useful gradient; train with one of {choices}")
@@ -78,14 +72,8 @@ def make_heatmap(
     return method(network)
 
 
-# --- Token grids to 14x14
-
-
 def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Move mass on a sequence's positions [B, ..., T] to the 14x14 grid, by exact areas: [B, ..., 14, 14].
-
-    Mass on text is dropped.  T may be less than the batch's, if the rows end behind the image.
-    """
+    """Move mass on image positions in [B, ..., T] to the 14x14 grid, by exact areas: [B, ..., 14, 14]."""
     shape, length = (len(rows), *(1,) * (rows.ndim - 2)), rows.shape[-1]
     weights = (batch[key][..., :length].to(rows) for key in ("row_weights", "column_weights"))
     along_y, along_x = (each.unflatten(0, shape) for each in weights)  # [B, ..., 14, T]
@@ -106,9 +94,6 @@ def tokens_mass(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
     return visual_mass(tokens[order] * visual, batch)
 
 
-# --- Methods
-
-
 def default_layers(depth: int) -> tuple[int, ...]:
     """About four layers, spread evenly over the second half of a language model with `depth` layers."""
     return tuple(range(depth // 2, depth, max(1, depth // 7)))
@@ -118,7 +103,7 @@ def default_layers(depth: int) -> tuple[int, ...]:
 class Attention(Heatmap):
     """Attention from the positions that predict the digits to the image, averaged over digits, layers and heads.
 
-    Without `layers` these are `default_layers`, without `heads` all.  A ConfigError names those that the model lacks.
+    None is `default_layers` and all heads.  A ConfigError names those that the model lacks.
     """
 
     name = "attention"
@@ -148,33 +133,25 @@ class Attention(Heatmap):
 
 @register
 class RelativeAttention(Attention):
-    """`attention`, divided cell by cell by the attention during a neutral question (Zhang et al., "MLLMs Know Where to
-    Look", ICLR 2025), at the position that predicts the first token of its answer.
+    """`attention`, divided cell by cell by the attention of a neutral question's last token, which predicts its answer
+    (Zhang et al., "MLLMs Know Where to Look", ICLR 2025).
     """
 
     name, trainable = "relative_attention", False
 
+    @torch.no_grad()
     def mass(self, batch, create_graph=False, prompts=None):
+        prompts = prompts or read_prompts(self.network, batch)
         logits, mass = super().mass(batch, prompts=prompts)
-        with torch.no_grad():
-            _, rows = answer_logits(self.network, with_neutral_question(batch), rows_of=self.layers)
-        neutral = visual_mass(self.mean_rows(rows)[:, 0], batch)
+        visual = batch["mm_token_type_ids"][:, : prompts.seen.shape[1]]  # [B, K]
+        seen = visual.flip(1).cumsum(1).flip(1) > 0  # up to the image's end, behind which the neutral question follows
+        behind = batch["position_ids"].gather(2, seen.sum(dim=1)[None, :, None].expand(3, -1, -1))  # [3, B, 1]
+        tail = batch["neutral_tail"].expand(len(visual), -1)  # [B, S]
+        steps = torch.arange(tail.shape[1], device=tail.device)
+        _, rows = replace(prompts, seen=seen).go_on(tail, behind + steps, (steps <= steps[:, None])[None], self.layers)
+        prompts.forget(len(steps))
+        neutral = visual_mass(self.mean_rows(rows)[:, -1], batch)
         return logits, mass / neutral.clamp_min(torch.finfo(neutral.dtype).tiny)
-
-
-def with_neutral_question(batch: Batch) -> Batch:
-    """The batch with a neutral question in place of each question and answer; its last token is the answer position."""
-    tail = batch["neutral_tail"]  # [S]
-    room = F.pad(batch["input_ids"], (0, len(tail)))  # [B, T + S]
-    places = torch.arange(room.shape[1], device=room.device)
-    visual = F.pad(batch["mm_token_type_ids"], (0, len(tail)))
-    steps = places - (places * visual).amax(dim=1, keepdim=True) - 1  # [B, T + S] distance behind the image
-    ids = torch.where(steps < 0, room, tail[steps.clamp(0, len(tail) - 1)])
-    positions = F.pad(batch["position_ids"], (0, len(tail)))  # [3, B, T + S]
-    first = positions.gather(2, (steps < 0).sum(dim=1)[None, :, None].expand(3, -1, -1))  # [3, B, 1]
-    ends = (steps == len(tail) - 1).int().argmax(dim=1, keepdim=True)  # [B, 1]
-    positions = torch.where(steps < 0, positions, first + steps)
-    return {**batch, "input_ids": ids, "position_ids": positions, "answer_positions": ends}
 
 
 @register
@@ -182,7 +159,7 @@ class TokenGradient(Heatmap):
     """Gradient x input (Shrikumar et al., 2016) at the visual tokens: |g * e|, summed over channels.
 
     e are a token's features, deepstack included; g is the gradient of the digits' log-probability with respect to e.
-    The absolute value is of each channel: g . e is nearly 0, since layers normalise their input.
+    The sum g . e is nearly 0, since layers normalise their input.
     """
 
     name, every, images = "token_gradient", 32, 8  # the second derivative is slow, see notebook 02
@@ -220,5 +197,4 @@ class InputGradient(Heatmap):
 
 def digits_gradient(logits, batch: Batch, inputs: list[torch.Tensor], create_graph: bool) -> tuple[torch.Tensor, ...]:
     """Gradients of the digits' log-probability with respect to inputs of the images, each by its own answer's."""
-    score = digits_score(logits, batch).sum()
-    return torch.autograd.grad(score, inputs, create_graph=create_graph, retain_graph=True)
+    return torch.autograd.grad(digits_score(logits, batch).sum(), inputs, create_graph=create_graph, retain_graph=True)

@@ -1,7 +1,4 @@
-"""Load a Qwen3-VL from the hub or a folder, or a tiny one of the same classes that comes with the library.
-
-No code in a folder runs, nothing is unpickled, and parts that do not fit together are refused.
-"""
+"""Load a Qwen3-VL; no code in its folder runs, nothing is unpickled, and parts that do not fit are refused."""
 
 import json
 import math
@@ -21,10 +18,8 @@ from .device import free_models
 from .network import CountingModel, ModelError, Recipe
 from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
 
-KINDS = {  # model_type in config.json -> class of the network
-    "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
-    "qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration,
-}
+CLASSES = transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLMoeForConditionalGeneration
+KINDS = {network.config_class.model_type: network for network in CLASSES}  # by model_type in config.json
 SHIPPED = Path(__file__).parent / "weights"  # folders of the models that come with the library
 RANDOM = "tiny-random"  # "tiny" with random weights: every part of a Qwen3-VL in two million parameters
 RANDOM_RECIPE = Recipe(learning_rate=1e-3, train_vision=True)
@@ -36,11 +31,9 @@ def load_model(
 ) -> CountingModel:
     """Load a model with its tokenizer and image processor; a ModelError says what is missing, damaged or unfit.
 
-    Args:
-        name: "tiny" (trained on counts alone), "tiny-dual" (trained on both losses) or "tiny-random" (untrained), which
-            come with the library; a folder; or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
-        dtype: of the weights; float32 to train (bfloat16 weights lose small updates).
-        seed: of the random weights of "tiny-random".
+    `name` is a folder, a hub id such as "Qwen/Qwen3-VL-2B-Instruct", or a model that comes with the library: "tiny",
+    trained on counts alone, "tiny-dual", trained on both losses, or "tiny-random", whose weights follow from `seed`.
+    Training needs float32: bfloat16 weights lose small updates.
     """
     free_models()  # two models may have no room
     found, is_random = _find(name), str(name) == RANDOM
@@ -113,9 +106,8 @@ def _one_error(found: str):
     except (torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:  # each library has its own types
-        cure = f"Is it spelled right, and is the hub reachable? {NO_NETWORK}"
-        if Path(found).is_dir():
-            cure = "Copy all files of one model's folder anew."
+        elsewhere, here = "Is it spelled right, and is the hub reachable?", "Copy all files of one model's folder anew."
+        cure = here if Path(found).is_dir() else f"{elsewhere} {NO_NETWORK}"
         raise ModelError(f"cannot load {found}: {' '.join(str(error).split())[:500]}\n{cure}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -129,18 +121,16 @@ def _network_class(found: str):
         known = " or ".join(map(repr, KINDS))
         raise ModelError(f"{refused}this is a {kind!r} model: this library knows Qwen3-VL (model_type {known}) only")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if (quantised := part.get("quantization_config")) is not None:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-            says = f"{method or 'no quant_method'}, says quantization_config in config.json"
+        if part.get("quantization_config") is not None:
+            method = dict(part["quantization_config"]).get("quant_method", "no quant_method")
             cure = "give the model in bfloat16 or float32 that they were made from"
-            raise ModelError(f"{refused}its weights are quantised ({says}): {cure}")
+            raise ModelError(
+                f"{refused}its weights are quantised ({method}, says quantization_config in config.json): {cure}"
+            )
     if find_adapter_config_file(found):  # transformers would apply it in silence
         cure = "merge it into them (peft's merge_and_unload) and save, or move its files away"
         raise ModelError(f"{refused}an adapter lies beside the weights (adapter_config.json): {cure}")
     return KINDS[kind]
-
-
-# --- Checks of a model's parts; a ValueError says what is wrong
 
 
 def _need(holds: bool, sentence: str) -> None:

@@ -55,15 +55,11 @@ def look(
 
     The model is moved to the GPU, if there is one, and put in eval mode.
 
-    Args:
-        layers, heads: numbers of those whose attention is read; None for `default_layers` and all heads.
-        answer: "own" for the model's own answers, "true" for the true counts, as in training.
-        method: a name in METHODS.
-        word: the maps are of "all" digits of an answer, the "first", the "last", or the token "before" the first;
-            in an answer without digits all tokens count as digits.
+    `layers` and `heads` are those whose attention is read; None for `default_layers` and all heads.  The answers are
+    the model's "own", or the "true" counts as in training.  `word` chooses "all" digits of an answer, the "first", the
+    "last", or the token "before" the first; in an answer without digits all tokens count as digits.
     """
-    compute = choose_compute()
-    heatmap = make_heatmap(model.network, method, layers, heads)
+    compute, heatmap = choose_compute(), make_heatmap(model.network, method, layers, heads)
     maps, answers = [], []
     for batch, prompts in answered_batches(model, samples, compute, batch_size, answer, word):
         with compute.autocast():
@@ -82,10 +78,7 @@ def answered_batches(
     model: CountingModel, samples: list[Sample], compute: Compute, batch_size: int = 16, answer: Whose = "own",
     word: Word = "all",
 ) -> Iterator[tuple[Batch, Prompts]]:  # fmt: skip
-    """Yield batches with the answers and the word that `look` describes, and the questions as `read_prompts` has them.
-
-    The model is moved to the compute's device and put in eval mode.
-    """
+    """Yield batches with the answers and word that `look` describes, and the questions as `read_prompts` gives them."""
     network = model.network.to(compute.device).eval()
     collate, texts = (Collate(model.tokenizer, model.image_processor, pixels=pixels) for pixels in (True, False))
     for start in progress_bar(range(0, len(samples), batch_size), desc="pictures", leave=False):
@@ -165,8 +158,7 @@ class Prediction:
 def predict(model: CountingModel, image: str | Path | Image.Image, category: str) -> Prediction:
     """Count objects such as "apples" in a picture, a file or an image; DataError if picture or category is unfit.
 
-    The picture is turned upright, and its shorter side is shrunk to 384 pixels.  The model is moved to the GPU, if
-    there is one, and put in eval mode.
+    The picture is turned upright, and its shorter side is shrunk to 384 pixels.  The model is moved as by `look`.
     """
     return predict_samples(model, [Picture(image, category)])[0]
 
@@ -193,11 +185,10 @@ def count_without(
     model: CountingModel, image_or_sample: str | Path | Image.Image | Sample, cells: np.ndarray, fill: Fill = "grey",
     category: str | None = None,
 ) -> Prediction:  # fmt: skip
-    """Hide cells of a picture and count in the rest; DataError if picture, cells or category are unfit.
+    """Hide cells of a picture, a grid such as [14, 14] that is True where hidden, and count in the rest.
 
-    `cells` is a grid over the picture, such as [14, 14], True where hidden.  `fill` is middle "grey", the picture's
-    "mean" colour, or its "blur".  `category` None is the sample's own.  The prediction's `sample` is the picture that
-    the model saw, with the dots that are left.
+    `fill` is middle "grey", the picture's "mean" colour, or its "blur".  The prediction's `sample` is the picture that
+    the model saw, with the dots that are left.  DataError if picture, cells or category are unfit.
     """
     sample = image_or_sample if isinstance(image_or_sample, Sample) else Picture(image_or_sample, category or "")
     return predict_samples(model, [hide(sample, cells, fill, category)])[0]

@@ -101,8 +101,8 @@ def freeze_vision(network: nn.Module, frozen: bool) -> None:
 def save_memory(network: nn.Module, lora: int | None, checkpointing: bool, precision: str) -> None:
     """Prepare a network to train in less memory; with `checkpointing` activations are computed twice and not kept.
 
-    `lora` is the rank of adapters (Hu et al., "LoRA", 2021) that train in the language model's layers.  All other
-    weights are then frozen, and stored in `precision` ("bf16", "fp16" or "fp32").  None trains the weights themselves.
+    With a rank `lora`, adapters (Hu et al., "LoRA", 2021) train in the language model's layers; all other weights are
+    frozen, and stored in `precision`: "bf16", "fp16" or "fp32".
     """
     if checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})

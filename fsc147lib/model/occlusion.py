@@ -1,7 +1,4 @@
-"""Occlusion: hide parts of a picture, and measure how far the answer's probability and the count fall.
-
-It is slow, one pass for each part, but needs neither gradients nor attention.
-"""
+"""Occlusion: hide parts of a picture, one pass for each, and measure the fall of the answer's probability and count."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,10 +31,7 @@ def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
 
 
 def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fill) -> Iterator[Batch]:
-    """Yield copies of one image of a batch, one for each choice of hidden `cells` [N, rows, columns], AT_ONCE together.
-
-    A ConfigError refuses a batch without pixels.
-    """
+    """Yield copies of an image of a batch, AT_ONCE together, one for each choice of hidden cells [N, rows, columns]."""
     if "pixel_values" not in batch:
         raise ConfigError("occlusion hides pixels, and this batch brings kept image features: use it without a cache")
     patch, merge = network.config.vision_config.patch_size, network.config.vision_config.spatial_merge_size
@@ -62,9 +56,7 @@ def hidden_log_probabilities(
 
 @register
 class OcclusionMap(Heatmap):
-    """Fall of the digits' log-probability when a window of cells is hidden; 0 if it rises (Zeiler and Fergus,
-    "Visualizing and Understanding Convolutional Networks", ECCV 2014).  A cell has the mean of its windows.
-    """
+    """Mean fall of the digits' log-probability over a cell's hidden windows, rises as 0 (Zeiler and Fergus, 2014)."""
 
     name, trainable = "occlusion", False
     fill: Fill = "grey"
@@ -95,12 +87,8 @@ class Occlusion:
 def occlude(
     model: CountingModel, samples: list[Sample], window: int = WINDOW, step: int | None = None, fill: Fill = "grey"
 ) -> Occlusion:
-    """Hide each window of each picture; measure how far its own answer's probability and the expected count fall.
-
-    `window` and `step` are those of `windows`, `fill` is that of `data.hide`.
-    """
-    compute = choose_compute()
-    hidden = windows(window, step)
+    """Hide each window of each picture (see `windows`); measure the fall of its answer's probability and its count."""
+    compute, hidden = choose_compute(), windows(window, step)
     whole_first = torch.cat([torch.zeros_like(hidden[:1]), hidden])
     scores, answers = [], []
     for batch, _ in answered_batches(model, samples, compute, 1):

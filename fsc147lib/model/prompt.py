@@ -1,4 +1,4 @@
-"""The question, the answer "COUNT: 37", its tokens, and parsing of answers: strict, and lenient."""
+"""The question, the answer "COUNT: 37", their tokens, and parsing of answers."""
 
 import re
 from dataclasses import dataclass, replace
@@ -11,10 +11,6 @@ IMAGE_TOKEN = "<|image_pad|>"
 BEFORE, AFTER = "COUNT: ", ""  # text around the number of an answer; another form needs other weights
 MAX_DIGITS = 6  # of an answer's longest number; FSC147's largest count is 3,701
 _PARSED = re.compile(rf"{re.escape(BEFORE)}([0-9]{{1,{MAX_DIGITS}}}){re.escape(AFTER)}")
-_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_WITH_DIGITS = r"[\w.,+-]*[0-9][\w.,+-]*"  # "37." and "1,234", and also "3.7" or "IMG2"
-_MARKED = re.compile(rf"\bCOUNT\b\W*?({_WITH_DIGITS})", re.IGNORECASE)
-_WHOLE = re.compile(r"[0-9]{1,3}(,[0-9]{3})+|[0-9]+")
 
 
 def question(category: str) -> str:
@@ -31,20 +27,6 @@ def parse_count(text: str) -> int | None:
     """The number in an answer of the form "COUNT: 37", with 1 to MAX_DIGITS digits; None for any other answer."""
     match = _PARSED.fullmatch(text.strip())
     return int(match.group(1)) if match else None
-
-
-def parse_count_leniently(text: str, complete: bool = True) -> int | None:
-    """The single whole number in an answer in any words, or None; numbers after "COUNT" go before others.
-
-    Text within <think> is skipped, and a number may be repeated.  If the answer is not `complete`, a number at its end
-    is not read, since it may lack digits.
-    """
-    text = _THOUGHT.sub("", text).rstrip()
-    if not complete and re.search(rf"{_WITH_DIGITS}\Z", text):
-        return None
-    words = [word.strip(".,") for word in _MARKED.findall(text) or re.findall(_WITH_DIGITS, text)]
-    numbers = {int(word.replace(",", "")) for word in words if _WHOLE.fullmatch(word)}
-    return numbers.pop() if len(numbers) == 1 and max(numbers) < 10**MAX_DIGITS else None
 
 
 @dataclass(frozen=True)
@@ -68,10 +50,7 @@ def longest_answer(tokenizer) -> int:
 
 
 def number_tokens(tokenizer) -> tuple[list[int], list[int], int]:
-    """Tokens before the number of an answer, of the ten digits, and the first token after the number.
-
-    A ModelError if a digit is no token of its own.
-    """
+    """Tokens before an answer's number, tokens of the ten digits, the first token behind; ModelError if digits join."""
     encode = partial(tokenizer.encode, add_special_tokens=False)
     before, digits = encode(BEFORE), [token for digit in "0123456789" for token in encode(digit)]
     after = [*encode(AFTER), tokenizer.eos_token_id]

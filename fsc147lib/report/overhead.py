@@ -16,11 +16,12 @@ from ..data import Sample, open_split
 from ..evaluation.metrics import bootstrap_interval
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
-from ..model.device import choose_compute, peak_memory
+from ..model.device import choose_compute
 from ..model.heatmaps import METHODS, make_heatmap, method_names
 from ..model.network import CountingModel, compile_layers, freeze_vision
 from ..options import Precision, need, need_report
 from ..training.losses import DualLoss, LossParts
+from ..training.memory import peak_memory
 from ..training.setup import TrainConfig
 from ..training.step import TrainingStep, make_accelerator, make_optimizer
 from .shapes import drawn_root, load_or_shape

@@ -15,7 +15,7 @@ import transformers
 from ..evaluation.answering import to_csv
 from ..evaluation.tables import aligned
 from ..files import write_json, write_text
-from ..model.device import wait_for
+from ..training.memory import wait_for
 
 COLUMNS = {  # key of a row -> heading, format
     "seconds_median": ("s per step (quartiles)", "{seconds_median:.3f} ({seconds_low:.3f} to {seconds_high:.3f})"),

@@ -5,13 +5,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from ..data import Sample
 from ..model.collate import to_device
-from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, wait_for
+from ..model.device import free_memory, free_models, gpu_memory
 from ..model.features import KeptFeatures
 from ..model.load import count_parameters
 from ..model.network import freeze_vision
@@ -23,6 +25,35 @@ GPU_SHARE, HOST_SHARE = 0.25, 0.5
 
 GPU_SPARE = 0.05
 """Share of the GPU's memory that stays empty: the same work can need slightly more another time."""
+
+
+def memory_in_use(device: str) -> int:
+    """Bytes that tensors take on "cuda"; on a CPU, bytes of this process."""
+    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+
+
+def peak_memory(run: Callable[[], object], device: str) -> float | None:
+    """Call `run`; returns the largest memory meanwhile in MiB: of tensors on "cuda", of the process on a CPU.
+
+    Without Linux, None is returned for a CPU, and `run` is not called.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+    except OSError:
+        return None
+    run()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+
+def wait_for(device: str) -> None:
+    """Wait until the GPU has finished; on a CPU nothing happens."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 class Plan(NamedTuple):

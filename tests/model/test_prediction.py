@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fsc147lib import load_model, predict
-from fsc147lib.data import DataError, Picture
+from fsc147lib.data import DataError
 from fsc147lib.model import Collate, look, make_heatmap, predict_samples
 from fsc147lib.model.looking import Prediction
 from fsc147lib.model.prompt import answer, parse_count
@@ -97,10 +97,3 @@ def test_pictures_of_any_size(tiny, size):
 def test_a_picture_as_narrow_as_no_processor_takes_is_refused(tiny):
     with pytest.raises(DataError, match="3000 x 10 pixels, one side more than 200 times"):
         predict(tiny, Image.new("RGB", (3000, 10)), "apples")
-
-
-def test_a_picture_is_a_sample(tmp_path):
-    Image.new("RGB", (800, 600)).save(tmp_path / "a.jpg")
-    picture = Picture(tmp_path / "a.jpg", "apples")
-    assert (picture.size, picture.image.size, picture.count) == ((384, 512), (512, 384), 0)
-    assert picture.category == "apples" and not picture.target.any()
