@@ -83,17 +83,6 @@ def run_evaluate(config) -> None:
         found.write(config.json, data=str(config.data), split=config.split, model=str(config.model))
 
 
-def run_predict(config) -> None:
-    from .model.prediction import predict_files
-    from .report.figures import save_prediction
-
-    for i, prediction in enumerate(predict_files(config)):
-        print(prediction)
-        if config.map is not None:
-            save_prediction(prediction, config.map_path(i))
-            print(f"  map in {config.map_path(i)}")
-
-
 def run_sweep(config) -> bool:
     from . import training
     from .report.comparison import sweep_figure, sweep_table
@@ -135,7 +124,7 @@ COMMANDS = {
     "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
     "study": ("report.study:StudyConfig", run_study, "measure what the attention loss is worth on your data"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
-    "predict": ("model.prediction:PredictConfig", run_predict, "count in your pictures, and show where it looks"),
+    "predict": ("report.predictions:PredictConfig", "predict_files", "count in your pictures, and show where it looks"),
     "compare": ("report.comparison:CompareConfig", run_compare, "lay training runs side by side, with intervals"),
     "overhead": ("report.overhead:OverheadConfig", "measure_overhead", "measure what the attention loss costs"),
     "throughput": ("report.throughput:ThroughputConfig", "measure_throughput", "measure training, variant by variant"),

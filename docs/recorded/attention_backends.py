@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fsc147lib.model.device import seconds_of
+from fsc147lib.report.timing import seconds_of
 
 SHAPES = {  # images, heads, key heads, length, width of a head, causal, trained
     "text, forward and back": (64, 16, 8, 230, 128, True, True),

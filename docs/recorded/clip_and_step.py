@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fsc147lib.model.device import seconds_of
+from fsc147lib.report.timing import seconds_of
 
 LAYER = [(2048, 2048), (1024, 2048), (1024, 2048), (2048, 2048), (6144, 2048), (6144, 2048), (2048, 6144), (2048,)]
 weights = [torch.nn.Parameter(torch.randn(s, device="cuda") * 0.02) for s in [(151936, 2048), *LAYER * 28]]

@@ -15,9 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from fsc147lib.data import open_split
 from fsc147lib.model.collate import Collate, to_device
-from fsc147lib.model.device import choose_compute, seconds_of
+from fsc147lib.model.device import choose_compute
 from fsc147lib.model.network import compile_layers, freeze_vision
 from fsc147lib.report.shapes import drawn_root, load_or_shape
+from fsc147lib.report.timing import seconds_of
 from fsc147lib.training.losses import DualLoss
 from fsc147lib.training.step import TrainingStep, make_accelerator, make_optimizer
 

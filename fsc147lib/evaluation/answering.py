@@ -35,10 +35,18 @@ from ..model import (
     to_device,
 )  # fmt: skip
 from ..model.answers import count_loss
-from ..model.prompt import longest_answer, parse_count, parse_count_leniently
+from ..model.prompt import longest_answer, parse_count
 from ..options import Precision, need, need_report
 from ..readers import progress_bar, read, reader_options
-from .metrics import absolute_errors, absurd_answers, alignment, constant_baselines, counting_metrics, metrics_by_bin
+from .metrics import (
+    absolute_errors,
+    absurd_answers,
+    alignment,
+    constant_baselines,
+    counting_metrics,
+    metrics_by_bin,
+    parse_count_leniently,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class Reading:
     batch_tokens: int | None = None  # limit of a batch's tokens, padding included; replaces `batch_size`
     workers: int = 0  # processes that read images
     features: KeptFeatures | None = None  # replace the images
-    store: PixelStore | None = None  # keeps images for the next evaluation
+    store: PixelStore | None = None  # keeps images for the next evaluation, without workers
     longest: int | None = None  # most tokens in an answer; None: enough for the longest number that parses
 
 
@@ -195,10 +203,9 @@ def answer_batches(
     collate = Collate(tokenizer, model.image_processor, reading.store, pixels=features is None)
     lengths = [collate.lengths(sample)[2] for sample in samples]
     chunks = answering_chunks(lengths, reading.batch_size, reading.batch_tokens)
-    in_memory = features is not None or reading.store is not None and reading.store.holds(samples)
     loader = DataLoader(
         [[samples[i] for i in chunk] for chunk in chunks], batch_size=None, collate_fn=collate,
-        pin_memory=torch.cuda.is_available(), **reader_options(0 if in_memory else reading.workers),
+        pin_memory=torch.cuda.is_available(), **reader_options(0 if features else reading.workers),
     )  # fmt: skip
     batches = progress_bar(read(loader), desc="evaluate", total=len(chunks), leave=False)
     for places, batch in zip(chunks, batches, strict=True):

@@ -1,5 +1,6 @@
 """Metrics: errors of counts, intervals, alignment of heatmaps with targets, calibration of count distributions."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -9,9 +10,28 @@ import torch.nn.functional as F
 
 from ..data import kl_divergence
 from ..model import Prediction
+from ..model.prompt import MAX_DIGITS
 
 ABSURD = 10  # an answer is absurd above this multiple of the largest training count
+_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+_WITH_DIGITS = r"[\w.,+-]*[0-9][\w.,+-]*"  # "37." and "1,234", and also "3.7" or "IMG2"
+_MARKED = re.compile(rf"\bCOUNT\b\W*?({_WITH_DIGITS})", re.IGNORECASE)
+_WHOLE = re.compile(r"[0-9]{1,3}(,[0-9]{3})+|[0-9]+")
 BINS = ((0, 0), (1, 20), (21, 50), (51, 100), (101, 200), (201, None))  # true counts, both ends included
+
+
+def parse_count_leniently(text: str, complete: bool = True) -> int | None:
+    """The single whole number in an answer in any words, or None; numbers after "COUNT" go before others.
+
+    Text within <think> is skipped, and a number may be repeated.  If the answer is not `complete`, a number at its end
+    is not read, since it may lack digits.
+    """
+    text = _THOUGHT.sub("", text).rstrip()
+    if not complete and re.search(rf"{_WITH_DIGITS}\Z", text):
+        return None
+    words = [word.strip(".,") for word in _MARKED.findall(text) or re.findall(_WITH_DIGITS, text)]
+    numbers = {int(word.replace(",", "")) for word in words if _WHOLE.fullmatch(word)}
+    return numbers.pop() if len(numbers) == 1 and max(numbers) < 10**MAX_DIGITS else None
 
 
 def absolute_errors(predicted, target, empty_cost: float | None = None) -> np.ndarray:

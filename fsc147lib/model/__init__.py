@@ -3,17 +3,15 @@ methods that map where it looks.
 """
 
 from .answers import count_loss
-from .collate import Batch, Collate, select_rows, to_device
+from .collate import Batch, Collate, PixelStore, select_rows, to_device
 from .device import Compute, choose_compute, default_workers
 from .features import KeptFeatures
 from .forward import answer_logits, read_prompts
 from .heatmaps import METHODS, Attention, Heatmap, default_layers, digits_mass, make_heatmap, method_names, register
 from .load import load_model
-from .looking import Look, corner_share, look, mean_map
+from .looking import Look, Prediction, corner_share, count_without, look, mean_map, predict, predict_samples
 from .network import CountingModel, ModelError
 from .occlusion import Occlusion, occlude
-from .pixels import PixelStore
-from .prediction import Prediction, count_without, predict, predict_samples
 
 __all__ = [
     "Attention", "Batch", "Collate", "Compute", "CountingModel", "Heatmap", "Look", "METHODS", "ModelError",

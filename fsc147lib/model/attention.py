@@ -1,11 +1,10 @@
-"""Attention that also hands on the answer's rows, registered with transformers.
+"""Attention that also hands on the answer's rows, registered with transformers under names of its own.
 
 transformers calls a registered function in each layer, with rotated queries, keys and values and the layer's keywords.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,45 +12,38 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+# a vision implementation with "flash" in its name gets all images in a single call
 IMPLEMENTATIONS = {"text_config": "sdpa_with_rows", "vision_config": "flash_or_sdpa_by_image"}
-"""Of each network; a vision implementation with "flash" in its name gets all images in a single call."""
-
+# without cuDNN's, which plans anew for each length
 FAST_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Without cuDNN's, which plans anew for each length."""
-
 _plain = AttentionInterface()["sdpa"]
 
 
-def backends(second_derivative: bool):
-    """Within, attention is fast, or has a second derivative; also in layers that are computed again."""
-    return sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION)
-
-
 def text_attention(
-    module, query, key, value, attention_mask, look: "Looked | None" = None, scaling=None, second_derivative=False,
-    **kwargs,
-):  # fmt: skip
-    """transformers' `sdpa`, whose rows go into `look` in the layers that have it.
+    module, query, key, value, attention_mask, look=None, scaling=None, second_derivative=False, **kwargs
+):
+    """transformers' `sdpa`; in layers with a `look`, attention rows [B, H, R, K] are added to it.
 
     query [B, H, Q, D], key and value [B, Hk, K, D], attention_mask [B, 1, Q, K] True where attended, None where causal;
-    returns [B, Q, H, D] and None.
+    returns [B, Q, H, D] and None.  `look` holds the positions [B, R] of the queries, and a list for the rows; with a
+    mask the rows are those of all queries.
     """
-    with backends(second_derivative):
+    with sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION):
         output, _ = _plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if look is not None:
+        positions, rows = look
         if attention_mask is None:
-            index = look.positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+            index = positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
             query = query.gather(2, index)  # [B, H, R, D]
-            places = torch.arange(key.shape[2], device=key.device)
-            attention_mask = places <= look.positions[:, None, :, None]  # [B, 1, R, K]
-        look.rows.append(attention_rows(query, key, attention_mask, scaling))
+            attention_mask = torch.arange(key.shape[2], device=key.device) <= positions[:, None, :, None]
+        rows.append(attention_rows(query, key, attention_mask, scaling))
     return output, None
 
 
 def attention_rows(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scaling: float) -> torch.Tensor:
     """Attention probabilities by plain products, which have derivatives of any order.
 
-    query [B, H, R, D], key [B, Hk, K, D], each for H / Hk heads, seen [B, 1, R, K] True where attended; returns
+    query [B, H, R, D], key [B, Hk, K, D] (each for H / Hk heads), seen [B, 1, R, K] True where attended; returns
     [B, H, R, K] float32, each row summing to 1.
     """
     with torch.autocast(query.device.type, enabled=False):  # the softmax needs float32
@@ -68,14 +60,14 @@ def vision_attention(
 ):  # fmt: skip
     """Attention within each image, [1, H, P, D] each -> ([1, P, H, D], None).
 
-    `cu_seq_lens_q` [images + 1] holds the images' bounds, `max_length_q` the longest.  torch's variable-length
-    attention serves all images at once on a GPU in half precision; it has no second derivative.
+    `cu_seq_lens_q` [images + 1] holds the images' bounds, `max_length_q` the largest number of patches of an image.
     """
+    # torch's variable-length attention has no second derivative
     if query.is_cuda and query.dtype.itemsize == 2 and not second_derivative:
         tokens = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # [P, H, D]
         bounds = cu_seq_lens_q
         return varlen_attn(*tokens, bounds, bounds, max_length_q, max_length_q, scale=scaling)[None], None
-    with backends(second_derivative):
+    with sdpa_kernel(SDPBackend.MATH if second_derivative else FAST_ATTENTION):
         return _image_by_image(query, key, value, cu_seq_lens_q, scaling), None
 
 
@@ -96,28 +88,16 @@ AttentionInterface.register(IMPLEMENTATIONS["vision_config"], vision_attention)
 AttentionMaskInterface.register(IMPLEMENTATIONS["text_config"], AttentionMaskInterface()["sdpa"])
 
 
-class Looked(NamedTuple):
-    """Given to a layer whose rows are read."""
-
-    positions: torch.Tensor  # [B, R] of the queries; with a mask all queries are read
-    rows: list[torch.Tensor]  # gets [B, H, R, K] float32, each row summing to 1
-
-
 @contextmanager
 def rows_of_layers(network, layers: tuple[int, ...], positions: torch.Tensor):
-    """Within, a pass hands on the attention rows of the given layers: a dict, layer -> list with the rows.
+    """A context that yields a dict, layer -> list, to which each pass of a layer adds its rows at positions [B, R]."""
+    found: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
+    with ExitStack() as hooks:
+        for i, rows in found.items():
 
-    A hook gives each layer its `Looked`, the same where the backward pass computes the layer again.
-    """
-    looked = {i: Looked(positions, []) for i in layers}
+            def give(_, args, kwargs, look=(positions, rows)):
+                return args, {**kwargs, "look": look}
 
-    def give(look):
-        return lambda _, args, kwargs: (args, {**kwargs, "look": look})
-
-    modules = network.model.language_model.layers
-    hooks = [modules[i].register_forward_pre_hook(give(look), with_kwargs=True) for i, look in looked.items()]
-    try:
-        yield {i: look.rows for i, look in looked.items()}
-    finally:
-        for hook in hooks:
-            hook.remove()
+            layer = network.model.language_model.layers[i]
+            hooks.enter_context(layer.register_forward_pre_hook(give, with_kwargs=True))
+        yield found

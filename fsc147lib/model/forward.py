@@ -1,11 +1,11 @@
 """Calls of transformers' network: a pass over questions and answers, and passes that go on from questions alone.
 
-`answer_logits` is the one pass of training, losses and maps.  `read_prompts` keeps a pass over the questions, from
-which answers are read or written token by token.
+`answer_logits` is the pass of training, losses and maps.  `read_prompts` keeps a pass over the questions, from which
+answers are read or written token by token.
 """
 
 import inspect
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,80 +18,52 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from .attention import rows_of_layers
 from .collate import Batch, need_right_padding
 
-CACHE = (
-    "cache" if "cache" in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters else "past_key_values"
-)
-"""transformers 5.24 gave this argument a new name."""
+ARGUMENTS = inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters
+CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"  # renamed by transformers 5.24
 
+# layer -> [B, H, A, K] float32 attention probabilities at the answer's positions, each row summing to 1
 Rows = dict[int, torch.Tensor]
-"""Layer -> [B, H, A, K] float32 attention probabilities at the answer's positions, each row summing to 1."""
-
-
-def image_outputs(features: list[torch.Tensor]) -> dict[str, BaseModelOutputWithDeepstackFeatures]:
-    """The `mm_encoder_outputs` of the 1 + D tensors [V, C] that `encode_images` gives."""
-    embeddings, *deepstack = features
-    outputs = BaseModelOutputWithDeepstackFeatures(
-        pooler_output=[embeddings], deepstack_features=[[x] for x in deepstack]
-    )
-    return {"image": outputs}
 
 
 def answer_logits(
-    network,
-    batch: Batch,
-    *,
-    rows_of: tuple[int, ...] = (),
-    features: list[torch.Tensor] | None = None,
+    network, batch: Batch, *, rows_of: tuple[int, ...] = (), features: list[torch.Tensor] | None = None,
     second_derivative: bool = False,
+) -> tuple[torch.Tensor, Rows]:  # fmt: skip
+    """One pass over questions and answers: logits [B, A, V] of the tokens in `answer_labels`, and rows of some layers.
+
+    `features` are those of `encode_images`; None encodes the batch's images.  With `second_derivative` the logits have
+    one.  ValueError for a batch on the CPU with padding on the left.
+    """
+    need_right_padding(batch)  # causal attention hides padding on the right
+    answer, features = batch["answer_positions"], features or encode_images(network, batch, second_derivative)
+    return _call(
+        network, rows_of, answer, features, input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+        use_cache=False, logits_to_keep=answer, second_derivative=second_derivative,
+    )  # fmt: skip
+
+
+def _call(
+    network, rows_of: tuple[int, ...], positions: torch.Tensor, features: list[torch.Tensor] | None = None, **inputs
 ) -> tuple[torch.Tensor, Rows]:
-    """One pass over questions and answers; the output head is applied at the answer's positions alone.
-
-    Args:
-        network: from `load_model`.
-        batch: from `Collate`, on the network's device; ValueError where it is padded on the left.
-        rows_of: layers of the language model whose attention rows are wanted.
-        features: of `encode_images`; None encodes the batch's images.
-        second_derivative: compute attention so that it has one.
-
-    Returns:
-        [B, A, V] logits of the tokens in `batch["answer_labels"]`, and the rows.
-    """
-    need_right_padding(batch)  # padding is on the right, where causal attention keeps it out of sight
-    answer = batch["answer_positions"]
-    features = features or encode_images(network, batch, second_derivative=second_derivative)
-    with rows_of_layers(network, rows_of, answer) as rows, narrow_embeddings(network):
-        logits = network(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
-            mm_encoder_outputs=image_outputs(features), logits_to_keep=answer,
-            second_derivative=second_derivative,
-        ).logits  # fmt: skip
-    return logits, {layer: found[0] for layer, found in rows.items()}
-
-
-@contextmanager
-def narrow_embeddings(network):
-    """Within, the sum that runs through all layers is as narrow as autocast's products.
-
-    Not in fp16, which ends at 65,504: single numbers of that sum come near it in large models.
-    """
-    embedding = network.get_input_embeddings()
+    """Logits of the network, and attention rows of some layers at positions [B, R]."""
+    if features is not None:
+        embeddings, stacked = features[0], [[x] for x in features[1:]]
+        outputs = BaseModelOutputWithDeepstackFeatures(pooler_output=[embeddings], deepstack_features=stacked)
+        inputs["mm_encoder_outputs"] = {"image": outputs}
+    embedding, narrow = network.get_input_embeddings(), nullcontext()
     kind = embedding.weight.device.type
-    if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != torch.bfloat16:
-        yield
-        return
-    hook = embedding.register_forward_hook(lambda _, __, output: output.to(torch.bfloat16))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-# --- Answers, token by token
+    # The sum through all layers is as narrow as autocast's products, but for fp16, which ends at 65,504: single numbers
+    # of that sum come near it in large models.  The handle of a hook is a context that removes it.
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        narrow = embedding.register_forward_hook(lambda _, __, output: output.to(torch.bfloat16))
+    with narrow, rows_of_layers(network, rows_of, positions) as rows:
+        logits = network(**inputs).logits
+    return logits, {layer: found[0] for layer, found in rows.items()}
 
 
 @dataclass
 class Prompts:
-    """What a network has read of B questions: all but the last token of each, which the first pass of `go_on` reads."""
+    """B questions that a network has read, but for the last token of each, which the first pass of `go_on` reads."""
 
     network: torch.nn.Module
     cache: DynamicCache  # keys and values of K positions
@@ -100,30 +72,27 @@ class Prompts:
     last_position: torch.Tensor  # [3, B, 1] M-RoPE
 
     def go_on(
-        self,
-        tokens: torch.Tensor,  # [B, S]
-        positions: torch.Tensor,  # [3, B, S]
-        attended: torch.Tensor,  # [B or 1, S, N + S] which of the N tokens since the question, and of these, are seen
-        rows_of: tuple[int, ...] = (),
+        self, tokens: torch.Tensor, positions: torch.Tensor, attended: torch.Tensor, rows_of: tuple[int, ...] = ()
     ) -> tuple[torch.Tensor, Rows]:
-        """Logits [B, S, V] after each of S tokens, and rows; the tokens' keys are added to the cache."""
-        size = tokens.shape[1]
-        question = self.seen[:, None].expand(-1, size, -1)  # [B, S, K]
+        """Read S more tokens [B, S] with M-RoPE positions [3, B, S]; their keys are added to the cache.
+
+        `attended` [B or 1, S, N + S] is True where a token attends to one of the N tokens since the question, or of
+        these S.  Returns logits [B, S, V] of the token after each, and the attention rows of the layers `rows_of`.
+        """
+        question = self.seen[:, None].expand(-1, tokens.shape[1], -1)  # [B, S, K]
         mask = torch.cat([question, attended.expand(len(tokens), -1, -1)], dim=2)[:, None]
-        # layers that are compiled whole would be compiled once for each of their places in the cache
-        eager, narrow = torch.compiler.set_stance("force_eager"), narrow_embeddings(self.network)
-        with eager, narrow, rows_of_layers(self.network, rows_of, tokens) as rows:
-            logits = self.network(
-                input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=True, **{CACHE: self.cache}
-            ).logits
-        return logits, {layer: found[0] for layer, found in rows.items()}
+        with torch.compiler.set_stance("force_eager"):  # a layer would be compiled for each of its places in the cache
+            return _call(
+                self.network, rows_of, tokens, input_ids=tokens, position_ids=positions, attention_mask=mask,
+                use_cache=True, **{CACHE: self.cache},
+            )  # fmt: skip
 
     def forget(self, tokens: int) -> None:
-        """Drop the keys of the last tokens."""
+        """Drop the keys of the last tokens, a number of them."""
         self.cache.crop(-tokens)
 
     def read_answers(self, batch: Batch, rows_of: tuple[int, ...] = ()) -> tuple[torch.Tensor, Rows]:
-        """`answer_logits` of the answers in a batch whose questions these are; the cache stays as it was."""
+        """`answer_logits` of a batch with these questions and any answers; the cache stays as it was."""
         tokens = batch["input_ids"].gather(1, batch["answer_positions"])  # [B, A]
         size = tokens.shape[1]
         positions = self.last_position + torch.arange(size, device=tokens.device)
@@ -133,7 +102,10 @@ class Prompts:
         return found
 
     def greedy(self, longest: int, end: int) -> torch.Tensor:
-        """The most probable token, again and again: [B, up to `longest`] int64; after an `end` only ends."""
+        """The most probable token, again and again: [B, up to `longest`] int64; an answer that has ended repeats `end`.
+
+        The cache stays as it was.
+        """
         token, tokens = self.last_token, []
         for step in range(longest):
             attended = torch.ones(1, 1, step + 1, dtype=torch.bool, device=token.device)
@@ -148,24 +120,17 @@ class Prompts:
 
 @torch.no_grad()
 def read_prompts(network, batch: Batch) -> Prompts:
-    """A pass over the questions of a batch, whatever answers it holds."""
+    """Read the questions of a batch; its answers are ignored.  ValueError if it has padding on the left."""
     need_right_padding(batch)
     last = batch["answer_positions"][:, :1]  # [B, 1] the question's last token
-    length = int(last.max())
-    cache = DynamicCache(config=network.config.text_config)
-    features = encode_images(network, batch)
-    with torch.compiler.set_stance("force_eager"), narrow_embeddings(network):
-        network(
-            input_ids=batch["input_ids"][:, :length], position_ids=batch["position_ids"][:, :, :length],
-            mm_encoder_outputs=image_outputs(features), use_cache=True, logits_to_keep=1,
-            **{CACHE: cache},
-        )  # fmt: skip
+    length, cache = int(last.max()), DynamicCache(config=network.config.text_config)
+    ids, positions = batch["input_ids"][:, :length], batch["position_ids"][:, :, :length]
+    features, asked = encode_images(network, batch), {"use_cache": True, "logits_to_keep": 1, CACHE: cache}
+    with torch.compiler.set_stance("force_eager"):
+        _call(network, (), last, features, input_ids=ids, position_ids=positions, **asked)
     seen = torch.arange(length, device=last.device) < last
     position = batch["position_ids"].gather(2, last.expand(3, -1, -1))
     return Prompts(network, cache, seen, batch["input_ids"].gather(1, last), position)
-
-
-# --- Vision encoder
 
 
 def normalised_pixels(batch: Batch) -> torch.Tensor:
@@ -179,10 +144,9 @@ def normalised_pixels(batch: Batch) -> torch.Tensor:
 
 
 def encode_images(network, batch: Batch, second_derivative: bool = False) -> list[torch.Tensor]:
-    """Outputs of the vision encoder for a batch's V visual tokens, or those that the batch brings along.
+    """The vision encoder's 1 + D outputs [V, C] for a batch's visual tokens; a batch with `image_features` gives those.
 
-    They are 1 + D times [V, C]: the embeddings that stand in the sequence, and the deepstack features that are added
-    after the language model's first D layers.
+    They are the embeddings in the sequence, and the deepstack features that the first D layers add.
     """
     if "image_features" in batch:  # [V, 1 + D, C]
         return list(batch["image_features"].unbind(1))
@@ -190,23 +154,18 @@ def encode_images(network, batch: Batch, second_derivative: bool = False) -> lis
     lengths = [height * width for height, width in sizes]
     bounds = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0))  # [images + 1]
     grid = torch.tensor([(1, *size) for size in sizes])  # on the CPU, where reading it waits for nothing
+    tower = network.model.visual
+    tables = [_places_of_one(*size, tower.num_grid_per_side, tower.spatial_merge_size, pixels.device) for size in sizes]
+    indices, weights, positions = map(torch.cat, zip(*tables, strict=True))
     found = network.model.get_image_features(
         pixels, grid, return_dict=True, cu_seqlens=bounds.to(pixels.device), max_seqlen=max(lengths),
-        second_derivative=second_derivative, **_patch_positions(network, sizes, pixels.device),
+        interp_indices=indices, interp_weights=weights, position_ids=positions, second_derivative=second_derivative,
     )  # fmt: skip
     return [torch.cat(x) for x in (found.pooler_output, *found.deepstack_features)]
 
 
-def _patch_positions(network, sizes: list[tuple[int, int]], device) -> dict[str, torch.Tensor]:
-    """What `get_image_features` would compute anew, and wait for, in each pass: places of all patches in the grids."""
-    tower = network.model.visual
-    tables = [_positions_of_one(*size, tower.num_grid_per_side, tower.spatial_merge_size, device) for size in sizes]
-    names = "interp_indices", "interp_weights", "position_ids"
-    return {name: torch.cat(parts) for name, parts in zip(names, zip(*tables, strict=True), strict=True)}
-
-
-@lru_cache(maxsize=512)
-def _positions_of_one(height: int, width: int, side: int, merge: int, device) -> tuple[torch.Tensor, ...]:
+@lru_cache(maxsize=512)  # transformers would compute them anew, and wait for them, in each pass
+def _places_of_one(height: int, width: int, side: int, merge: int, device) -> tuple[torch.Tensor, ...]:
     """Of an image's P patches: corners in the learned grid [P, 4], their weights [P, 4], rows and columns [P, 2]."""
     grid = torch.tensor([[1, height, width]])
     indices, weights = get_vision_interpolation_indices_and_weights(

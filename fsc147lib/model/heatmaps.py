@@ -1,49 +1,37 @@
-"""Methods that say where the model looks, a class each: a [B, 14, 14] heatmap that sums to 1.
+"""Methods that say where the model looks; a new one is a subclass of `Heatmap` given to `register`."""
 
-Token grids are moved to 14x14 by exact areas.  A loss on the map of a `trainable` method trains the network.
-A new method is a subclass of `Heatmap` given to `register`.
-"""
-
-from typing import cast
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from ..options import ConfigError
 from .answers import digits_score
 from .collate import Batch
-from .forward import Prompts, Rows, answer_logits, encode_images, normalised_pixels
+from .forward import Prompts, Rows, answer_logits, encode_images, normalised_pixels, read_prompts
+
+Maps = tuple[torch.Tensor, torch.Tensor]  # the answer's logits [B, A, V], and a mass or heatmap [B, 14, 14]
 
 
 class Heatmap:
-    """A method; a subclass has a `name` and computes `mass` with its network, a Qwen3-VL."""
+    """A method; a subclass has a `name` and computes `mass` with its `network`, a Qwen3-VL."""
 
     name: str
     trainable = True  # the mass has a useful gradient with respect to the weights
-    every = 1  # the default of `TrainConfig`: looks on each K-th step,
-    images: int | None = None  # at this number of images of a batch; None is all
+    every = 1  # default of `heatmap_every`: the attention loss is applied on each K-th step
+    images: int | None = None  # default of `heatmap_images`: number of images of a batch; None is all
 
     def __init__(self, network):
         self.network = network
 
-    def mass(
-        self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The answer's logits [B, A, V] and a non-negative mass [B, 14, 14] of any sum above 0.
+    def mass(self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None) -> Maps:
+        """The answer's logits [B, A, V] and a non-negative mass [B, 14, 14] with any sum above 0.
 
-        Args:
-            create_graph: the mass gets a gradient with respect to the weights.
-            prompts: the batch's questions where they are read already, with their images.
+        With `create_graph` the mass can be differentiated.  `prompts` are the batch's questions, if they are read.
         """
-        raise TypeError(f"{type(self).__name__} does not say how its mass is computed")
+        raise NotImplementedError(f"{type(self).__name__} does not say how its mass is computed")
 
-    def with_logits(
-        self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The answer's logits [B, A, V] and the heatmap [B, 14, 14]; arguments as in `mass`.
-
-        A ConfigError where `create_graph` is asked of a method that cannot be trained.
-        """
+    def with_logits(self, batch: Batch, create_graph: bool = False, prompts: Prompts | None = None) -> Maps:
+        """`mass`, scaled to sum 1 for each image; ConfigError for `create_graph` if the method cannot be trained."""
         if create_graph and not self.trainable:
             choices = ", ".join(method_names(trainable=True))
             raise ConfigError(f"{self.name} is for looking, it has no useful gradient; train with one of {choices}")
@@ -52,7 +40,7 @@ class Heatmap:
         return logits, mass / mass.sum(dim=(1, 2), keepdim=True)
 
     def __call__(self, batch: Batch, create_graph: bool = False) -> torch.Tensor:
-        """The heatmap alone."""
+        """The heatmap [B, 14, 14] alone."""
         return self.with_logits(batch, create_graph)[1]
 
 
@@ -60,20 +48,20 @@ METHODS: dict[str, type[Heatmap]] = {}
 
 
 def register(method: type[Heatmap]) -> type[Heatmap]:
-    """Make a method known by its name to all commands and notebooks; the last one of a name counts."""
+    """Add a class to METHODS by its name, for all commands and notebooks; it replaces one of the same name."""
     METHODS[method.name] = method
     return method
 
 
 def method_names(trainable: bool = False) -> tuple[str, ...]:
-    """All methods, or those that can be trained."""
+    """Names of all methods, or of those that can be trained."""
     return tuple(name for name, method in METHODS.items() if method.trainable or not trainable)
 
 
 def make_heatmap(
     network, name: str = "attention", layers: tuple[int, ...] | None = None, heads: tuple[int, ...] | None = None
 ) -> Heatmap:
-    """A method by its name, with `layers` and `heads` if it reads attention; ConfigError where one is unknown."""
+    """The method of a name; `layers` and `heads` are for methods that read attention.  ConfigError for unknown ones."""
     if name not in METHODS:
         raise ConfigError(f"heatmap is {name!r}, but must be one of {', '.join(METHODS)}")
     method = METHODS[name]
@@ -84,14 +72,8 @@ def make_heatmap(
     return method(network)
 
 
-# --- Token grids to 14x14
-
-
 def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mass on positions [B, ..., T] moved to the 14x14 grid, [B, ..., 14, 14]; mass on text is dropped.
-
-    Rows may end early, behind the image.
-    """
+    """Move mass on image positions in [B, ..., T] to the 14x14 grid, by exact areas: [B, ..., 14, 14]."""
     shape, length = (len(rows), *(1,) * (rows.ndim - 2)), rows.shape[-1]
     weights = (batch[key][..., :length].to(rows) for key in ("row_weights", "column_weights"))
     along_y, along_x = (each.unflatten(0, shape) for each in weights)  # [B, ..., 14, T]
@@ -100,35 +82,28 @@ def visual_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def digits_mass(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """`visual_mass` of the mean over the positions that predict a digit: [B, ..., A, T] -> [B, ..., 14, 14]."""
+    """`visual_mass` of the mean over the answer positions that predict a digit: [B, ..., A, T] -> [B, ..., 14, 14]."""
     weights = batch["digit_weights"].to(rows).unflatten(0, (len(rows), *(1,) * (rows.ndim - 3)))  # [B, ..., A]
     return visual_mass((weights.unsqueeze(-1) * rows).sum(dim=-2), batch)
 
 
-def layer_head_maps(rows: Rows, batch: Batch, layers: tuple[int, ...]) -> torch.Tensor:
-    """`digits_mass` of each layer and head: [B, L, H, 14, 14]."""
-    return digits_mass(torch.stack([rows[layer] for layer in layers], dim=1), batch)
-
-
 def tokens_mass(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """`visual_mass` of values of the V visual tokens: [V] -> [B, 14, 14]."""
-    empty = tokens.new_zeros(batch["input_ids"].numel())
-    return visual_mass(empty.index_copy(0, batch["visual_index"], tokens).view(batch["input_ids"].shape), batch)
-
-
-# --- Methods
+    """`visual_mass` of values of a batch's V visual tokens, image by image: [V] -> [B, 14, 14]."""
+    visual = batch["mm_token_type_ids"]  # [B, T]
+    order = (visual.flatten().cumsum(0) - 1).clamp_min(0).view_as(visual)  # of visual tokens, 0 to V - 1
+    return visual_mass(tokens[order] * visual, batch)
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """About four layers, evenly over the second half of the language model."""
+    """About four layers, spread evenly over the second half of a language model with `depth` layers."""
     return tuple(range(depth // 2, depth, max(1, depth // 7)))
 
 
 @register
 class Attention(Heatmap):
-    """Attention from the positions that predict the digits, averaged over digits, layers and heads.
+    """Attention from the positions that predict the digits to the image, averaged over digits, layers and heads.
 
-    None for `layers` is `default_layers`, None for `heads` all; a ConfigError where the model has no such.
+    None is `default_layers` and all heads.  A ConfigError names those that the model lacks.
     """
 
     name = "attention"
@@ -144,7 +119,7 @@ class Attention(Heatmap):
         self.layers, self.heads = layers or default_layers(text.num_hidden_layers), heads
 
     def mean_rows(self, rows: Rows) -> torch.Tensor:
-        """[B, A, K], the mean of the chosen layers' and heads' rows [B, H, A, K]."""
+        """The mean of the rows [B, H, A, K] over the method's layers and heads: [B, A, K]."""
         stacked = torch.stack([rows[layer] for layer in self.layers])  # [L, B, H, A, K]
         return (stacked if self.heads is None else stacked[:, :, list(self.heads)]).mean(dim=(0, 2))
 
@@ -158,45 +133,36 @@ class Attention(Heatmap):
 
 @register
 class RelativeAttention(Attention):
-    """`attention` divided, cell by cell, by the attention to a neutral question, from where its answer would begin.
-
-    After Zhang et al., "MLLMs Know Where to Look" (ICLR 2025).
+    """`attention`, divided cell by cell by the attention of a neutral question's last token, which predicts its answer
+    (Zhang et al., "MLLMs Know Where to Look", ICLR 2025).
     """
 
     name, trainable = "relative_attention", False
 
+    @torch.no_grad()
     def mass(self, batch, create_graph=False, prompts=None):
+        prompts = prompts or read_prompts(self.network, batch)
         logits, mass = super().mass(batch, prompts=prompts)
-        with torch.no_grad():
-            _, rows = answer_logits(self.network, with_neutral_question(batch), rows_of=self.layers)
-        neutral = visual_mass(self.mean_rows(rows)[:, 0], batch)
+        visual = batch["mm_token_type_ids"][:, : prompts.seen.shape[1]]  # [B, K]
+        seen = visual.flip(1).cumsum(1).flip(1) > 0  # up to the image's end, behind which the neutral question follows
+        behind = batch["position_ids"].gather(2, seen.sum(dim=1)[None, :, None].expand(3, -1, -1))  # [3, B, 1]
+        tail = batch["neutral_tail"].expand(len(visual), -1)  # [B, S]
+        steps = torch.arange(tail.shape[1], device=tail.device)
+        _, rows = replace(prompts, seen=seen).go_on(tail, behind + steps, (steps <= steps[:, None])[None], self.layers)
+        prompts.forget(len(steps))
+        neutral = visual_mass(self.mean_rows(rows)[:, -1], batch)
         return logits, mass / neutral.clamp_min(torch.finfo(neutral.dtype).tiny)
-
-
-def with_neutral_question(batch: Batch) -> Batch:
-    """The batch with the neutral question behind each image; its last token is the only answer position."""
-    tail = batch["neutral_tail"]  # [S]
-    room = F.pad(batch["input_ids"], (0, len(tail)))  # [B, T + S]
-    places = torch.arange(room.shape[1], device=room.device)
-    visual = F.pad(batch["mm_token_type_ids"], (0, len(tail)))
-    steps = places - (places * visual).amax(dim=1, keepdim=True) - 1  # [B, T + S] distance behind the image
-    ids = torch.where(steps < 0, room, tail[steps.clamp(0, len(tail) - 1)])
-    positions = F.pad(batch["position_ids"], (0, len(tail)))  # [3, B, T + S]
-    first = positions.gather(2, (steps < 0).sum(dim=1)[None, :, None].expand(3, -1, -1))  # [3, B, 1]
-    ends = (steps == len(tail) - 1).int().argmax(dim=1, keepdim=True)  # [B, 1]
-    positions = torch.where(steps < 0, positions, first + steps)
-    return cast(Batch, {**batch, "input_ids": ids, "position_ids": positions, "answer_positions": ends})
 
 
 @register
 class TokenGradient(Heatmap):
-    """|g * e| of each visual token, summed over channels: its features e, and the digits' gradient g.
+    """Gradient x input (Shrikumar et al., 2016) at the visual tokens: |g * e|, summed over channels.
 
-    Gradient x input (Shrikumar et al., 2016) of the digits' log-probability; deepstack features are parts of e.
-    Channels are not summed to g . e first: layers normalise a state, so that scaling the whole has little effect.
+    e are a token's features, deepstack included; g is the gradient of the digits' log-probability with respect to e.
+    The sum g . e is nearly 0, since layers normalise their input.
     """
 
-    name, every, images = "token_gradient", 32, 8  # looks are dear, see notebook 02
+    name, every, images = "token_gradient", 32, 8  # the second derivative is slow, see notebook 02
 
     def mass(self, batch, create_graph=False, prompts=None):
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # compiled graphs are walked back once
@@ -213,14 +179,14 @@ class TokenGradient(Heatmap):
 class InputGradient(Heatmap):
     """|gradient| of the digits' log-probability with respect to the pixels, summed over each visual token's pixels.
 
-    Training differentiates the whole network twice, frozen or not.
+    Training differentiates the whole network twice, also if the vision encoder is frozen.
     """
 
     name, every, images = "input_gradient", 64, 4
 
     def mass(self, batch, create_graph=False, prompts=None):
         pixels = normalised_pixels(batch).detach().requires_grad_()  # [P, 3 * 2 * 16 * 16]
-        batch = cast(Batch, {**batch, "pixel_values": pixels})
+        batch = {**batch, "pixel_values": pixels}
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             logits, _ = answer_logits(self.network, batch, second_derivative=create_graph)
             (gradient,) = digits_gradient(logits, batch, [pixels], create_graph)
@@ -230,6 +196,5 @@ class InputGradient(Heatmap):
 
 
 def digits_gradient(logits, batch: Batch, inputs: list[torch.Tensor], create_graph: bool) -> tuple[torch.Tensor, ...]:
-    """Gradients of the digits' log-probability, of each image with respect to its own inputs."""
-    score = digits_score(logits, batch).sum()
-    return torch.autograd.grad(score, inputs, create_graph=create_graph, retain_graph=True)
+    """Gradients of the digits' log-probability with respect to inputs of the images, each by its own answer's."""
+    return torch.autograd.grad(digits_score(logits, batch).sum(), inputs, create_graph=create_graph, retain_graph=True)

@@ -1,14 +1,8 @@
-"""Load Qwen3-VL: the real one from a hub id or a folder, or a tiny one of the same classes.
-
-No code of a folder runs, nothing is unpickled, and parts that do not fit together are refused.
-"""
+"""Load a Qwen3-VL; no code in its folder runs, nothing is unpickled, and parts that do not fit are refused."""
 
 import json
 import math
 import re
-import signal
-import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,28 +18,22 @@ from .device import free_models
 from .network import CountingModel, ModelError, Recipe
 from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
 
-KINDS = {  # model_type in config.json: class of the network
-    "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
-    "qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration,
-}
-SHIPPED = Path(__file__).parent / "weights"  # a folder for each small model of the package
-RANDOM = "tiny-random"  # tiny with random weights: every part of a Qwen3-VL in two million parameters
+CLASSES = transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLMoeForConditionalGeneration
+KINDS = {network.config_class.model_type: network for network in CLASSES}  # by model_type in config.json
+SHIPPED = Path(__file__).parent / "weights"  # folders of the models that come with the library
+RANDOM = "tiny-random"  # "tiny" with random weights: every part of a Qwen3-VL in two million parameters
 RANDOM_RECIPE = Recipe(learning_rate=1e-3, train_vision=True)
-TEMPLATE_SECONDS = 10  # a chat template that takes longer never ends
 NO_NETWORK = "With no network, copy the model's folder to this machine and give its path, or use 'tiny': it is at hand."
 
 
 def load_model(
     name: str | Path, dtype: torch.dtype = torch.float32, seed: int = 0, device: str | torch.device = "cpu"
 ) -> CountingModel:
-    """Load a model, its tokenizer and its image processor; a ModelError says what is missing, damaged or unfit.
+    """Load a model with its tokenizer and image processor; a ModelError says what is missing, damaged or unfit.
 
-    Args:
-        name: "tiny" (trained on counts alone), "tiny-dual" (on both losses), "tiny-random" (untrained): these need no
-            download; a folder; or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
-        dtype: of the weights; float32 to train (bfloat16 weights lose small updates).
-        seed: of the random weights of "tiny-random".
-        device: the weights are read to it, and checked there.
+    `name` is a folder, a hub id such as "Qwen/Qwen3-VL-2B-Instruct", or a model that comes with the library: "tiny",
+    trained on counts alone, "tiny-dual", trained on both losses, or "tiny-random", whose weights follow from `seed`.
+    Training needs float32: bfloat16 weights lose small updates.
     """
     free_models()  # two models may have no room
     found, is_random = _find(name), str(name) == RANDOM
@@ -67,9 +55,9 @@ def load_model(
                 found, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
                 device_map={"": device},
             )  # fmt: skip
-            _need(_weights_rules(network, about))
-        _need(_tokenizer_rules(tokenizer, network.config))
-        _need(_pixels_rules(image_processor, network.config.vision_config))
+            _check_weights(network, about)
+        _check_tokenizer(tokenizer, network.config)
+        _check_pixels(image_processor, network.config.vision_config)
     return CountingModel(network, tokenizer, image_processor, RANDOM_RECIPE if is_random else Recipe.read(found))
 
 
@@ -87,7 +75,7 @@ def count_parameters(name: str | Path) -> int:
 
 
 def _find(name: str | Path) -> str:
-    """The folder, or the hub id; a missing path differs from a hub id by its form."""
+    """The folder or the hub id of a model; a ModelError if neither can be used."""
     name, folder = str(name), Path(name)
     if name == RANDOM or name in {shipped.name for shipped in SHIPPED.iterdir()}:
         return str(SHIPPED / ("tiny" if name == RANDOM else name))
@@ -110,7 +98,7 @@ def _find(name: str | Path) -> str:
 
 @contextmanager
 def _one_error(found: str):
-    """Turn errors into a ModelError with a cure; transformers prints no tables of its own."""
+    """A context in which errors become a ModelError with a cure, and transformers prints nothing."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -118,43 +106,39 @@ def _one_error(found: str):
     except (torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:  # each library has its own types
-        cure = f"Is it spelled right, and is the hub reachable? {NO_NETWORK}"
-        if Path(found).is_dir():
-            cure = "Copy all files of one model's folder anew."
+        elsewhere, here = "Is it spelled right, and is the hub reachable?", "Copy all files of one model's folder anew."
+        cure = here if Path(found).is_dir() else f"{elsewhere} {NO_NETWORK}"
         raise ModelError(f"cannot load {found}: {' '.join(str(error).split())[:500]}\n{cure}") from error
     finally:
         logging.set_verbosity(verbosity)
 
 
 def _network_class(found: str):
-    """The network's class by config.json; a ModelError where such a model cannot be trained here."""
+    """The class of a network, by its config.json; a ModelError if such a model cannot be trained here."""
     config, refused = transformers.PreTrainedConfig.get_config_dict(found)[0], f"cannot load {found}: "
     kind = config.get("model_type")
     if kind not in KINDS:
         known = " or ".join(map(repr, KINDS))
         raise ModelError(f"{refused}this is a {kind!r} model: this library knows Qwen3-VL (model_type {known}) only")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if (quantised := part.get("quantization_config")) is not None:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-            says = f"{method or 'no quant_method'}, says quantization_config in config.json"
+        if part.get("quantization_config") is not None:
+            method = dict(part["quantization_config"]).get("quant_method", "no quant_method")
             cure = "give the model in bfloat16 or float32 that they were made from"
-            raise ModelError(f"{refused}its weights are quantised ({says}): {cure}")
+            raise ModelError(
+                f"{refused}its weights are quantised ({method}, says quantization_config in config.json): {cure}"
+            )
     if find_adapter_config_file(found):  # transformers would apply it in silence
         cure = "merge it into them (peft's merge_and_unload) and save, or move its files away"
         raise ModelError(f"{refused}an adapter lies beside the weights (adapter_config.json): {cure}")
     return KINDS[kind]
 
 
-# --- Rules of a model's parts: whether each holds, and the sentence if not
+def _need(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise ValueError(sentence)
 
 
-def _need(rules: Iterator[tuple[bool, str]]) -> None:
-    for holds, sentence in rules:
-        if not holds:
-            raise ValueError(sentence)
-
-
-def _weights_rules(network, about: dict) -> Iterator[tuple[bool, str]]:
+def _check_weights(network, about: dict) -> None:
     weights = network.named_parameters()
     wrong = {
         "that the weights lack": about["missing_keys"],
@@ -163,55 +147,35 @@ def _weights_rules(network, about: dict) -> Iterator[tuple[bool, str]]:
         "that hold NaN or infinity": [name for name, x in weights if not all(map(torch.isfinite, torch.aminmax(x)))],
     }
     for what, names in wrong.items():
-        yield not names, f"there are tensors {what}: {len(names)}, such as {min(names, default=None)}"
+        _need(not names, f"there are tensors {what}: {len(names)}, such as {min(names, default=None)}")
 
 
-def _tokenizer_rules(tokenizer, config) -> Iterator[tuple[bool, str]]:
-    yield tokenizer.pad_token_id is not None, "the tokenizer has no pad token"
-    yield tokenizer.eos_token_id is not None, "the tokenizer has no end-of-turn token"
-    cure = "is tokenizer.json in its place, and that of a Qwen3-VL?"
+def _check_tokenizer(tokenizer, config) -> None:
+    _need(tokenizer.pad_token_id is not None, "the tokenizer has no pad token")
+    _need(tokenizer.eos_token_id is not None, "the tokenizer has no end-of-turn token")
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    yield image not in (None, tokenizer.unk_token_id), f"the tokenizer has no {IMAGE_TOKEN}: {cure}"
+    known, cure = image not in (None, tokenizer.unk_token_id), "is tokenizer.json in its place, and that of a Qwen3-VL?"
+    _need(known, f"the tokenizer has no {IMAGE_TOKEN}: {cure}")
     wanted, rows = config.image_token_id, config.text_config.vocab_size
-    yield image == wanted, f"image_token_id in config.json is {wanted}, but the tokenizer's is {image}"
-    yield len(tokenizer) <= rows, f"{len(tokenizer)} tokens in tokenizer.json, but {rows} embeddings"
+    _need(image == wanted, f"image_token_id in config.json is {wanted}, but the tokenizer's is {image}")
+    _need(len(tokenizer) <= rows, f"{len(tokenizer)} tokens in tokenizer.json, but {rows} embeddings")
     try:
-        with _at_most(TEMPLATE_SECONDS):
-            tokenize(tokenizer, "objects", 1)
-            heard = question("objects") in chat_text(tokenizer, "objects")
+        tokenize(tokenizer, "objects", 1)
+        heard = question("objects") in chat_text(tokenizer, "objects")
     except Exception as error:
         raise ValueError(f"the chat template cannot be used ({type(error).__name__}: {error})") from error
-    yield heard, "the chat template leaves out the question"
+    _need(heard, "the chat template leaves out the question")
 
 
-@contextmanager
-def _at_most(seconds: float):
-    """Raise TimeoutError in Python code that takes longer, on the main thread of a POSIX system."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_):
-        raise TimeoutError(f"no end after {seconds} seconds")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def _pixels_rules(processor, vision) -> Iterator[tuple[bool, str]]:
+def _check_pixels(processor, vision) -> None:
     heads, width = vision.num_heads, vision.hidden_size  # a head's width holds sines and cosines of rows and columns
-    yield width % (4 * heads) == 0, f"{heads} heads do not divide the vision encoder's width of {width}"
+    _need(width % (4 * heads) == 0, f"{heads} heads do not divide the vision encoder's width of {width}")
     for name in ("patch_size", "merge_size", "temporal_patch_size"):
         ours, wanted = getattr(processor, name), getattr(vision, name.replace("merge", "spatial_merge"))
-        yield ours == wanted, f"{name} is {ours} in the preprocessor, but {wanted} in config.json"
+        _need(ours == wanted, f"{name} is {ours} in the preprocessor, but {wanted} in config.json")
     mean, std, size = processor.image_mean, processor.image_std, processor.size
     finite = len(mean) == len(std) == 3 and all(map(math.isfinite, [*mean, *std])) and min(std) > 0
-    yield finite, f"image_mean {mean} and image_std {std} must be three finite numbers each, image_std above 0"
+    _need(finite, f"image_mean {mean} and image_std {std} must be three finite numbers each, image_std above 0")
     ordered = 0 < size["shortest_edge"] <= size["longest_edge"] < math.inf
-    yield ordered, f"size is {size}, but 0 < shortest_edge <= longest_edge is needed (numbers of pixels)"
-    Image.Resampling(processor.resample)  # a ValueError where there is no such filter
+    _need(ordered, f"size is {size}, but 0 < shortest_edge <= longest_edge is needed (numbers of pixels)")
+    Image.Resampling(processor.resample)  # a ValueError if there is no such filter

@@ -1,4 +1,4 @@
-"""A Qwen3-VL with its tokenizer and image processor: its trained weights, compiling and saving."""
+"""A Qwen3-VL with its tokenizer and image processor: saving, compiling, and the weights that train."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -22,37 +22,33 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model's defaults in training; a file beside its weights."""
+    """A model's defaults in training, from `recipe.json` beside its weights."""
 
-    learning_rate: float = 1e-5
+    learning_rate: float = 1e-5  # of large trained models
     train_vision: bool = False
-
-    FILE = "recipe.json"
 
     @classmethod
     def read(cls, folder: str | Path) -> "Recipe":
-        """The recipe in a model's folder, or that of a large trained model; a ModelError where it is damaged."""
-        path = Path(folder) / cls.FILE
-        if not path.is_file():
-            return cls()
+        """The recipe in a model's folder, or the defaults if it has none; a ModelError if it is damaged."""
+        path = Path(folder) / "recipe.json"
         try:
-            recipe = cls(**json.loads(path.read_text()))
-            if not (0 < recipe.learning_rate < 1 and isinstance(recipe.train_vision, bool)):
-                raise ValueError(f"{recipe} is out of range")
+            recipe = cls(**json.loads(path.read_text())) if path.is_file() else cls()
+            if not 0 < recipe.learning_rate < 1:
+                raise ValueError(f"learning_rate is {recipe.learning_rate}, but must lie in 0..1")
             return recipe
         except (ValueError, TypeError) as error:
             raise ModelError(f"{path} is damaged ({error}): restore it, or remove it") from error
 
 
 class PatchProduct(nn.Conv3d):
-    """A Conv3d over patches as large as its kernel, computed as the matrix product that it is.
+    """A Conv3d over patches that are as large as its kernel, computed as a matrix product; weights keep their names.
 
-    A CPU takes six times as long for the convolution: a quarter of a step of `tiny`.  Weights keep their names.
+    On a CPU the convolution takes six times as long, a quarter of a step of `tiny`.
     """
 
     def __init__(self, conv: nn.Conv3d):
         super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, device="meta")
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight, self.bias, self.training = conv.weight, conv.bias, conv.training
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:  # [P, 3, 2, 16, 16] -> [P, C, 1, 1, 1]
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
@@ -74,23 +70,21 @@ class CountingModel:
             patches.proj = PatchProduct(patches.proj)
 
     def save(self, folder: str | Path) -> None:
-        """Write weights, config, tokenizer and image processor, all or nothing, for `load_model` or transformers."""
+        """Write a folder for `load_model` or transformers, all or nothing; a folder that is there is replaced."""
         with new_folder(Path(folder), replace=True) as draft:
             self.write_into(draft)
 
     def write_into(self, folder: Path) -> None:
-        """Write the parts into a new folder; `checkpoint` adds more files."""
+        """Write weights, config, tokenizer, image processor and recipe into a new folder."""
         self.network.save_pretrained(folder, state_dict=merged_weights(self.network))
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        (folder / Recipe.FILE).write_text(json.dumps(asdict(self.recipe)))
+        (folder / "recipe.json").write_text(json.dumps(asdict(self.recipe)))
 
 
 def compile_layers(network: nn.Module, rows_of: tuple[int, ...] = ()) -> None:
-    """Compile the layers for all sizes; layers in `rows_of` in parts, below the hook that asks for their rows.
-
-    torch's limit of kinds is raised: with and without gradient, text, images and parts make a dozen.
-    """
+    """Compile the layers for all sizes; the layers in `rows_of` in parts, below the hook that asks for their rows."""
+    # with and without gradient, text, images and parts make a dozen graphs
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 32)
     parts = [*network.model.visual.blocks, network.model.language_model.norm]
     for i, layer in enumerate(network.model.language_model.layers):
@@ -105,10 +99,10 @@ def freeze_vision(network: nn.Module, frozen: bool) -> None:
 
 
 def save_memory(network: nn.Module, lora: int | None, checkpointing: bool, precision: str) -> None:
-    """Prepare a network to train in less memory; `checkpointing` computes activations a second time.
+    """Prepare a network to train in less memory; with `checkpointing` activations are computed twice and not kept.
 
-    With a rank `lora`, adapters (Hu et al., "LoRA", 2021) train beside the language model's layers.  All other weights
-    are frozen, and stored in `precision` if it is "bf16" or "fp16".
+    With a rank `lora`, adapters (Hu et al., "LoRA", 2021) train in the language model's layers; all other weights are
+    frozen, and stored in `precision`: "bf16", "fp16" or "fp32".
     """
     if checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
@@ -130,18 +124,12 @@ def save_memory(network: nn.Module, lora: int | None, checkpointing: bool, preci
 
 
 def merged_weights(network: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The weights with adapters added in, under plain names; None without adapters."""
+    """The weights with adapters added in, under the names of a network without adapters; None if there are none."""
     adapted = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
     if not adapted:
         return None
-    weights = {}
-    for name, value in network.state_dict().items():
-        if ".lora_" in name:
-            continue
-        layer, _, kind = name.rpartition(".base_layer.")
-        if layer:
-            delta = adapted[layer].get_delta_weight("default")
-            value = (value.to(delta) + delta).to(value)
-            name = f"{layer}.{kind}"
-        weights[name] = value
-    return weights
+    weights = {name: value for name, value in network.state_dict().items() if ".lora_" not in name}
+    for layer, module in adapted.items():
+        value, delta = weights[f"{layer}.base_layer.weight"], module.get_delta_weight("default")
+        weights[f"{layer}.base_layer.weight"] = (value.to(delta) + delta).to(value)
+    return {name.replace(".base_layer.", "."): value for name, value in weights.items()}

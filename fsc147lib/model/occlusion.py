@@ -1,11 +1,7 @@
-"""Hide parts of a picture and ask again: the fall of the answer's probability and of the count.
-
-Slow, for the whole network sees each hidden part; but independent of gradients and attention.
-"""
+"""Occlusion: hide parts of a picture, one pass for each, and measure the fall of the answer's probability and count."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -13,22 +9,20 @@ import torch
 from ..data import GRID, Fill, Sample
 from ..data.hiding import covers, hide_cells
 from ..options import ConfigError
-from .answers import digits_score
-from .collate import Batch, select_rows
-from .counts import count_log_probabilities
+from .answers import answer_texts, count_log_probabilities, digits_score
+from .collate import Batch, from_patches, select_rows, to_patches
 from .device import choose_compute
 from .forward import answer_logits, read_prompts
 from .heatmaps import Heatmap, register
-from .looking import answer_texts, answered_batches
+from .looking import answered_batches
 from .network import CountingModel
-from .pixels import from_patches, to_patches
 
 WINDOW = 2  # rows and columns of cells that are hidden at once
 AT_ONCE = 16  # hidden pictures in a batch
 
 
 def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
-    """Square windows of `size` cells a side, row by row, `step` cells apart (None: side by side): [W, 14, 14] bool."""
+    """Windows of size x size cells, `step` cells apart (None: side by side): [W, 14, 14] bool, True inside."""
     starts = sorted({*range(0, GRID - size, step or size), GRID - size})
     covered = torch.zeros(len(starts), GRID, dtype=torch.bool)
     for row, start in zip(covered, starts, strict=True):
@@ -37,10 +31,7 @@ def windows(size: int = WINDOW, step: int | None = None) -> torch.Tensor:
 
 
 def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fill) -> Iterator[Batch]:
-    """An image of a batch and its answer, once for each choice of hidden cells [N, rows, columns], AT_ONCE in a batch.
-
-    A ConfigError where the batch has no pixels.
-    """
+    """Yield copies of an image of a batch, AT_ONCE together, one for each choice of hidden cells [N, rows, columns]."""
     if "pixel_values" not in batch:
         raise ConfigError("occlusion hides pixels, and this batch brings kept image features: use it without a cache")
     patch, merge = network.config.vision_config.patch_size, network.config.vision_config.spatial_merge_size
@@ -48,14 +39,14 @@ def hide_in_batch(network, batch: Batch, row: int, cells: torch.Tensor, fill: Fi
     image = from_patches(one["pixel_values"], one["image_sizes"][0][1], patch, merge)
     for chosen in cells.to(image.device).split(AT_ONCE):
         pixels = torch.cat([to_patches(picture, patch, merge) for picture in hide_cells(image, chosen, fill)])
-        yield cast(Batch, {**select_rows(one, [0] * len(chosen)), "pixel_values": pixels})
+        yield {**select_rows(one, [0] * len(chosen)), "pixel_values": pixels}
 
 
 @torch.no_grad()
 def hidden_log_probabilities(
     network, batch: Batch, cells: list[torch.Tensor], fill: Fill = "grey"
 ) -> list[torch.Tensor]:
-    """`digits_score` of each image when its cells [N, rows, columns] are hidden: [N] each."""
+    """`digits_score` of each image of a batch for each choice of its hidden cells [N, rows, columns]: [N] each."""
     scores = []
     for row, choices in enumerate(cells):
         hidden = hide_in_batch(network, batch, row, choices, fill)
@@ -65,11 +56,7 @@ def hidden_log_probabilities(
 
 @register
 class OcclusionMap(Heatmap):
-    """Fall of the digits' log-probability when windows of cells are hidden; 0 where it rises.
-
-    A cell has the mean of its windows (Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks",
-    ECCV 2014).
-    """
+    """Mean fall of the digits' log-probability over a cell's hidden windows, rises as 0 (Zeiler and Fergus, 2014)."""
 
     name, trainable = "occlusion", False
     fill: Fill = "grey"
@@ -90,7 +77,7 @@ class Occlusion:
     """Effects of hiding each of W windows of each of N pictures."""
 
     windows: np.ndarray  # [W, 14, 14] bool
-    log_probability: np.ndarray  # [N, W] fall of that of the answer's digits, in nats
+    log_probability: np.ndarray  # [N, W] fall of the log-probability of the answer's digits, in nats
     count: np.ndarray  # [N, W] fall of the expected count, in objects
     objects: np.ndarray  # [N, W] dots under the window
     answers: list[str]  # to the whole pictures
@@ -100,9 +87,8 @@ class Occlusion:
 def occlude(
     model: CountingModel, samples: list[Sample], window: int = WINDOW, step: int | None = None, fill: Fill = "grey"
 ) -> Occlusion:
-    """Hide each window of each picture (see `windows`, `data.hide`) and measure the model's own answer and count."""
-    compute = choose_compute()
-    hidden = windows(window, step)
+    """Hide each window of each picture (see `windows`); measure the fall of its answer's probability and its count."""
+    compute, hidden = choose_compute(), windows(window, step)
     whole_first = torch.cat([torch.zeros_like(hidden[:1]), hidden])
     scores, answers = [], []
     for batch, _ in answered_batches(model, samples, compute, 1):

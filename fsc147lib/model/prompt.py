@@ -1,4 +1,4 @@
-"""The question, the answer "COUNT: 37", its tokens, and parsing of answers: strict, and lenient."""
+"""The question, the answer "COUNT: 37", their tokens, and parsing of answers."""
 
 import re
 from dataclasses import dataclass, replace
@@ -6,18 +6,11 @@ from functools import partial
 
 from .network import ModelError
 
-NEUTRAL = "Write a general description of the image."
-"""The neutral question of Zhang et al., "MLLMs Know Where to Look" (ICLR 2025)."""
+NEUTRAL = "Write a general description of the image."  # of Zhang et al., "MLLMs Know Where to Look" (ICLR 2025)
 IMAGE_TOKEN = "<|image_pad|>"
-
-BEFORE, AFTER = "COUNT: ", ""
-"""Text around the number of an answer; another form needs other weights."""
+BEFORE, AFTER = "COUNT: ", ""  # text around the number of an answer; another form needs other weights
 MAX_DIGITS = 6  # of an answer's longest number; FSC147's largest count is 3,701
 _PARSED = re.compile(rf"{re.escape(BEFORE)}([0-9]{{1,{MAX_DIGITS}}}){re.escape(AFTER)}")
-_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_WITH_DIGITS = r"[\w.,+-]*[0-9][\w.,+-]*"  # "37." and "1,234", and also "3.7" or "IMG2"
-_MARKED = re.compile(rf"\bCOUNT\b\W*?({_WITH_DIGITS})", re.IGNORECASE)
-_WHOLE = re.compile(r"[0-9]{1,3}(,[0-9]{3})+|[0-9]+")
 
 
 def question(category: str) -> str:
@@ -31,23 +24,9 @@ def answer(count: int) -> str:
 
 
 def parse_count(text: str) -> int | None:
-    """The number of an answer that is "COUNT: " and 1 to MAX_DIGITS digits, white space aside; None of any other."""
+    """The number in an answer of the form "COUNT: 37", with 1 to MAX_DIGITS digits; None for any other answer."""
     match = _PARSED.fullmatch(text.strip())
     return int(match.group(1)) if match else None
-
-
-def parse_count_leniently(text: str, complete: bool = True) -> int | None:
-    """The single whole number in an answer, or None; tells a model that counts in other words from one that does not.
-
-    Text within <think> is skipped.  Numbers after "COUNT" go before others, and a number may be repeated.
-    Without `complete`, a number at the very end is not read, since it may lack digits.
-    """
-    text = _THOUGHT.sub("", text).rstrip()
-    if not complete and re.search(rf"{_WITH_DIGITS}\Z", text):
-        return None
-    words = [word.strip(".,") for word in _MARKED.findall(text) or re.findall(_WITH_DIGITS, text)]
-    numbers = {int(word.replace(",", "")) for word in words if _WHOLE.fullmatch(word)}
-    return numbers.pop() if len(numbers) == 1 and max(numbers) < 10**MAX_DIGITS else None
 
 
 @dataclass(frozen=True)
@@ -71,10 +50,7 @@ def longest_answer(tokenizer) -> int:
 
 
 def number_tokens(tokenizer) -> tuple[list[int], list[int], int]:
-    """Tokens before the number of an answer, of the ten digits, and the first one after the number.
-
-    A ModelError where a digit is no token of its own.
-    """
+    """Tokens before an answer's number, tokens of the ten digits, the first token behind; ModelError if digits join."""
     encode = partial(tokenizer.encode, add_special_tokens=False)
     before, digits = encode(BEFORE), [token for digit in "0123456789" for token in encode(digit)]
     after = [*encode(AFTER), tokenizer.eos_token_id]
@@ -84,14 +60,14 @@ def number_tokens(tokenizer) -> tuple[list[int], list[int], int]:
 
 
 def tokenize(tokenizer, category: str, count: int) -> Tokens:
-    """Tokens of the question in the model's chat template, and of the right answer; ValueError where that fails."""
+    """Tokens of question and right answer in the model's chat template; ValueError if they cannot be made."""
     ids = tokenizer.encode(answer(count), add_special_tokens=False)
     head, tail = _around_image(tokenizer, chat_text(tokenizer, category))
     return Tokens(head, tail, [], []).with_answer(tokenizer, [*ids, tokenizer.eos_token_id])
 
 
 def chat_text(tokenizer, category: str) -> str:
-    """The question in the model's chat template, up to the answer; ValueError for control tokens in the category."""
+    """The question in the model's chat template, up to the answer; ValueError if the category has control tokens."""
     for token in tokenizer.get_added_vocab():
         if token in category:
             problem = f"the category {category!r:.60} holds {token}, which the model reads as a control token"

@@ -3,4 +3,4 @@
 Commands and notebooks import it; the other rooms do not.
 """
 
-__all__ = ["comparison", "faithful", "figures", "overhead", "throughput", "timing", "viewer", "workbook"]  # modules
+__all__ = ["comparison", "faithful", "figures", "overhead", "predictions", "throughput", "timing", "viewer", "workbook"]

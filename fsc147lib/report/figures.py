@@ -15,6 +15,7 @@ from PIL import Image
 from ..data import Sample
 from ..evaluation.answering import ImageResult
 from ..model import Look, Prediction
+from ..model.looking import map_title
 
 NO_TARGET = "nothing to count: no target"
 NOTHING = 1e-12  # the largest value of a map that is 0 everywhere
@@ -234,7 +235,7 @@ def view_figure(
 
 def save_prediction(prediction: Prediction, path: Path) -> None:
     """Save a figure of a photograph, the map of the model's answer, and the distribution over counts."""
-    heatmap = {"values": prediction.heatmap, "title": prediction.map_title}
+    heatmap = {"values": prediction.heatmap, "title": map_title(prediction.answer, "own")}
     title = f"{prediction.sample.category}: {prediction.answer!r:.60}"
     figure = view_figure(prediction.sample, [heatmap], prediction, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,15 +16,16 @@ from ..data import Sample, open_split
 from ..evaluation.metrics import bootstrap_interval
 from ..model.answers import count_loss
 from ..model.collate import Batch, Collate, to_device
-from ..model.device import choose_compute, peak_memory, seconds_of
+from ..model.device import choose_compute
 from ..model.heatmaps import METHODS, make_heatmap, method_names
 from ..model.network import CountingModel, compile_layers, freeze_vision
 from ..options import Precision, need, need_report
 from ..training.losses import DualLoss, LossParts
+from ..training.memory import peak_memory
 from ..training.setup import TrainConfig
 from ..training.step import TrainingStep, make_accelerator, make_optimizer
 from .shapes import drawn_root, load_or_shape
-from .timing import table, write_report
+from .timing import seconds_of, table, write_report
 
 
 @dataclass(frozen=True)

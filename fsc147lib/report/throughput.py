@@ -20,16 +20,15 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..data import Sample
 from ..model.collate import Batch, Collate, to_device
-from ..model.device import peak_memory, seconds_of, wait_for
 from ..model.network import CountingModel
 from ..options import need, need_report
 from ..training.batches import make_loader
 from ..training.loop import open_run
 from ..training.losses import LossParts
-from ..training.memory import heaviest_parts
+from ..training.memory import heaviest_parts, peak_memory, wait_for
 from ..training.setup import Run, TrainConfig
 from .shapes import load_or_shape
-from .timing import table, write_report
+from .timing import seconds_of, table, write_report
 
 PEERS = PLAIN, TRAINER, TUNED = "plain transformers loop", "transformers.Trainer", "transformers.Trainer, tuned"
 

@@ -1,11 +1,11 @@
-"""The table of a benchmark's rows, and its report with the machine it ran on."""
+"""Seconds of a call; the table of a benchmark's rows, and its report with the machine it ran on."""
 
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import transformers
 from ..evaluation.answering import to_csv
 from ..evaluation.tables import aligned
 from ..files import write_json, write_text
+from ..training.memory import wait_for
 
 COLUMNS = {  # key of a row -> heading, format
     "seconds_median": ("s per step (quartiles)", "{seconds_median:.3f} ({seconds_low:.3f} to {seconds_high:.3f})"),
@@ -76,3 +77,12 @@ def read_report(path: str | Path) -> tuple[dict, str]:
     processor = report["gpu"] or f"{report['threads']} cores of {report['processor']}"
     versions = f"torch {report['torch']}, transformers {report['transformers']}"
     return report, f"{processor}, {versions}, {report['date']}: {report['command']}"
+
+
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Seconds of a call, the work of the GPU included."""
+    wait_for(device)
+    started = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - started

@@ -18,15 +18,16 @@ from ..files import DamagedFolder, read_manifest
 from ..model import Batch, Collate, choose_compute, make_heatmap, to_device
 from ..model.answers import own_answers
 from ..model.attention import IMPLEMENTATIONS
-from ..model.device import free_models, peak_memory, seconds_of
+from ..model.device import free_models
 from ..model.load import RANDOM
 from ..model.network import compile_layers, freeze_vision, merged_weights, save_memory
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text
 from ..options import Precision, need, need_report
 from ..training import DualLoss, TrainConfig
+from ..training.memory import peak_memory
 from ..training.step import TrainingStep, make_accelerator, make_optimizer
 from .shapes import load_or_shape
-from .timing import machine, write_report
+from .timing import machine, seconds_of, write_report
 
 VERSIONS = "install the versions of requirements.lock: these ones may compute other numbers"
 

@@ -67,10 +67,12 @@ def open_run(run: Run) -> None:
         run.folder.start(config)
     freeze_vision(run.model.network, not config.vision_trains(run.epoch))
     if config.caches_vision and not config.vision_trains(run.epoch):
-        run.training_step.features = KeptFeatures.encode(
-            run.model, run.kept_samples(), run.compute, place_of_features(run), config.out.parent / "vision-cache",
-            run.workers,
-        )  # fmt: skip
+        place = place_of_features(run)
+        if place == "off":
+            run.open_loader(pixels=True)
+        else:
+            kept = KeptFeatures.encode(run.model, run.kept_samples(), run.compute, place, run.workers)
+            run.training_step.features = kept
 
 
 def train_epoch(run: Run, progress: tqdm) -> None:
@@ -78,7 +80,7 @@ def train_epoch(run: Run, progress: tqdm) -> None:
     config, step = run.config, run.training_step
     trains_vision = config.vision_trains(run.epoch)
     freeze_vision(run.model.network, not trains_vision)
-    if trains_vision and run.store is None:  # kept features would become wrong
+    if trains_vision and not run.collate.pixels:  # kept features would become wrong
         step.features = None
         run.open_loader(pixels=True)
     step.loss.train()

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from ..data import Sample
 from ..model.collate import to_device
-from ..model.device import free_memory, free_models, gpu_memory, memory_in_use, peak_memory, wait_for
+from ..model.device import free_memory, free_models, gpu_memory
 from ..model.features import KeptFeatures
 from ..model.load import count_parameters
 from ..model.network import freeze_vision
@@ -24,6 +25,35 @@ GPU_SHARE, HOST_SHARE = 0.25, 0.5
 
 GPU_SPARE = 0.05
 """Share of the GPU's memory that stays free, because the need for memory varies."""
+
+
+def memory_in_use(device: str) -> int:
+    """Bytes that tensors take on "cuda"; on a CPU, bytes of this process."""
+    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+
+
+def peak_memory(run: Callable[[], object], device: str) -> float | None:
+    """Call `run`; returns the largest memory meanwhile in MiB: of tensors on "cuda", of the process on a CPU.
+
+    Without Linux, None is returned for a CPU, and `run` is not called.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+    except OSError:
+        return None
+    run()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+
+def wait_for(device: str) -> None:
+    """Wait until the GPU has finished; on a CPU nothing happens."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 class Plan(NamedTuple):
@@ -75,7 +105,7 @@ def measure(run: Run, size: int) -> Measured:
     features, passes = 0, len(parts) * run.batches.per_step
     if run.config.caches_vision and not run.config.vision_trains(run.epoch):
         images = [sample for part in parts for sample in part]
-        step.features = KeptFeatures.encode(run.model, [*images, *answers], run.compute, "host", Path(), run.workers)
+        step.features = KeptFeatures.encode(run.model, [*images, *answers], run.compute, "host", run.workers)
         features = features_bytes(run, images) * run.batches.per_step
     window = [to_device(run.collate(parts[0]), device)] * min(2, passes)  # a second pass adds to the first's gradient
     in_use = memory_in_use(device.type)
@@ -104,7 +134,7 @@ def measure(run: Run, size: int) -> Measured:
 
 
 def choose_place(size: int, beside: float) -> str:
-    """The first of "gpu", "host" and "disk" with room for `size` bytes of kept features.
+    """The first of "gpu" and "host" with room for `size` bytes of kept features, or "off".
 
     `beside`: bytes of the GPU that a run needs for other things, above those in use.
     """
@@ -112,7 +142,7 @@ def choose_place(size: int, beside: float) -> str:
         whole, ours = gpu_memory()
         if size <= min(GPU_SHARE * whole, ours - memory_in_use("cuda") - beside - GPU_SPARE * whole):
             return "gpu"
-    return "host" if size <= HOST_SHARE * free_memory() else "disk"
+    return "host" if size <= HOST_SHARE * free_memory() else "off"
 
 
 def place_of_features(run: Run) -> str:
@@ -188,7 +218,7 @@ def plan_step(run: Run, parts: dict[str, int], room: int) -> Plan:
     if run.config.caches_vision:
         kept, asked = features_bytes(run, run.kept_samples()), run.config.vision_cache
         place = choose_place(kept, sum(parts.values()) - parts["weights"]) if asked == "auto" else asked
-        text += f"\n{'image features':22}{gib(kept):>10} on the {place}"
+        text += f"\n{'image features':22}{gib(kept):>10} " + ("not kept" if place == "off" else f"on the {place}")
     lengths = [tokens for *_, tokens in run.batches.lengths]
     step = found.seconds * batch / size
     epoch = step * run.batches.steps * sum(lengths) / len(lengths) / max(lengths)

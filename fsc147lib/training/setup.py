@@ -13,12 +13,11 @@ from accelerate.utils import set_seed
 from ..data.fsc147 import MAX_PIXELS, Sample, open_split
 from ..evaluation.answering import Evaluation, Reading, answering_tokens, evaluate_samples
 from ..evaluation.metrics import constant_baselines
-from ..model.collate import Batch, Collate
+from ..model.collate import Batch, Collate, PixelStore
 from ..model.device import choose_compute, default_workers
 from ..model.heatmaps import METHODS, make_heatmap, method_names
 from ..model.load import load_model
 from ..model.network import Recipe, compile_layers, save_memory
-from ..model.pixels import PixelStore
 from ..options import ConfigError, Precision, need
 from .batches import SizeBatches, make_loader, windows
 from .controls import ATTENTION_TARGETS, controlled, need_other_images
@@ -101,8 +100,8 @@ class TrainConfig:
     """Put images of similar length into one batch, for less padding; the order still varies."""
     compile: bool | None = None
     """Compile the layers with torch.compile.  None: only on a GPU."""
-    vision_cache: Literal["auto", "gpu", "host", "disk", "off"] = "auto"
-    """Place where outputs of the frozen vision encoder are kept.  auto: the first with room, from two epochs on."""
+    vision_cache: Literal["auto", "gpu", "host", "off"] = "auto"
+    """Place of the frozen vision encoder's outputs.  auto: from two epochs on the first with room, or off."""
     lora: int | None = None
     """Rank of LoRA adapters that train in place of the language model's weights."""
     workers: int | None = None
@@ -221,8 +220,9 @@ class Run:
     def open_loader(self, pixels: bool) -> None:
         """Make the loader of training batches, with their pixels, or without where kept features replace them."""
         self.stream: Iterator[Batch] | None = None  # of the loader, begun by `windows`
-        config, (train, val) = self.config, self.samples.values()
-        self.store = PixelStore([*train, *val], self.model.image_processor, shared=self.workers > 0) if pixels else None
+        config, train = self.config, self.samples["train"]
+        keeps = pixels and not self.workers  # each worker would keep images of its own
+        self.store = PixelStore(self.model.image_processor) if keeps else None
         self.collate = Collate(self.model.tokenizer, self.model.image_processor, self.store, pixels=pixels)
         self.batches = SizeBatches(
             [self.collate.lengths(sample) for sample in train], config.batch_size, config.seed, config.flip,

@@ -17,6 +17,7 @@ from fsc147lib.evaluation.metrics import (
     counting_metrics,
     metrics_by_bin,
     paired_difference,
+    parse_count_leniently,
 )
 from fsc147lib.model import Prediction
 
@@ -202,3 +203,20 @@ def test_honest_probabilities_hold_the_truth_as_often_as_they_claim():
 def test_a_true_count_out_of_reach_is_outside():
     (row,) = calibration(poisson([30.0]), [20_000], levels=[0.99])
     assert row["inside"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("There are 37 apples.", 37), ("COUNT: 37.", 37), ("**COUNT: 37**", 37), ("count:37", 37), ("1,234 apples", 1234),
+     ("<think>2 rows of 3, so 6?</think>\n\nCOUNT: 7", 7), ("37 apples, I count 37.", 37),
+     ("COUNT: 37 (5 rows of 7, and 2)", 37), ("\\boxed{37}", 37), ("In IMG2 there are 37", 37),
+     ("<think>There are 37", None), ("3 rows of 5", None), ("COUNT: 37\nCOUNT: 38", None), ("30-40", None),
+     ("3.7", None), ("-2", None), ("1000000", None), ("9" * 400, None), ("٣٧", None), ("a dozen", None), ("", None)],
+)  # fmt: skip
+def test_a_lenient_parse_finds_the_one_number(text, count):
+    assert parse_count_leniently(text) == count
+
+
+@pytest.mark.parametrize(("text", "count"), [("There are 3", None), ("COUNT: 37", None), ("37 apples and", 37)])
+def test_a_number_that_was_cut_off_is_not_read(text, count):
+    assert parse_count_leniently(text, complete=False) == count

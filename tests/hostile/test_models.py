@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from fsc147lib.__main__ import main
-from fsc147lib.model import load
 from fsc147lib.model.load import load_model
 
 pytestmark = pytest.mark.medium
@@ -106,7 +105,6 @@ def with_adapter(folder):
     get_peft_model(load_model("tiny-random").network, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
 
 
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DAMAGES = {  # what is done to the folder, and what is said of it
     "no visual tensors": (in_weights(lambda t: {k: v for k, v in t.items() if "visual" not in k}),
                           "tensors that the weights lack: 63, such as model.visual"),
@@ -128,7 +126,6 @@ DAMAGES = {  # what is done to the folder, and what is said of it
     "another image token": (in_json("config.json", image_token_id=7), "image_token_id in config.json is 7"),
     "more tokens than embeddings": (with_more_tokens, "tokens in tokenizer.json, but"),
     "broken template": (holding("chat_template.jinja", "{% for %}"), "the chat template"),
-    "endless template": (holding("chat_template.jinja", ENDLESS), "the chat template"),
     "failing template": (holding("chat_template.jinja", "{{ raise_exception('no') }}"), "the chat template"),
     "deaf template": (holding("chat_template.jinja", "<|image_pad|>"), "leaves out the question"),
     "template without image": (holding("chat_template.jinja", "{{ messages[0].content[1].text }}"), "<|image_pad|>"),
@@ -167,7 +164,6 @@ def test_a_damaged_model_is_refused(folder, root, damage, capsys, monkeypatch):
     change(folder)
     monkeypatch.chdir(folder)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question is asked"))
-    monkeypatch.setattr(load, "TEMPLATE_SECONDS", 1)
     status = main(["evaluate", "--data", str(root), "--model", str(folder), "--limit", "2"])
     printed = capsys.readouterr()
     assert status == 2 and printed.err.startswith("ModelError: "), printed

@@ -258,7 +258,7 @@ def test_where_numbers_go_is_looked_at_before_the_work(small_root, tmp_path, mon
         "check": [str(small_root)],
         "throughput": ["--data", str(small_root)],
     }
-    for module in ("model.load", "report.shapes", "report.verify", "model.prediction", "evaluation.answering"):
+    for module in ("model.load", "report.shapes", "report.verify", "report.predictions", "evaluation.answering"):
         monkeypatch.setattr(f"fsc147lib.{module}.load_model", lambda *_, **__: pytest.fail("work"), raising=False)
     with pytest.raises(SystemExit, match="2"):
         main([command, *words.get(command, []), "--json", str(target)])

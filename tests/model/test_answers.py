@@ -4,9 +4,8 @@ import pytest
 import torch
 from plain import generated, plain_inputs, plain_network
 
-from fsc147lib.model.answers import own_answers
+from fsc147lib.model.answers import count_log_probabilities, own_answers
 from fsc147lib.model.collate import Collate
-from fsc147lib.model.counts import count_log_probabilities
 from fsc147lib.model.forward import answer_logits, read_prompts
 from fsc147lib.model.load import SHIPPED, load_model
 

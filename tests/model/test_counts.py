@@ -9,8 +9,9 @@ from PIL import Image
 
 from fsc147lib.data import Picture
 from fsc147lib.model import Collate, ModelError, answer_logits, count_loss, predict_samples, read_prompts
-from fsc147lib.model.counts import count_log_probabilities, follow_numbers, number_tokens
+from fsc147lib.model.answers import count_log_probabilities, follow_numbers
 from fsc147lib.model.forward import normalised_pixels
+from fsc147lib.model.prompt import number_tokens
 
 
 @torch.no_grad()

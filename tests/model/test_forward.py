@@ -8,17 +8,18 @@ import pytest
 import torch
 import torch._dynamo
 from plain import plain_inputs
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from fsc147lib.model import attention, forward
+from fsc147lib.model import attention
 from fsc147lib.model.attention import IMPLEMENTATIONS, vision_attention
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import answer_logits, encode_images, normalised_pixels, read_prompts
 from fsc147lib.model.heatmaps import make_heatmap
-from fsc147lib.model.network import compile_layers, freeze_vision
+from fsc147lib.model.load import load_model
+from fsc147lib.model.network import CountingModel, PatchProduct, compile_layers, freeze_vision
 from fsc147lib.training.losses import DualLoss
 
 
@@ -49,31 +50,41 @@ def test_gradients_of_every_weight_are_the_library_s(tiny, plain, batch):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-2, msg=name)
 
 
-def test_places_of_patches_are_transformers_own(tiny, batch):
-    """Tables of one size each, put together, are those of all images at once."""
-    tower, grid = tiny.network.model.visual, batch["image_grid_thw"]
-    found = forward._patch_positions(tiny.network, batch["image_sizes"], torch.device("cpu"))
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        grid, tower.num_grid_per_side, "bilinear", align_corners=True, spatial_merge_size=tower.spatial_merge_size
+def test_places_of_patches_are_what_the_encoder_would_compute(tiny, plain, batch, monkeypatch):
+    """Plain transformers gives the same features without them, and others with wrong ones."""
+    given, real = {}, tiny.network.model.get_image_features
+    monkeypatch.setattr(
+        tiny.network.model, "get_image_features", lambda *args, **named: given.update(named) or real(*args, **named)
     )
-    expected = {"interp_indices": indices, "interp_weights": weights}
-    expected["position_ids"] = get_vision_position_ids(grid, tower.spatial_merge_size)
-    assert found.keys() == expected.keys()
-    for name, table in expected.items():
-        assert torch.equal(found[name], table), name
-
-
-def test_places_of_patches_are_what_the_encoder_would_compute(tiny, plain, batch):
-    """What it takes by these names is what it makes without them."""
-    made = encode_images(tiny.network, batch)
+    made = encode_images(tiny.network, batch)[0]
     grid, pixels = batch["image_grid_thw"], normalised_pixels(batch)
-    places = forward._patch_positions(tiny.network, batch["image_sizes"], torch.device("cpu"))
-    with_them, without = (plain.model.get_image_features(pixels, grid, return_dict=True, **x) for x in (places, {}))
-    assert torch.equal(torch.cat(with_them.pooler_output), torch.cat(without.pooler_output))
-    torch.testing.assert_close(made[0], torch.cat(without.pooler_output), atol=1e-5, rtol=1e-4)
-    moved = {**places, "position_ids": places["position_ids"].flip(0)}
-    other = plain.model.get_image_features(pixels, grid, return_dict=True, **moved)
-    assert not torch.allclose(torch.cat(other.pooler_output), made[0], atol=1e-3), "the tables are not looked at"
+    places = {name: given[name] for name in ("interp_indices", "interp_weights", "position_ids")}
+    wrong = {**places, "position_ids": places["position_ids"].flip(0)}
+    with_them, without, moved = (
+        torch.cat(plain.model.get_image_features(pixels, grid, return_dict=True, **named).pooler_output)
+        for named in (places, {}, wrong)
+    )
+    assert torch.equal(with_them, without)
+    torch.testing.assert_close(made, without, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(made, moved, atol=1e-3), "the tables are not looked at"
+
+
+def test_the_product_of_patches_is_their_convolution(plain, batch, tmp_path):
+    """Same outputs and gradients, same names, in a copy and in a saved folder."""
+    conv, patches = plain.model.visual.patch_embed.proj, normalised_pixels(batch).unflatten(1, (3, 2, 16, 16))
+    names = list(plain.state_dict())
+    tiny = load_model("tiny-random")
+    model = CountingModel(plain, tiny.tokenizer, tiny.image_processor)
+    product = plain.model.visual.patch_embed.proj
+    assert type(product) is PatchProduct and product.weight is conv.weight and list(plain.state_dict()) == names
+    model.save(tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(saved["model.visual.patch_embed.proj.weight"], conv.weight)
+    wanted = conv(patches)
+    for one in (product, copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
+        torch.testing.assert_close(one(patches), wanted, atol=1e-5, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(one(patches).square().sum(), conv.weight)[0] for one in (product, conv))
+    torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-4)
 
 
 def test_a_name_with_flash_gets_all_images_in_one_call(tiny, batch):

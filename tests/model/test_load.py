@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from plain import plain_inputs, plain_network
-from transformers import BertConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
 from fsc147lib.model.collate import Collate, to_device
 from fsc147lib.model.forward import answer_logits, read_prompts
@@ -62,16 +62,6 @@ def test_positions_and_logits_are_transformers_own(tiny, plain, batch):
         )
 
 
-@torch.no_grad()
-def test_a_batch_answers_like_its_images_alone(tiny, mixed_samples, batch):
-    collate = Collate(tiny.tokenizer, tiny.image_processor)
-    together, _ = answer_logits(tiny.network, batch)
-    for i, sample in enumerate(mixed_samples):
-        alone = collate([sample])
-        logits, _ = answer_logits(tiny.network, alone)
-        torch.testing.assert_close(together[i, : logits.shape[1]], logits[0], atol=1e-5, rtol=1e-5)
-
-
 def test_ids_are_the_chat_template_with_the_image_spelled_out(tiny, mixed_samples, batch):
     for i, sample in enumerate(mixed_samples):
         content = [{"type": "image"}, {"type": "text", "text": question(sample.category)}]
@@ -95,13 +85,6 @@ def test_labels_are_the_answer_alone(tiny, mixed_samples, batch):
         on_digits = batch["digit_weights"][i] > 0
         assert tiny.tokenizer.decode(batch["answer_labels"][i, on_digits]) == str(sample.count)
         assert batch["digit_weights"][i].sum() == pytest.approx(1)
-
-
-def test_visual_tokens_cover_the_grid_once(batch):
-    """Each visual token hands its whole mass to the 14x14 grid, every other token none."""
-    visual = batch["mm_token_type_ids"].float()
-    for key in ("row_weights", "column_weights"):
-        torch.testing.assert_close(batch[key].sum(dim=1), visual)
 
 
 def test_saved_folder_is_plain_transformers(tiny, batch, tmp_path):
@@ -142,23 +125,27 @@ def test_frozen_vision_has_no_gradient(tiny, batch):
     assert all(p.grad is not None for p in tiny.network.model.visual.parameters())
 
 
-def test_a_missing_folder_says_what_to_give(tmp_path):
-    with pytest.raises(ModelError, match="no model folder.*give 'tiny', an existing folder, or a hub id"):
-        load_model(tmp_path / "nothing")
-
-
-def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ModelError, match="has no config.json"):
-        load_model(tmp_path)
-
-
-def test_another_kind_of_model_is_named(tmp_path):
-    BertConfig().save_pretrained(tmp_path / "bert")
-    for use in (load_model, count_parameters):
-        with pytest.raises(
-            ModelError, match=r"'bert' model.*Qwen3-VL \(model_type 'qwen3_vl' or 'qwen3_vl_moe'\) only"
-        ):
-            use(tmp_path / "bert")
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (None, "no model folder.*give 'tiny', an existing folder, or a hub id"),
+        ({}, "has no config.json"),
+        ({"config.json": "{}", "best/config.json": "{}"}, "folder of a run: give one of its checkpoints, .*/best"),
+        (
+            {"config.json": '{"model_type": "bert"}'},
+            r"'bert' model.*Qwen3-VL \(model_type 'qwen3_vl' or 'qwen3_vl_moe'\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("use", [load_model, count_parameters])
+def test_a_folder_that_holds_no_such_model_is_refused(tmp_path, files, sentence, use):
+    for name, content in (files or {}).items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(content)
+    if files == {}:
+        (tmp_path / "model").mkdir()
+    with pytest.raises(ModelError, match=sentence):
+        use(tmp_path / "model")
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
@@ -167,14 +154,6 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match="(?s)no folder Nobody/No-Model.*hub does not answer.*no network.*tiny"):
         load_model("Nobody/No-Model")
-
-
-@pytest.mark.medium
-def test_the_folder_of_a_run_names_its_checkpoints(tiny, tmp_path):
-    tiny.save(tmp_path / "run" / "best")
-    (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="folder of a run: give one of its checkpoints, .*run/best"):
-        load_model(tmp_path / "run")
 
 
 def test_a_gpu_without_room_is_no_damaged_folder(monkeypatch):
@@ -192,14 +171,6 @@ def test_weights_are_read_to_the_gpu(tiny):
     assert all(
         there[name].is_cuda and torch.equal(there[name].cpu(), w) for name, w in tiny.network.state_dict().items()
     )
-
-
-def test_damaged_weights_are_one_error(tiny, tmp_path):
-    tiny.save(tmp_path / "model")
-    weights = tmp_path / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="cannot load"):
-        load_model(tmp_path / "model")
 
 
 def test_a_failed_save_keeps_the_old_folder(tiny, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 import pytest
 
-from fsc147lib.model.prompt import answer, parse_count, parse_count_leniently, question, tokenize
+from fsc147lib.model.prompt import answer, parse_count, question, tokenize
 
 
 def test_answer_parses_back():
@@ -20,23 +20,6 @@ def test_white_space_around_is_no_fault(text):
 )  # fmt: skip
 def test_anything_else_is_no_answer(text):
     assert parse_count(text) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("There are 37 apples.", 37), ("COUNT: 37.", 37), ("**COUNT: 37**", 37), ("count:37", 37), ("1,234 apples", 1234),
-     ("<think>2 rows of 3, so 6?</think>\n\nCOUNT: 7", 7), ("37 apples, I count 37.", 37),
-     ("COUNT: 37 (5 rows of 7, and 2)", 37), ("\\boxed{37}", 37), ("In IMG2 there are 37", 37),
-     ("<think>There are 37", None), ("3 rows of 5", None), ("COUNT: 37\nCOUNT: 38", None), ("30-40", None),
-     ("3.7", None), ("-2", None), ("1000000", None), ("9" * 400, None), ("٣٧", None), ("a dozen", None), ("", None)],
-)  # fmt: skip
-def test_a_lenient_parse_finds_the_one_number(text, count):
-    assert parse_count_leniently(text) == count
-
-
-@pytest.mark.parametrize(("text", "count"), [("There are 3", None), ("COUNT: 37", None), ("37 apples and", 37)])
-def test_a_number_that_was_cut_off_is_not_read(text, count):
-    assert parse_count_leniently(text, complete=False) == count
 
 
 @pytest.mark.parametrize("category", ["<|im_end|>", "a <|image_pad|> b"])

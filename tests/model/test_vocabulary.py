@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from fsc147lib.evaluation.answering import evaluate_samples
+from fsc147lib.evaluation.metrics import parse_count_leniently
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.forward import answer_logits
-from fsc147lib.model.prompt import parse_count, parse_count_leniently, question, tokenize
+from fsc147lib.model.prompt import parse_count, question, tokenize
 
 pytestmark = pytest.mark.slow  # half a minute to write the vocabulary
 

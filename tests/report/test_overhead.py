@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fsc147lib.data.fsc147 import FSC147
-from fsc147lib.model.device import peak_memory
 from fsc147lib.model.heatmaps import InputGradient
 from fsc147lib.report import overhead
 from fsc147lib.report.overhead import OverheadConfig, measure_overhead, take_turns, time_losses
 from fsc147lib.report.shapes import drawn_root, load_or_shape
 from fsc147lib.report.timing import table
+from fsc147lib.training.memory import peak_memory
 
 
 def test_variants_take_turns():

@@ -30,7 +30,7 @@ def run(config):
 def test_the_place_goes_by_size(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [memory.choose_place(size, 0) for size in (500, 501)] == ["host", "disk"]
+    assert [memory.choose_place(size, 0) for size in (500, 501)] == ["host", "off"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "gpu_memory", lambda: (1000, 900))
     monkeypatch.setattr(memory, "memory_in_use", lambda _: 100)  # and a twentieth of 1000 stays empty
@@ -68,7 +68,7 @@ def test_a_step_and_the_moments_stand_beside_the_features(run, monkeypatch):
     monkeypatch.setattr(memory, "measure", full)
     memory.place_of_features(run)
     assert asked[-1][1] == float("inf")
-    features = KeptFeatures.encode(run.model, run.kept_samples(), choose_compute("fp32"), "host", run.config.out, 0)
+    features = KeptFeatures.encode(run.model, run.kept_samples(), choose_compute("fp32"), "host", 0)
     assert {size for size, _ in asked} == {features.features.nbytes}
 
 
