@@ -122,28 +122,6 @@ def sweep_table(rows: Sequence[dict]) -> str:
     return "\n".join([aligned(lines), *(f"{row['name']} failed: {row['error']}" for row in rows if row["error"])])
 
 
-def splits_table(rows: Sequence[dict], split: str) -> str:
-    """A line for each group of `run_sweep`'s rows, with their metrics on a split that was answered (`--splits`).
-
-    "better by" is the first group's error minus the line's own, on the same images and seeds, with a 95 % bootstrap
-    interval.
-    """
-    lines, first = [[split, "runs", "MAE (range)", "better by (95 %)", "exactly right", "KL"]], None
-    for name, members in by_options(row for row in rows if split in row.get("splits", {})).items():
-        found = {row["options"].get("seed"): row["splits"][split] for row in members}
-        metrics = [run["metrics"] for run in found.values()]
-        kl = [run["kl"] for run in metrics if run["kl"] is not None]
-        better = ""
-        if shared := [seed for seed in found if first and seed in first]:
-            low, middle, high = paired_difference(*([run[seed]["error"] for seed in shared] for run in (first, found)))
-            better = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        exact = f"{np.mean([run['exact'] for run in metrics]):.0%}"
-        mae = mean_and_range(run["mae"] for run in metrics)
-        lines.append([name, str(len(found)), mae, better, exact, f"{np.mean(kl):.2f}" if kl else ""])
-        first = first or found
-    return aligned(lines)
-
-
 def sweep_figure(rows: Sequence[dict]) -> Figure:
     """`epoch_curves` of the finished rows of `run_sweep`, a curve for each group."""
     groups = by_options(row for row in rows if row["finished"])

@@ -130,7 +130,8 @@ def shared_options(config: StudyConfig, budget: int) -> TrainConfig:
 def variants(config: StudyConfig, weight: float) -> list[Variant]:
     """The variants that are told on test, counts alone first."""
     chosen = [Variant(COUNTS), Variant(f"objects, weight {weight:g}", weight)]
-    chosen += [Variant(f"control: {target}", weight, target) for target in ("shuffled", "centre")]
+    controls = {"shuffled": "another image's objects", "centre": "the centre"}
+    chosen += [Variant(f"control: {words}", weight, target) for target, words in controls.items()]
     own = 0 if recipe_of(config.model).train_vision else config.epochs
     for epoch, words in ((config.epochs, "frozen"), (config.epochs // 2, "from half on"), (0, "from the start")):
         if epoch != own:

@@ -62,7 +62,7 @@ class TrainConfig:
     """The learning rate after the warmup: cosine (to 0), linear (to 0) or constant."""
     clip: float = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it."""
-    attention_weight: float = 0.5
+    attention_weight: float = 0.1
     """Weight w of the attention loss; 0 trains on counts alone.  docs/study.md explains the default."""
     attention_loss: str = "kl"
     """Attention loss: kl (KL(target || heatmap) in nats) or mse (squared error summed over cells)."""

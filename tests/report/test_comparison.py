@@ -98,18 +98,6 @@ def test_seeds_are_put_together():
     assert kl.lines[0].get_ydata() == pytest.approx([0.85] * 3)
 
 
-def test_splits_are_compared_seed_by_seed_and_picture_by_picture():
-    def answered(weight, seed, errors):
-        metrics = {"mae": sum(errors) / len(errors), "exact": 0.25, "kl": 0.5}
-        return row(weight, seed, [9, 2], 0.5, splits={"test": {"metrics": metrics, "error": errors, "kl": [0.5] * 4}})
-
-    rows = [answered(0, 0, [2, 3, 4, 5]), answered(0, 1, [3, 4, 5, 6]), answered(1, 0, [1, 2, 3, 4]),
-            answered(1, 2, [9, 9, 9, 9]), row(1, 3, [9, 2], 0.5)]  # fmt: skip
-    _, without, weighted = comparison.splits_table(rows, "test").splitlines()
-    assert "4.00 (3.50 to 4.50)" in without and without.split()[2] == "2"
-    assert "5.75 (2.50 to 9.00)" in weighted and "1.00 (1.00 to 1.00)" in weighted  # of seed 0, which both have
-
-
 def test_epoch_curves_are_the_logs():
     epochs = [{"epoch": epoch, "val": {"mae": mae, "kl": kl}} for epoch, mae, kl in ((0, 6.0, 0.4), (1, 5.0, 0.3))]
     mae, kl = comparison.epoch_curves({"both": [epochs]}, baseline=12.0).axes

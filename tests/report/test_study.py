@@ -41,7 +41,7 @@ def test_a_study_chooses_on_val_and_tells_differences_on_test(root, tmp_path, pr
     assert found["weight"] == 0.5 and found["validation"][0.0] > found["validation"][0.1] > found["validation"][0.5]
     rows = {row["name"]: row for row in found["variants"]}
     assert rows["objects, weight 0.5"]["difference"] == pytest.approx((-1, -1, -1))  # each image's error is 1 smaller
-    assert rows["control: shuffled"]["difference"] == pytest.approx((0.25, 0.25, 0.25))
+    assert rows["control: another image's objects"]["difference"] == pytest.approx((0.25, 0.25, 0.25))
     assert rows["objects, encoder frozen"]["against"] == "counts alone, encoder frozen"
     assert all(row["runs"] == 2 for row in rows.values())
     text = " ".join(found["verdict"])
