@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from fsc147lib.data.fsc147 import FSC147
 from fsc147lib.evaluation import Evaluation, ImageResult
-from fsc147lib.model import collate
 from fsc147lib.model.collate import Collate
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import Recipe
@@ -109,14 +108,6 @@ def test_logged_validation_is_that_of_the_checkpoint(finished, root):
     logged = lines(finished[0])[-1]["val"]
     assert logged["count_loss"] == pytest.approx(parts.count.item(), rel=1e-4)
     assert logged["kl"] == pytest.approx(parts.attention.item(), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_a_run_decodes_each_image_once(config, monkeypatch):
-    decoded, cut = [], collate.to_patches
-    monkeypatch.setattr(collate, "to_patches", lambda image, *sides: decoded.append(image) or cut(image, *sides))
-    train(config(epochs=2, limit=4))
-    assert len(decoded) == 4 + 4, "training and validation images"
 
 
 @pytest.mark.slow
