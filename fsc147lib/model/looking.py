@@ -38,6 +38,11 @@ class Look:
         """`map_title` of each sample."""
         return [map_title(answer, self.whose) for answer in self.answers]
 
+    def __getitem__(self, rows: slice | list[int]) -> "Look":
+        """The maps of some samples."""
+        places = range(len(self.answers))[rows] if isinstance(rows, slice) else list(rows)
+        return Look(self.maps[list(places)], [self.answers[i] for i in places], self.whose)
+
 
 def map_title(answer: str, whose: str) -> str:
     """A figure's title of a map: "own answer 12", or the start of the answer if it has no number."""

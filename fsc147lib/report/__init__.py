@@ -3,4 +3,7 @@
 Commands and notebooks import it; the other rooms do not.
 """
 
-__all__ = ["comparison", "faithful", "figures", "overhead", "predictions", "throughput", "timing", "viewer", "workbook"]
+__all__ = [
+    "comparison", "faithful", "figures", "overhead", "predictions", "study", "throughput", "timing",
+    "viewer", "workbook",
+]  # fmt: skip

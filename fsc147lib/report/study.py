@@ -28,14 +28,14 @@ COUNTS = "counts alone"
 RESULT = "test.json"  # in a run's folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Measure what the attention loss is worth: study --data ROOT --model MODEL -- --batch-size 32."""
 
-    data: Path
-    """Folder in FSC147's official layout, with pictures in train, val and test."""
     train: Positional[tuple[str, ...]] = ()
     """After --: options of train that all runs share."""
+    data: Path
+    """Folder in FSC147's official layout, with pictures in train, val and test."""
     model: str = "tiny"
     """"tiny", a folder, or a hub id such as Qwen/Qwen3-VL-2B-Instruct."""
     out: Path = Path("runs/study")

@@ -133,7 +133,7 @@ def settings(data: str | Path | None = None, model: str = "tiny", out: str | Pat
     out.mkdir(parents=True, exist_ok=True)
     data = os.environ.get("FSC147_DATA") or data
     if data is None:
-        data = out / f"drawn-{WORLD}-" + "-".join(map(str, PICTURES.values()))
+        data = out / "-".join(["drawn", WORLD, *map(str, PICTURES.values())])
         if not data.exists():
             make_dataset(data, **PICTURES, world=WORLD)
     open_split(Path(data).expanduser(), "train", 1)  # a wrong folder is told in the first cell

@@ -36,7 +36,7 @@ def pretended(monkeypatch):
 
 
 def test_a_study_chooses_on_val_and_tells_differences_on_test(root, tmp_path, pretended):
-    config = study.StudyConfig(root, out=tmp_path, confirm=(10, 11))
+    config = study.StudyConfig(data=root, out=tmp_path, confirm=(10, 11))
     (found,) = study.run_study(config)["budgets"]
     assert found["weight"] == 0.5 and found["validation"][0.0] > found["validation"][0.1] > found["validation"][0.5]
     rows = {row["name"]: row for row in found["variants"]}
@@ -51,7 +51,7 @@ def test_a_study_chooses_on_val_and_tells_differences_on_test(root, tmp_path, pr
 
 
 def test_a_study_trains_each_run_once_and_goes_on(root, tmp_path, pretended):
-    config = study.StudyConfig(root, out=tmp_path, budgets=(2,))
+    config = study.StudyConfig(data=root, out=tmp_path, budgets=(2,))
     study.run_study(config)
     assert len(pretended) == len(set(pretended)) == 3 * (3 + 2 + 4)  # weights; controls; two more ways to freeze
     study.run_study(config)
@@ -59,12 +59,14 @@ def test_a_study_trains_each_run_once_and_goes_on(root, tmp_path, pretended):
 
 
 def test_the_plan_counts_the_runs(root, tmp_path, capsys):
-    study.describe_plan(study.StudyConfig(root, out=tmp_path), [2])
+    study.describe_plan(study.StudyConfig(data=root, out=tmp_path), [2])
     assert "27 runs of 3 epochs, on 2 training pictures" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_ends_the_study_with_its_last_line(root, tmp_path):
-    config = study.StudyConfig(root, ("--clip", "1e-30"), model="tiny-random", out=tmp_path, seeds=(0,), epochs=2)
+    config = study.StudyConfig(
+        data=root, train=("--clip", "1e-30"), model="tiny-random", out=tmp_path, seeds=(0,), epochs=2
+    )
     bad = study.grid(config, 2, None, study.Variant("x"), (0,))
     bad[0].words[bad[0].words.index("tiny-random")] = "nowhere"
     with pytest.raises(ConfigError, match="failed: .*nowhere.* The same command tries it again"):
@@ -76,7 +78,14 @@ def test_a_study_of_real_runs(root, tmp_path):
     """Whole, on the untrained tiny model: trained, answered, weights removed, told."""
     words = ("--batch-size", "2", "--precision", "fp32")
     config = study.StudyConfig(
-        root, words, "tiny-random", tmp_path / "s", seeds=(0,), weights=(0.5,), epochs=2, parallel=2
+        data=root,
+        train=words,
+        model="tiny-random",
+        out=tmp_path / "s",
+        seeds=(0,),
+        weights=(0.5,),
+        epochs=2,
+        parallel=2,
     )
     (found,) = study.run_study(config)["budgets"]
     runs = list((tmp_path / "s" / f"pictures={found['pictures']}").glob("*/test.json"))

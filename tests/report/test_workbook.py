@@ -70,20 +70,20 @@ def test_settings_draw_the_default_data_once(tmp_path, monkeypatch):
     assert workbook.settings(out=tmp_path) == first and (first.data / "marker").exists() and first.model == "tiny"
 
 
-def test_the_environment_wins(tmp_path, monkeypatch):
-    monkeypatch.setenv("FSC147_DATA", str(tmp_path))
+def test_the_environment_wins(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("FSC147_DATA", str(root))
     monkeypatch.setenv("FSC147_MODEL", "Qwen/Qwen3-VL-2B-Instruct")
     monkeypatch.setenv("FSC147_OUT", str(tmp_path / "out"))
     found = workbook.settings("elsewhere", "tiny")
-    assert (found.data, found.model, found.out) == (tmp_path, "Qwen/Qwen3-VL-2B-Instruct", tmp_path / "out")
+    assert (found.data, found.model, found.out) == (root, "Qwen/Qwen3-VL-2B-Instruct", tmp_path / "out")
 
 
-def test_results_are_in_one_place_for_the_runner_and_for_a_kernel(tmp_path, monkeypatch):
+def test_results_are_in_one_place_for_the_runner_and_for_a_kernel(root, tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     found = []
     for folder in (tmp_path, tmp_path / "notebooks"):  # the runner starts in the first, a kernel in the other
         monkeypatch.chdir(folder)
-        found.append(workbook.settings(tmp_path).runs.resolve())
+        found.append(workbook.settings(root).runs.resolve())
     assert found[0] == found[1] and found[0].is_relative_to(tmp_path / "runs")
 
 

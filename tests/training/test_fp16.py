@@ -155,7 +155,7 @@ def test_a_gpu_without_bfloat16_trains_in_fp16(monkeypatch):
 
 def test_apple_s_mps_is_left_alone_and_says_so(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with pytest.warns(UserWarning, match="MPS was never tried with this library, so it computes on the CPU"):
+    with pytest.warns(UserWarning, match="MPS is not tested with this library, so the CPU is used"):
         assert choose_compute("fp32").device.type == "cpu"
 
 
