@@ -108,6 +108,8 @@ def train_epoch(run: Run, progress: tqdm) -> None:
             if step.scaler.is_enabled():
                 line["skipped_steps"] = step.skipped
             run.log(line)
+            if time.monotonic() - run.saved_at >= 60 * config.save_every and run.step < run.total_steps:
+                run.save()
             progress.set_postfix({name: f"{value:.3f}" for name, value in numbers.items() if value is not None})
             images, started = 0, time.perf_counter()
         run.signals.check()

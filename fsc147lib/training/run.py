@@ -29,6 +29,7 @@ from .checkpoint import RUN_ID, link_checkpoint, load_training_state, save_check
 
 MAY_CHANGE = {
     "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite", "dry_run",
+    "save_every",
 }  # fmt: skip
 """Options that may change when a run resumes; with another value of any other it would be another run."""
 
@@ -85,6 +86,8 @@ def need_same_run(config) -> None:
     now = json.loads(config.to_json())
     for option in fields(config):  # an option that the file lacks had its default
         before = saved.get(option.name, option.default)
+        if option.name == "epochs" and now["epochs"] > before:  # a run may be made longer
+            continue
         if option.name not in MAY_CHANGE and now[option.name] != before:
             raise ConfigError(
                 f"{option.name} is {now[option.name]}, but the run in {config.out} was started with {before}: "
@@ -171,6 +174,10 @@ class RunFolder:
         (self.out / "metrics.jsonl").touch()
         if self.config.tracking != "disabled":
             self.tracker = start_tracker(self.out, self.config.tracking, json.loads(resolved.to_json()))
+
+    def epochs_before(self) -> int:
+        """Epochs of the run that is resumed, as it was started."""
+        return json.loads((self.out / "config.json").read_text())["epochs"]
 
     def restore(self, optimizer: torch.optim.Optimizer, images: dict[str, str]) -> dict:
         """Load the checkpoint's moments into the optimizer; returns the rest of its state.

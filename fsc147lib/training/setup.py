@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from .controls import ATTENTION_TARGETS, controlled, need_other_images
 from .interrupt import Signals
 from .losses import ATTENTION_LOSSES, DualLoss
 from .run import RunFolder, TrainResult
-from .step import SCHEDULES, TrainingStep, make_accelerator, make_optimizer
+from .step import SCHEDULES, TrainingStep, learning_rate_factor, make_accelerator, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,12 @@ class TrainConfig:
     """Number of steps between two lines of metrics.jsonl."""
     tracking: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: offline needs neither account nor network."""
+    save_every: float = 10.0
+    """Minutes between two checkpoints within an epoch; one is written with the next line of metrics.jsonl."""
     checkpoints: bool = True
     """Save a checkpoint after each epoch; off: the weights alone, at the end, so that the run cannot resume."""
     resume: bool = False
-    """Continue the run in `out` from its last checkpoint; it ends as if it had never stopped."""
+    """Continue the run in `out` from its last checkpoint, to the same end, or to a larger number of epochs."""
     overwrite: bool = False
     """Replace the run that is in `out`."""
 
@@ -211,6 +214,7 @@ class Run:
         self.open_loader(pixels=not config.caches_vision)
         self.total_steps = self.batches.steps * config.epochs
         self.step, self.epoch, self.saved = 0, 0, 0  # steps and epochs that are done, and steps in the last checkpoint
+        self.saved_at = time.monotonic()
         self.torn = False  # an update has begun and not ended, so the weights must not be saved
         self.fingerprint: dict[str, str] = {}  # of the images
         self.training_counts, val = ([sample.count for sample in samples] for samples in self.samples.values())
@@ -254,6 +258,11 @@ class Run:
         step = self.training_step
         state = self.folder.restore(step.optimizer, self.fingerprint)
         self.result.steps, self.result.epochs = state["steps"], state["epochs"]
+        epochs, config = self.folder.epochs_before(), self.config
+        if epochs < config.epochs and self.folder.writes:
+            factor = learning_rate_factor(state["step"], self.total_steps, config.warmup, config.schedule)
+            rate = f"the learning rate goes on at {config.learning_rate * factor:.3g}"
+            print(f"{epochs} epochs become {config.epochs}: the schedule is that of {self.total_steps} steps, {rate}")
         self.step, self.epoch, self.saved = state["step"], state["epoch"], state["step"]
         if state.get("scaler"):
             step.scaler.load_state_dict(state["scaler"])
@@ -273,7 +282,7 @@ class Run:
                  "epochs": result.epochs, "scaler": step.scaler.state_dict()}  # fmt: skip
         images = self.validation.images if last["step"] == self.step else None
         self.folder.save(self.model, step.optimizer, state, result, images)
-        self.saved = self.step
+        self.saved, self.saved_at = self.step, time.monotonic()
 
     def log(self, line: dict) -> None:
         """Add a line to the result and to metrics.jsonl, and pass it to `on_log`."""

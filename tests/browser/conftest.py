@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from fsc147lib.data import make_dataset
+from fsc147lib.report.workbook import Settings
+from fsc147lib.training import TrainConfig, train
 
 HERE = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -21,13 +23,25 @@ PICTURES = HERE / "runs" / "browser"  # what the tests saw, to be looked at
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    """Address of a JupyterLab whose folder holds the notebooks' cells that open the viewer."""
+def places(tmp_path_factory) -> Settings:
+    """A drawn root, and two runs on it as notebook 03 makes them."""
     pytest.importorskip("playwright", reason="the browser's tests need playwright")
     if CHROMIUM is None:
         pytest.skip("the browser's tests need Chromium: apt-get install chromium")
     folder = tmp_path_factory.mktemp("lab")
-    data = make_dataset(folder / "root", 6, 12, 2, seed=3)
+    places = Settings(make_dataset(folder / "root", 6, 12, 2, seed=3), "tiny", folder / "out")
+    for name, weight in (("counts", 0.0), ("both", 1.0)):
+        train(TrainConfig(
+            places.data, places.new_run(name), epochs=1, limit=6, learning_rate=3e-3, attention_weight=weight,
+            tracking="disabled",
+        ))  # fmt: skip
+    return places
+
+
+@pytest.fixture(scope="session")
+def lab(places):
+    """Address of a JupyterLab whose folder holds the notebooks' cells that open the viewer."""
+    folder, data = places.out.parent, places.data
     for name, first, wanted in (("01_inspect_data", 4, "figure()"), ("04_attention_maps", 2, "figure()")):
         notebook = json.loads((HERE / "notebooks" / f"{name}.ipynb").read_text())
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

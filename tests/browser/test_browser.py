@@ -6,6 +6,8 @@ import re
 import pytest
 from PIL import Image
 
+from fsc147lib.model import load_model, look
+
 pytestmark = pytest.mark.medium
 
 CHANGE = """([name, index]) => new Promise((resolve, reject) => {
@@ -78,6 +80,15 @@ def test_it_opens_with_answer_scores_scale_and_plots(page, keep):
     assert page.locator(".view:visible").count() == 4 and page.locator(".strip img").count() == 9
     assert page.locator("svg[data-plot=against-truth] circle").count() >= 9
     keep(page, "opened")
+
+
+def test_it_shows_one_s_own_runs(page, places):
+    """The newest runs of notebook 03 are named, and the answer is that of the run with both losses."""
+    named = page.locator(".jp-OutputArea-output", has_text="counts: ").inner_text()
+    assert "both-1/last" in named and "counts-1/last" in named
+    sample = next(sample for sample in places.samples("val") if sample.name == facts(page).split(":")[0])
+    (answer,) = look(load_model(places.newest("both")), [sample]).answers
+    assert f"both losses: {answer!r}" in facts(page)
 
 
 def test_each_menu_changes_the_page(page, keep):

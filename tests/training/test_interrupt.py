@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from fsc147lib.model.network import CountingModel
+from fsc147lib.options import ConfigError
 from fsc147lib.readers import signals_later
 from fsc147lib.training import run as folders
 from fsc147lib.training import setup
@@ -22,7 +23,7 @@ from fsc147lib.training.batches import SizeBatches, make_loader
 from fsc147lib.training.interrupt import Interrupted, Signals
 from fsc147lib.training.loop import TrainConfig, train
 from fsc147lib.training.run import RunFolder
-from fsc147lib.training.step import TrainingStep
+from fsc147lib.training.step import TrainingStep, learning_rate_factor
 
 pytestmark = pytest.mark.medium
 
@@ -304,7 +305,7 @@ def test_killed_at_random_moments(config):
     _, *maes = (line["val"]["mae"] for line in lines if "val" in line)
     assert min(maes) < maes[0], "best/ moves in the course of the run"
     for kill in range(KILLS):
-        settings = config(f"killed-{kill}", **options)
+        settings = config(f"killed-{kill}", **options, save_every=0.0 if kill % 4 < 2 else 10.0)
         process = fresh_process(settings)
         step = rng.randint(1, 11)
         wait_for(lambda out=settings.out, step=step: f'"step": {step},' in text_of(out / "metrics.jsonl"), process)
@@ -314,11 +315,29 @@ def test_killed_at_random_moments(config):
         process.kill()
         assert process.wait() == -signal.SIGKILL
         resume = (settings.out / "last").is_dir() or (settings.out / "last.old").is_dir()
+        if settings.save_every == 0.0 and not kill % 2:  # a checkpoint after each step
+            assert json.loads((settings.out / "last" / "training_state.json").read_text())["step"] >= step - 1
         left = sorted(path.name for path in settings.out.iterdir() if path.is_dir())
         assert fresh_process(settings, *["--resume"] * resume).wait() == 0
         ends_equal(whole.out, settings.out)
         print(f"kill {kill + 1} after step {step}: {left}, {'resumed' if resume else 'started again'}, equal")
         shutil.rmtree(settings.out)
+
+
+def test_a_finished_run_is_made_longer(config, capsys):
+    """It goes on at the rate of the longer schedule, which is told."""
+    train(config())
+    steps = []
+    longer = config(epochs=4, resume=True)
+    result = train(longer, lambda line: steps.append(line["step"]))
+    assert steps[0] == 7 and [line["epoch"] for line in result.epochs] == [0, 1, 2, 3, 4]
+    rate = 1e-3 * learning_rate_factor(6, 12, longer.warmup)
+    assert f"2 epochs become 4: the schedule is that of 12 steps, the learning rate goes on at {rate:.3g}" in (
+        capsys.readouterr().out
+    )
+    assert result.steps[-6]["learning_rate"] == pytest.approx(rate)
+    with pytest.raises(ConfigError, match="epochs is 3, but .* was started with 4"):
+        train(config(epochs=3, resume=True))
 
 
 def logged(step, seconds=0.0):
