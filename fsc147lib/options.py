@@ -23,7 +23,10 @@ def need(config, name: str, holds: bool, rule: str) -> None:
 
 
 def need_report(config, beside: str = "") -> None:
-    """Raise ConfigError if the file `config.json` cannot be written; `beside` names rows of a .csv beside it."""
+    """Check the option `json` of a config, a report's path or None; ConfigError if no file can be written there.
+
+    `beside` names the rows of a .csv that is written beside the report, whose own ending must then be another.
+    """
     if config.json is not None:
         folder = next(folder for folder in config.json.absolute().parents if folder.exists())
         writable = not config.json.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)

@@ -56,7 +56,10 @@ def absolute_errors(predicted, target, empty_cost: float | None = None) -> np.nd
 
 
 def counting_metrics(predicted, target, empty_cost: float | None = None) -> dict[str, float | None]:
-    """Counting metrics of N images (Ranjan et al., CVPR 2021); arguments and errors as in `absolute_errors`.
+    """Counting metrics of N images (Ranjan et al., CVPR 2021).
+
+    Arguments and exceptions are those of `absolute_errors`.  An answer that does not parse has the true count as its
+    error, or `empty_cost` where the true count is 0.
 
     Returns:
         `mae`, `rmse`, `median_error`: in objects.

@@ -90,7 +90,10 @@ AttentionMaskInterface.register(IMPLEMENTATIONS["text_config"], AttentionMaskInt
 
 @contextmanager
 def rows_of_layers(network, layers: tuple[int, ...], positions: torch.Tensor):
-    """A context that yields a dict, layer -> list, to which each pass of a layer adds its rows at positions [B, R]."""
+    """A context that yields a dict, layer -> list; each pass of a layer appends its attention rows [B, H, R, K].
+
+    R are the queries at `positions` [B, R].
+    """
     found: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
     with ExitStack() as hooks:
         for i, rows in found.items():

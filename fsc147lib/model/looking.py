@@ -99,7 +99,11 @@ def answered_batches(
 
 
 def with_word(batch: Batch, word: Word) -> Batch:
-    """The batch with the weight of `digit_weights` on a word of each answer; ConfigError for an unknown word."""
+    """A copy of the batch in which `digit_weights` is 1 at one token of each answer, and 0 elsewhere.
+
+    That token is the "first" digit, the "last" digit, or the one "before" the first digit; "all" leaves the batch as it
+    is.  ConfigError for another value.
+    """
     if word not in get_args(Word):
         raise ConfigError(f"word is {word!r}, but must be one of {', '.join(get_args(Word))}")
     if word == "all":
@@ -146,7 +150,7 @@ class Prediction:
 
     @property
     def no_number(self) -> float:
-        """Probability of any other answer: words, or another spelling such as "COUNT: 007"."""
+        """Probability of an answer that is no number: words, or another spelling such as "COUNT: 007"."""
         return max(0.0, 1 - self.covered - self.not_followed)
 
     @property

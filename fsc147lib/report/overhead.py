@@ -59,10 +59,11 @@ class OverheadConfig:
 
 
 def variants_of(methods: tuple[str, ...], batch_size: int) -> list[dict]:
-    """The variants to time: the count loss alone, and each method's heatmap, computed and trained.
+    """The variants to time, a dict each: the count loss alone, and each method's heatmap, computed and trained.
 
-    A method whose default number of images is smaller than the batch is also trained on these `images` alone (None:
-    all).  `every` is the method's default K: its heatmap is trained on each K-th step.
+    A method whose default number of images is smaller than the batch has a third variant, trained on that many.  Keys:
+    `images`, number of images whose heatmap is trained (None: all); `every`, the method's default K, by which the
+    overhead is divided later: each timed step looks.
     """
     variants = [{"name": "count only", "method": "none", "trained": False, "images": None, "every": 1}]
     for name in methods:

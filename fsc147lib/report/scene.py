@@ -222,7 +222,7 @@ def overlay(title: str, values: np.ndarray, largest: float | None = None, signed
 
 
 def bars(predictions: dict[str, Prediction], marks: dict[str, int]) -> dict:
-    """Histograms of distributions over counts, with at most 60 bars, which reach to each of the `marks` (named counts).
+    """Histograms of distributions over counts, with the same bars, at most 60, that cover each of the `marks` (counts).
 
     Returns the "first" count, the "width" of a bar in counts, "heights" (name -> probability of each bar), "marks".
     """

@@ -77,7 +77,7 @@ class Settings:
         return pair
 
     def newest(self, name: str) -> str | None:
-        """Folder of the last weights of the newest finished run of a name; None without one."""
+        """Folder `last` of the newest of the runs NAME-1, NAME-2 ... that trained all its epochs; None without one."""
         for _, run in sorted(self.numbered(name).items(), reverse=True):
             with suppress(ConfigError):
                 options, summary, _ = read_run(run)
@@ -91,7 +91,7 @@ class Settings:
         return [split for split in ("train", "val", "test") if split_counts(self.data, split)]
 
     def samples(self, split: str, most: int = SHOWN) -> list[Sample]:
-        """Up to `most` images of a split, evenly from its whole; of a root without a test split those of val."""
+        """Up to `most` images of a split, evenly spaced over it.  Where a root has no test split, val stands for it."""
         if split == "test" and split not in self.splits:
             print(f"{self.data.name} has no test split: val stands for it")
             split = "val"

@@ -15,7 +15,7 @@ from ..readers import reader_options
 
 
 class Shown(NamedTuple):
-    """A training image in an epoch."""
+    """Which training image an epoch shows, and whether it is mirrored."""
 
     image: int  # its index
     mirrored: bool

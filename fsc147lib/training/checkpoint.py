@@ -97,7 +97,7 @@ def link_checkpoint(source: Path, folder: Path) -> None:
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Load a sound checkpoint's moments into the optimizer; returns the `state` that was saved."""
+    """Load the optimizer's moments from a sound checkpoint; returns the `state` given to `save_checkpoint`."""
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in load_file(folder / TENSORS).items():
         i, key = name.split(".", 1)

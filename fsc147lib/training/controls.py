@@ -45,7 +45,7 @@ ATTENTION_TARGETS = {"objects": lambda batch, _: batch["target"], "shuffled": sh
 
 
 def controlled(batches: Iterable[Batch], kind: str, samples: list[Sample], seed: str) -> Iterator[Batch]:
-    """An epoch's batches with targets of a `kind` in ATTENTION_TARGETS; images without objects keep zeros."""
+    """An epoch's batches with the targets that `ATTENTION_TARGETS[kind]` makes; images without objects keep zeros."""
     others = other_targets(samples, seed)
     for batch in batches:
         yield cast(Batch, {**batch, "target": ATTENTION_TARGETS[kind](batch, others)})

@@ -128,11 +128,14 @@ def locked(out: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """A run's folder.  A run that was in it stays beside it, as ".old", until the first checkpoint of the new one.
+    """The folder of a run.
+
+    `start` renames the folder of an earlier run to NAME.old.  The first checkpoint of the new run deletes NAME.old;
+    `close` restores it if there was none.
 
     Attributes:
         writes: this process writes; false in all but the first of several processes.
-        checkpoint: folder that a resumed run continues from.
+        checkpoint: `last`, also before it exists; `last.old` if a resumed run's `last` is damaged.
 
     Args:
         config: a `TrainConfig`.

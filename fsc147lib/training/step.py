@@ -135,7 +135,10 @@ class TrainingStep:
         return losses, norm
 
     def gradient(self, window: list[Batch], weight: float) -> LossParts:
-        """Add the gradient of all processes' windows to the weights' (times the loss scale in fp16); their losses."""
+        """Add the gradient of all processes' windows to the weights' gradients, times the loss scale in fp16.
+
+        Returns the losses, summed over all windows.
+        """
         self.wrap()
         answer_tokens = sum(batch["answer_tokens"] for batch in window)
         with_objects = sum(count > 0 for batch in window for count in batch["count"])
