@@ -42,6 +42,11 @@ class Faithfulness:
     similarity: dict[str, np.ndarray] = field(default_factory=dict)
     """Part that was re-drawn last -> [N] rank correlation with the map of the unchanged model, -1..1."""
 
+    def measures(self) -> dict[str, np.ndarray]:
+        """All measures by name, [N] each; "redrawn" is the similarity once everything is re-drawn."""
+        redrawn = {"redrawn": list(self.similarity.values())[-1]} if self.similarity else {}
+        return {**self.alignment, **self.better, **redrawn}
+
 
 def measure_maps(
     model: CountingModel,
