@@ -15,7 +15,7 @@ _PARSED = re.compile(rf"{re.escape(BEFORE)}([0-9]{{1,{MAX_DIGITS}}}){re.escape(A
 
 def question(category: str) -> str:
     """The question about an image."""
-    return f"How many {category} are in this image? Answer with COUNT: and the number."
+    return f"How many {category} are in this image? Answer with {BEFORE.strip()} and the number."
 
 
 def answer(count: int) -> str:

@@ -24,7 +24,7 @@ class LossParts(NamedTuple):
 
     total: torch.Tensor
     count: torch.Tensor  # mean over answer tokens
-    attention: torch.Tensor | None  # mean over images with objects; None for a step that computed no heatmap
+    attention: torch.Tensor | None  # mean over images with objects; without a heatmap 0, which a step tells as None
 
 
 class DualLoss(nn.Module):
