@@ -6,6 +6,7 @@ the step that a signal interrupted, or from the last whole epoch after a kill.
 
 import time
 from collections.abc import Callable
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -44,9 +45,12 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
                 run.folder.write_table("before.csv", run.validation.images)
             with progress_bar(total=run.total_steps, initial=run.step, desc="train") as progress:
                 while run.epoch < config.epochs:
+                    started = time.perf_counter()
                     with signals.hold():
                         train_epoch(run, progress)
                     run.validate()
+                    if run.folder.writes:
+                        progress.write(epoch_line(run.result, config.epochs, time.perf_counter() - started))
                     with signals.hold():
                         run.save()
         except Interrupted:
@@ -55,6 +59,28 @@ def train(config: TrainConfig, on_log: Callable | None = None, on_epoch: Callabl
             signals.held = True
             run.folder.close()
     return run.result
+
+
+def epoch_line(result: TrainResult, epochs: int, seconds: float) -> str:
+    """The last epoch in a line: mean losses of its logged steps, validation beside that before training, seconds.
+
+    A second line warns where two epochs in a row are worse than before training.
+    """
+    epoch, validations = result.epochs[-1]["epoch"], [line["val"] for line in result.epochs]
+    maes, steps = [found["mae"] for found in validations], [line for line in result.steps if line["epoch"] == epoch]
+    parts = []
+    for name in ("count", "attention"):
+        values = [line[f"{name}_loss"] for line in steps if line[f"{name}_loss"] is not None]
+        parts += [f"{name} loss {fmean(values):.3f}"] if values else []
+    parts.append(f"MAE {maes[-1]:.2f} ({maes[0]:.2f} before)")
+    if maes[-1] == min(maes[1:]):
+        parts[-1] += ", the best"
+    if validations[-1]["kl"] is not None:
+        parts.append(f"KL {validations[-1]['kl']:.2f} ({validations[0]['kl']:.2f})")
+    line = f"epoch {epoch} of {epochs}: {', '.join(parts)}; {seconds:.0f} s"
+    if len(maes) > 2 and min(maes[-2:]) > maes[0]:
+        line += "\nfor two epochs validation is worse than before training: try a lower learning rate"
+    return line
 
 
 def open_run(run: Run) -> None:

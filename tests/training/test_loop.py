@@ -7,6 +7,7 @@ import sys
 import traceback
 from functools import partial, partialmethod
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from fsc147lib.options import ConfigError
 from fsc147lib.training import loop as training
 from fsc147lib.training import setup
 from fsc147lib.training.batches import SizeBatches, TrainingImages
-from fsc147lib.training.loop import TrainConfig, train
+from fsc147lib.training.loop import TrainConfig, epoch_line, train
 from fsc147lib.training.losses import DualLoss
+from fsc147lib.training.run import TrainResult
 from fsc147lib.training.step import NonFiniteLoss, learning_rate_factor
 
 SETTINGS = {"model": "tiny-random", "batch_size": 8, "log_every": 1, "tracking": "disabled"}
@@ -108,6 +110,18 @@ def test_logged_validation_is_that_of_the_checkpoint(finished, root):
     logged = lines(finished[0])[-1]["val"]
     assert logged["count_loss"] == pytest.approx(parts.count.item(), rel=1e-4)
     assert logged["kl"] == pytest.approx(parts.attention.item(), rel=1e-4)
+
+
+def test_an_epoch_is_told_in_a_line():
+    result = TrainResult(Path("run"), {}, {})
+    result.epochs = [{"epoch": i, "val": {"mae": mae, "kl": kl}} for i, (mae, kl) in enumerate([(4.0, 1.5), (5, 1.2)])]
+    steps = [(1, 0.5, 0.9), (1, 0.3, None), (2, 9.0, 9.0)]
+    result.steps = [{"epoch": e, "count_loss": count, "attention_loss": looked} for e, count, looked in steps]
+    told = "count loss 0.400, attention loss 0.900, MAE 5.00 (4.00 before), the best, KL 1.20 (1.50); 7 s"
+    assert epoch_line(result, 3, 7.2) == f"epoch 1 of 3: {told}"
+    result.epochs.append({"epoch": 2, "val": {"mae": 4.5, "kl": None}})
+    line, warning = epoch_line(result, 3, 7.2).splitlines()
+    assert "MAE 4.50 (4.00 before), the best; 7 s" in line and "try a lower learning rate" in warning
 
 
 @pytest.mark.slow
