@@ -4,18 +4,22 @@ import json
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
 from huggingface_hub import constants, get_session, try_to_load_from_cache
+from peft import LoraConfig, LoraModel, PeftConfig
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file, find_adapter_config_file, logging
+from tyro.conf import Positional
 
-from ..files import read_manifest
-from .device import free_models
-from .network import CountingModel, ModelError, Recipe
+from ..files import new_folder, read_manifest
+from .device import TYPES, free_models
+from .network import ADAPTERS, CountingModel, ModelError, Recipe, load_adapters
 from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
 
 CLASSES = transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLMoeForConditionalGeneration
@@ -33,10 +37,13 @@ def load_model(
 
     `name` is a folder, a hub id such as "Qwen/Qwen3-VL-2B-Instruct", or a model that comes with the library: "tiny",
     trained on counts alone, "tiny-dual", trained on both losses, or "tiny-random", whose weights follow from `seed`.
+    A folder of adapters is loaded with the model that its adapter_config.json names, and merged into it in float32.
     Training needs float32: bfloat16 weights lose small updates.
     """
     free_models()  # two models may have no room
     found, is_random = _find(name), str(name) == RANDOM
+    if _is_adapters(found):
+        return _load_merged(found, dtype, device)
     with _one_error(found):
         read_manifest(found)
         kind = _network_class(found)
@@ -69,9 +76,74 @@ def recipe_of(name: str | Path) -> Recipe:
 def count_parameters(name: str | Path) -> int:
     """Parameters of a model, counted from its config alone; raises as `load_model` does."""
     found = _find(name)
+    if _is_adapters(found):
+        return count_parameters(_adapter_config(found).base_model_name_or_path)
     with _one_error(found), torch.device("meta"):
         kind = _network_class(found)
         return kind(kind.config_class.from_pretrained(found)).num_parameters()
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Write a model with its adapters merged into its weights, for plain transformers."""
+
+    model: Positional[str]
+    """Folder of adapters, such as runs/train/best."""
+    out: Positional[Path]
+    """The model's folder to make."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights.  bf16 takes half the room, and rounds small updates away."""
+
+
+def merge(config: MergeConfig) -> None:
+    """The command `merge`.  FileExistsError if `out` has content, and a ModelError as of `load_model`."""
+    with new_folder(config.out) as draft:
+        load_model(config.model, TYPES[config.dtype]).write_into(draft)
+
+
+def base_name(name: str | Path) -> str:
+    """A model's name for adapter_config.json, with a folder's whole path; a ModelError for a folder of adapters."""
+    found = _find(name)
+    if _is_adapters(found):
+        raise ModelError(f"{name} holds adapters, and new ones need whole weights below: `fsc147lib merge` makes them")
+    return str(Path(name).absolute()) if found == str(name) and Path(found).is_dir() else str(name)
+
+
+def _is_adapters(found: str) -> bool:
+    folder = Path(found)
+    whole = (folder / "config.json").is_file() or any(folder.glob("model*.safetensors"))
+    return (folder / "adapter_config.json").is_file() and not whole
+
+
+def _adapter_config(found: str) -> LoraConfig:
+    """The adapter_config.json of a folder of adapters; a ModelError if it is not LoRA's, or its model is missing."""
+    with _one_error(found):
+        read_manifest(found)
+        config = PeftConfig.from_pretrained(found)
+        _need(isinstance(config, LoraConfig), f"its adapters are {config.peft_type}: LoRA's can be used")
+        _need((Path(found) / ADAPTERS).is_file(), f"there is no {ADAPTERS}")
+        try:
+            below = _find(config.base_model_name_or_path)
+        except ModelError as error:
+            raise ModelError(
+                f"{found} holds adapters, and adapter_config.json names a missing model: {error}"
+            ) from error
+        _need(not _is_adapters(below), f"its model {below} holds adapters, too: `fsc147lib merge` makes whole weights")
+    return config
+
+
+def _load_merged(found: str, dtype: torch.dtype, device: str | torch.device) -> CountingModel:
+    config = _adapter_config(found)
+    model = load_model(config.base_model_name_or_path)
+    with _one_error(found):
+        if config.modules_to_save == ["visual"]:
+            config.modules_to_save = None  # peft would copy the encoder
+        adapters = LoraModel(model.network, config, "default")
+        missing, unexpected = load_adapters(model.network, found)
+        about = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": []}
+        _check_weights(model.network, about)
+        model.network = adapters.merge_and_unload().eval().requires_grad_(True).to(device, dtype)
+    return model
 
 
 def _find(name: str | Path) -> str:
@@ -80,9 +152,9 @@ def _find(name: str | Path) -> str:
     if name == RANDOM or name in {shipped.name for shipped in SHIPPED.iterdir()}:
         return str(SHIPPED / ("tiny" if name == RANDOM else name))
     if folder.is_dir():
-        if (folder / "best" / "config.json").is_file():
+        if any((folder / "best" / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise ModelError(f"{name} is the folder of a run: give one of its checkpoints, {name}/best or {name}/last")
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not _is_adapters(name):
             raise ModelError(f"{name} has no config.json: give the folder of a saved model, such as runs/x/best")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         cure = "give 'tiny', an existing folder, or a hub id such as Qwen/Qwen3-VL-2B-Instruct"
