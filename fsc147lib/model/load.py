@@ -42,8 +42,8 @@ def load_model(
     """
     free_models()  # two models may have no room
     found, is_random = _find(name), str(name) == RANDOM
-    if _is_adapters(found):
-        return _load_merged(found, dtype, device)
+    if config := _adapters(found):
+        return _load_merged(found, config, dtype, device)
     with _one_error(found):
         read_manifest(found)
         kind = _network_class(found)
@@ -76,8 +76,8 @@ def recipe_of(name: str | Path) -> Recipe:
 def count_parameters(name: str | Path) -> int:
     """Parameters of a model, counted from its config alone; raises as `load_model` does."""
     found = _find(name)
-    if _is_adapters(found):
-        return count_parameters(_adapter_config(found).base_model_name_or_path)
+    if config := _adapters(found):
+        return count_parameters(base_name(config.base_model_name_or_path))
     with _one_error(found), torch.device("meta"):
         kind = _network_class(found)
         return kind(kind.config_class.from_pretrained(found)).num_parameters()
@@ -87,12 +87,9 @@ def count_parameters(name: str | Path) -> int:
 class MergeConfig:
     """Write a model with its adapters merged into its weights, for plain transformers."""
 
-    model: Positional[str]
-    """Folder of adapters, such as runs/train/best."""
-    out: Positional[Path]
-    """The model's folder to make."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of the weights.  bf16 takes half the room, and rounds small updates away."""
+    model: Positional[str]  # Folder of adapters, such as runs/train/best.
+    out: Positional[Path]  # Folder to make.
+    dtype: Literal["fp32", "bf16"] = "fp32"  # Type of the weights.  bf16 takes half the room and rounds small updates.
 
 
 def merge(config: MergeConfig) -> None:
@@ -104,44 +101,37 @@ def merge(config: MergeConfig) -> None:
 def base_name(name: str | Path) -> str:
     """A model's name for adapter_config.json, with a folder's whole path; a ModelError for a folder of adapters."""
     found = _find(name)
-    if _is_adapters(found):
-        raise ModelError(f"{name} holds adapters, and new ones need whole weights below: `fsc147lib merge` makes them")
-    return str(Path(name).absolute()) if found == str(name) and Path(found).is_dir() else str(name)
+    if _adapters(found):
+        raise ModelError(f"{name} holds adapters, below which others cannot lie: `fsc147lib merge` makes whole weights")
+    return str(Path(found).absolute()) if found == str(name) and Path(found).is_dir() else str(name)
 
 
-def _is_adapters(found: str) -> bool:
+def _adapters(found: str) -> LoraConfig | None:
+    """The adapter_config.json of a folder without config.json; a ModelError if its adapters cannot be used."""
     folder = Path(found)
-    whole = (folder / "config.json").is_file() or any(folder.glob("model*.safetensors"))
-    return (folder / "adapter_config.json").is_file() and not whole
-
-
-def _adapter_config(found: str) -> LoraConfig:
-    """The adapter_config.json of a folder of adapters; a ModelError if it is not LoRA's, or its model is missing."""
+    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+        return None
     with _one_error(found):
         read_manifest(found)
         config = PeftConfig.from_pretrained(found)
         _need(isinstance(config, LoraConfig), f"its adapters are {config.peft_type}: LoRA's can be used")
-        _need((Path(found) / ADAPTERS).is_file(), f"there is no {ADAPTERS}")
-        try:
-            below = _find(config.base_model_name_or_path)
-        except ModelError as error:
-            raise ModelError(
-                f"{found} holds adapters, and adapter_config.json names a missing model: {error}"
-            ) from error
-        _need(not _is_adapters(below), f"its model {below} holds adapters, too: `fsc147lib merge` makes whole weights")
+        _need((folder / ADAPTERS).is_file(), f"there is no {ADAPTERS}")
+        _need(not [*folder.glob("model*.safetensors")], "an adapter lies beside the weights: move its files away")
     return config
 
 
-def _load_merged(found: str, dtype: torch.dtype, device: str | torch.device) -> CountingModel:
-    config = _adapter_config(found)
-    model = load_model(config.base_model_name_or_path)
+def _load_merged(found: str, config: LoraConfig, dtype: torch.dtype, device: str | torch.device) -> CountingModel:
+    try:
+        model = load_model(base_name(config.base_model_name_or_path))
+    except ModelError as error:
+        named = "base_model_name_or_path in adapter_config.json"
+        raise ModelError(f"{found} holds adapters, but their model ({named}) cannot be loaded: {error}") from error
     with _one_error(found):
         if config.modules_to_save == ["visual"]:
             config.modules_to_save = None  # peft would copy the encoder
         adapters = LoraModel(model.network, config, "default")
-        missing, unexpected = load_adapters(model.network, found)
-        about = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": []}
-        _check_weights(model.network, about)
+        missing, other = load_adapters(model.network, found)
+        _check_weights(model.network, {"missing_keys": missing, "unexpected_keys": other, "mismatched_keys": []})
         model.network = adapters.merge_and_unload().eval().requires_grad_(True).to(device, dtype)
     return model
 
@@ -152,9 +142,10 @@ def _find(name: str | Path) -> str:
     if name == RANDOM or name in {shipped.name for shipped in SHIPPED.iterdir()}:
         return str(SHIPPED / ("tiny" if name == RANDOM else name))
     if folder.is_dir():
-        if any((folder / "best" / file).is_file() for file in ("config.json", "adapter_config.json")):
+        files = ("config.json", "adapter_config.json")
+        if any((folder / "best" / file).is_file() for file in files):
             raise ModelError(f"{name} is the folder of a run: give one of its checkpoints, {name}/best or {name}/last")
-        if not (folder / "config.json").is_file() and not _is_adapters(name):
+        if not any((folder / file).is_file() for file in files):
             raise ModelError(f"{name} has no config.json: give the folder of a saved model, such as runs/x/best")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         cure = "give 'tiny', an existing folder, or a hub id such as Qwen/Qwen3-VL-2B-Instruct"

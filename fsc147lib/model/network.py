@@ -77,10 +77,7 @@ class CountingModel:
             self.write_into(draft)
 
     def write_into(self, folder: Path) -> None:
-        """Write weights, config, tokenizer, image processor and recipe into a new folder.
-
-        Adapters take the place of weights and config, as peft saves them.
-        """
+        """Write weights and config, or adapters as peft saves them, tokenizer, image processor and recipe."""
         if adapters := adapter_weights(self.network):
             vision = ["visual"] if any(".visual." in name for name in adapters) else None
             config = replace(self.network.peft_config["default"], modules_to_save=vision, inference_mode=True)
@@ -131,8 +128,7 @@ def save_memory(
             for module in layers.modules():
                 if isinstance(module, nn.Linear):
                     module.half()
-    names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-    target = rf".*language_model\.layers\..*\.({names})"
+    target = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     config = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=target, base_model_name_or_path=base)
     inject_adapter_in_model(config, network)
     for name, parameter in network.named_parameters():
@@ -153,9 +149,9 @@ def adapter_weights(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_adapters(network: nn.Module, folder: str | Path) -> tuple[list[str], list[str]]:
-    """Load a folder's adapters, and its vision encoder, into a network that has adapters.
+    """Load a folder into a network with adapters; returns the names that the folder lacks, and that the network lacks.
 
-    Returns names of the network that the folder lacks, and names of the folder that the network lacks.
+    The vision encoder is loaded where the folder has it.
     """
     weights = load_file(Path(folder) / ADAPTERS)
     missing, unexpected = set_peft_model_state_dict(network, weights)

@@ -98,14 +98,14 @@ def adapters_below(folder):
 
 
 DAMAGES = {  # what is done to a folder of adapters, and what is said of it
-    "no base": (in_config(base_model_name_or_path="gone"), "names a missing model: there is no model folder gone"),
-    "adapters below": (adapters_below, "below holds adapters, too: `fsc147lib merge` makes whole weights"),
+    "no base": (in_config(base_model_name_or_path="gone"), "cannot be loaded: there is no model folder gone"),
+    "adapters below": (adapters_below, "below holds adapters, below which others cannot lie: `fsc147lib merge`"),
     "no LoRA": (in_config(peft_type="IA3"), "its adapters are .*IA3: LoRA's can be used"),
     "another rank": (in_config(r=3), "size mismatch"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "more layers": (in_config(target_modules=".*(q_proj|blocks.0.attn.proj)"), "tensors that the weights lack: 2"),
     "fewer layers": (in_config(target_modules=".*layers.*k_proj"), "tensors that the model has no place for"),
-    "weights, too": (lambda folder: (folder / "model.safetensors").touch(), "has no config.json"),
+    "weights, too": (lambda folder: (folder / "model.safetensors").touch(), "an adapter lies beside the weights"),
 }  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_a_run_saves_adapters_alone_and_commands_take_them(root, tmp_path, tiny_
     assert f"before ({tiny_folder})" in capsys.readouterr().out
     with pytest.raises(ModelError, match="is the folder of a run: give one of its checkpoints"):
         load_model("run")
-    with pytest.raises(ModelError, match="new ones need whole weights below: `fsc147lib merge`"):
+    with pytest.raises(ModelError, match="holds adapters, below which others cannot lie: `fsc147lib merge`"):
         Run(TrainConfig(out=tmp_path / "more", model="run/best", **settings))
 
 
