@@ -11,15 +11,16 @@ from typing import Literal
 import torch
 import transformers
 from huggingface_hub import constants, get_session, try_to_load_from_cache
-from peft import LoraConfig, LoraModel, PeftConfig
+from peft import LoraConfig, LoraModel, PeftConfig, set_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file, find_adapter_config_file, logging
 from tyro.conf import Positional
 
 from ..files import new_folder, read_manifest
 from .device import TYPES, free_models
-from .network import ADAPTERS, CountingModel, ModelError, Recipe, load_adapters
+from .network import ADAPTERS, PREFIX, CountingModel, ModelError, Recipe
 from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
 
 CLASSES = transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLMoeForConditionalGeneration
@@ -115,9 +116,14 @@ def _adapters(found: str) -> LoraConfig | None:
         read_manifest(found)
         config = PeftConfig.from_pretrained(found)
         _need(isinstance(config, LoraConfig), f"its adapters are {config.peft_type}: LoRA's can be used")
-        _need((folder / ADAPTERS).is_file(), f"there is no {ADAPTERS}")
         _need(not [*folder.glob("model*.safetensors")], "an adapter lies beside the weights: move its files away")
     return config
+
+
+def load_adapters(network, folder: str | Path) -> tuple[list[str], list[str]]:
+    """Load a folder's adapters; returns names of the network that it lacks, and its names that the network lacks."""
+    weights = load_file(Path(folder) / ADAPTERS)
+    return set_peft_model_state_dict(network, {name.removeprefix(PREFIX): value for name, value in weights.items()})
 
 
 def _load_merged(found: str, config: LoraConfig, dtype: torch.dtype, device: str | torch.device) -> CountingModel:
@@ -127,11 +133,10 @@ def _load_merged(found: str, config: LoraConfig, dtype: torch.dtype, device: str
         named = "base_model_name_or_path in adapter_config.json"
         raise ModelError(f"{found} holds adapters, but their model ({named}) cannot be loaded: {error}") from error
     with _one_error(found):
-        if config.modules_to_save == ["visual"]:
-            config.modules_to_save = None  # peft would copy the encoder
         adapters = LoraModel(model.network, config, "default")
-        missing, other = load_adapters(model.network, found)
-        _check_weights(model.network, {"missing_keys": missing, "unexpected_keys": other, "mismatched_keys": []})
+        names, unexpected = load_adapters(model.network, found)
+        missing = [name for name in names if "lora_" in name]
+        _check_weights(model.network, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": []})
         model.network = adapters.merge_and_unload().eval().requires_grad_(True).to(device, dtype)
     return model
 
@@ -142,10 +147,9 @@ def _find(name: str | Path) -> str:
     if name == RANDOM or name in {shipped.name for shipped in SHIPPED.iterdir()}:
         return str(SHIPPED / ("tiny" if name == RANDOM else name))
     if folder.is_dir():
-        files = ("config.json", "adapter_config.json")
-        if any((folder / "best" / file).is_file() for file in files):
+        if (folder / "best").is_dir():
             raise ModelError(f"{name} is the folder of a run: give one of its checkpoints, {name}/best or {name}/last")
-        if not any((folder / file).is_file() for file in files):
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             raise ModelError(f"{name} has no config.json: give the folder of a saved model, such as runs/x/best")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         cure = "give 'tiny', an existing folder, or a hub id such as Qwen/Qwen3-VL-2B-Instruct"

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ..files import new_folder
 from .attention import IMPLEMENTATIONS
+from .device import TYPES
 
-ADAPTERS = "adapter_model.safetensors"  # peft's name; adapter_config.json lies beside it
+ADAPTERS, PREFIX = "adapter_model.safetensors", "base_model.model."  # peft's names of the file, and in it
 
 
 class ModelError(ValueError):
@@ -119,15 +120,13 @@ def save_memory(
         network.activation_checkpointing_enable({"use_reentrant": False})
     if not lora:
         return
-    model, vision = network.model, [] if keep_vision else [network.model.visual]
-    if precision == "bf16":
-        for part in (network.lm_head, model.language_model, *vision):
-            part.to(torch.bfloat16)
-    elif precision == "fp16":  # matrices alone: the sum that runs through all layers would overflow
-        for layers in (model.language_model.layers, *(part.blocks for part in vision)):
-            for module in layers.modules():
-                if isinstance(module, nn.Linear):
-                    module.half()
+    for name, weight in network.named_parameters():
+        matrix = weight.ndim == 2 and (".layers." in name or ".blocks." in name)
+        narrow = (
+            precision == "bf16" or precision == "fp16" and matrix
+        )  # in fp16 the sum through all layers would overflow
+        if narrow and not (keep_vision and ".visual." in name):
+            weight.data = weight.data.to(TYPES[precision])
     target = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     config = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=target, base_model_name_or_path=base)
     inject_adapter_in_model(config, network)
@@ -145,15 +144,4 @@ def adapter_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     vision = network.model.visual
     if any(parameter.requires_grad for parameter in vision.parameters()):
         weights |= {f"model.visual.{name}": value for name, value in vision.state_dict().items()}
-    return {f"base_model.model.{name}": value for name, value in weights.items()}
-
-
-def load_adapters(network: nn.Module, folder: str | Path) -> tuple[list[str], list[str]]:
-    """Load a folder into a network with adapters; returns the names that the folder lacks, and that the network lacks.
-
-    The vision encoder is loaded where the folder has it.
-    """
-    weights = load_file(Path(folder) / ADAPTERS)
-    missing, unexpected = set_peft_model_state_dict(network, weights)
-    wanted = ("lora_", "model.visual.") if any(".visual." in name for name in weights) else ("lora_",)
-    return [name for name in missing if any(part in name for part in wanted)], unexpected
+    return {PREFIX + name: value for name, value in weights.items()}

@@ -17,8 +17,8 @@ from ..evaluation.metrics import constant_baselines
 from ..model.collate import Batch, Collate, PixelStore
 from ..model.device import choose_compute, default_workers
 from ..model.heatmaps import METHODS, make_heatmap, method_names
-from ..model.load import RANDOM, base_name, load_model
-from ..model.network import Recipe, compile_layers, load_adapters, save_memory
+from ..model.load import RANDOM, base_name, load_adapters, load_model
+from ..model.network import Recipe, compile_layers, save_memory
 from ..options import ConfigError, Precision, need
 from .batches import SizeBatches, make_loader, windows
 from .controls import ATTENTION_TARGETS, controlled, need_other_images

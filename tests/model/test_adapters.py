@@ -102,7 +102,7 @@ DAMAGES = {  # what is done to a folder of adapters, and what is said of it
     "adapters below": (adapters_below, "below holds adapters, below which others cannot lie: `fsc147lib merge`"),
     "no LoRA": (in_config(peft_type="IA3"), "its adapters are .*IA3: LoRA's can be used"),
     "another rank": (in_config(r=3), "size mismatch"),
-    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "No such file.*adapter_model"),
     "more layers": (in_config(target_modules=".*(q_proj|blocks.0.attn.proj)"), "tensors that the weights lack: 2"),
     "fewer layers": (in_config(target_modules=".*layers.*k_proj"), "tensors that the model has no place for"),
     "weights, too": (lambda folder: (folder / "model.safetensors").touch(), "an adapter lies beside the weights"),
