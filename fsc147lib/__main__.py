@@ -124,6 +124,7 @@ COMMANDS = {
     "sweep": ("training.sweep:SweepConfig", run_sweep, "train once for each combination of some options' values"),
     "study": ("report.study:StudyConfig", run_study, "measure what the attention loss is worth on your data"),
     "evaluate": ("evaluation.answering:EvaluateConfig", run_evaluate, "answer a split; errors and alignment"),
+    "merge": ("model.load:MergeConfig", "merge", "write a model with its adapters merged, for plain transformers"),
     "predict": ("report.predictions:PredictConfig", "predict_files", "count in your pictures, and show where it looks"),
     "compare": ("report.comparison:CompareConfig", run_compare, "lay training runs side by side, with intervals"),
     "overhead": ("report.overhead:OverheadConfig", "measure_overhead", "measure what the attention loss costs"),

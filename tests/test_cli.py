@@ -101,8 +101,9 @@ def test_help_lists_each_option_with_a_sentence(command, monkeypatch, name):
     module, options = COMMANDS[name][0].split(":")
     config = getattr(importlib.import_module(f"fsc147lib.{module}"), options)
     fields = [field.name for field in dataclasses.fields(config)]
-    for field in fields[1:]:  # the first may be an argument without a flag
-        assert "--" + field.replace("_", "-") in printed.replace("no-", ""), field
+    for field in dataclasses.fields(config)[1:]:  # the first may be an argument without a flag
+        if "Positional" not in str(field.type):
+            assert "--" + field.name.replace("_", "-") in printed.replace("no-", ""), field.name
     for owner in (one for one in config.__mro__ if dataclasses.is_dataclass(one)):
         source = textwrap.dedent(inspect.getsource(owner))
         body, lines = ast.parse(source).body[0].body, source.splitlines()

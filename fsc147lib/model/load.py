@@ -4,18 +4,23 @@ import json
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
 from huggingface_hub import constants, get_session, try_to_load_from_cache
+from peft import LoraConfig, LoraModel, PeftConfig, set_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file, find_adapter_config_file, logging
+from tyro.conf import Positional
 
-from ..files import read_manifest
-from .device import free_models
-from .network import CountingModel, ModelError, Recipe
+from ..files import new_folder, read_manifest
+from .device import TYPES, free_models
+from .network import ADAPTERS, PREFIX, CountingModel, ModelError, Recipe
 from .prompt import IMAGE_TOKEN, chat_text, question, tokenize
 
 CLASSES = transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLMoeForConditionalGeneration
@@ -33,10 +38,13 @@ def load_model(
 
     `name` is a folder, a hub id such as "Qwen/Qwen3-VL-2B-Instruct", or a model that comes with the library: "tiny",
     trained on counts alone, "tiny-dual", trained on both losses, or "tiny-random", whose weights follow from `seed`.
+    A folder of adapters is loaded with the model that its adapter_config.json names, and merged into it in float32.
     Training needs float32: bfloat16 weights lose small updates.
     """
     free_models()  # two models may have no room
     found, is_random = _find(name), str(name) == RANDOM
+    if config := _adapters(found):
+        return _load_merged(found, config, dtype, device)
     with _one_error(found):
         read_manifest(found)
         kind = _network_class(found)
@@ -69,9 +77,68 @@ def recipe_of(name: str | Path) -> Recipe:
 def count_parameters(name: str | Path) -> int:
     """Parameters of a model, counted from its config alone; raises as `load_model` does."""
     found = _find(name)
+    if config := _adapters(found):
+        return count_parameters(base_name(config.base_model_name_or_path))
     with _one_error(found), torch.device("meta"):
         kind = _network_class(found)
         return kind(kind.config_class.from_pretrained(found)).num_parameters()
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Write a model with its adapters merged into its weights, for plain transformers."""
+
+    model: Positional[str]  # Folder of adapters, such as runs/train/best.
+    out: Positional[Path]  # Folder to make.
+    dtype: Literal["fp32", "bf16"] = "fp32"  # Type of the weights.  bf16 takes half the room and rounds small updates.
+
+
+def merge(config: MergeConfig) -> None:
+    """The command `merge`.  FileExistsError if `out` has content, and a ModelError as of `load_model`."""
+    with new_folder(config.out) as draft:
+        load_model(config.model, TYPES[config.dtype]).write_into(draft)
+
+
+def base_name(name: str | Path) -> str:
+    """A model's name for adapter_config.json, with a folder's whole path; a ModelError for a folder of adapters."""
+    found = _find(name)
+    if _adapters(found):
+        raise ModelError(f"{name} holds adapters, below which others cannot lie: `fsc147lib merge` makes whole weights")
+    return str(Path(found).absolute()) if found == str(name) and Path(found).is_dir() else str(name)
+
+
+def _adapters(found: str) -> LoraConfig | None:
+    """The adapter_config.json of a folder without config.json; a ModelError if its adapters cannot be used."""
+    folder = Path(found)
+    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+        return None
+    with _one_error(found):
+        read_manifest(found)
+        config = PeftConfig.from_pretrained(found)
+        _need(isinstance(config, LoraConfig), f"its adapters are {config.peft_type}: LoRA's can be used")
+        _need(not [*folder.glob("model*.safetensors")], "an adapter lies beside the weights: move its files away")
+    return config
+
+
+def load_adapters(network, folder: str | Path) -> tuple[list[str], list[str]]:
+    """Load a folder's adapters; returns names of the network that it lacks, and its names that the network lacks."""
+    weights = load_file(Path(folder) / ADAPTERS)
+    return set_peft_model_state_dict(network, {name.removeprefix(PREFIX): value for name, value in weights.items()})
+
+
+def _load_merged(found: str, config: LoraConfig, dtype: torch.dtype, device: str | torch.device) -> CountingModel:
+    try:
+        model = load_model(base_name(config.base_model_name_or_path))
+    except ModelError as error:
+        named = "base_model_name_or_path in adapter_config.json"
+        raise ModelError(f"{found} holds adapters, but their model ({named}) cannot be loaded: {error}") from error
+    with _one_error(found):
+        adapters = LoraModel(model.network, config, "default")
+        names, unexpected = load_adapters(model.network, found)
+        missing = [name for name in names if "lora_" in name]
+        _check_weights(model.network, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": []})
+        model.network = adapters.merge_and_unload().eval().requires_grad_(True).to(device, dtype)
+    return model
 
 
 def _find(name: str | Path) -> str:
@@ -80,9 +147,9 @@ def _find(name: str | Path) -> str:
     if name == RANDOM or name in {shipped.name for shipped in SHIPPED.iterdir()}:
         return str(SHIPPED / ("tiny" if name == RANDOM else name))
     if folder.is_dir():
-        if (folder / "best" / "config.json").is_file():
+        if (folder / "best").is_dir():
             raise ModelError(f"{name} is the folder of a run: give one of its checkpoints, {name}/best or {name}/last")
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             raise ModelError(f"{name} has no config.json: give the folder of a saved model, such as runs/x/best")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         cure = "give 'tiny', an existing folder, or a hub id such as Qwen/Qwen3-VL-2B-Instruct"

@@ -1,19 +1,22 @@
 """A Qwen3-VL with its tokenizer and image processor: saving, compiling, and the weights that train."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ..files import new_folder
 from .attention import IMPLEMENTATIONS
+from .device import TYPES
+
+ADAPTERS, PREFIX = "adapter_model.safetensors", "base_model.model."  # peft's names of the file, and in it
 
 
 class ModelError(ValueError):
@@ -75,8 +78,14 @@ class CountingModel:
             self.write_into(draft)
 
     def write_into(self, folder: Path) -> None:
-        """Write weights, config, tokenizer, image processor and recipe into a new folder."""
-        self.network.save_pretrained(folder, state_dict=merged_weights(self.network))
+        """Write weights and config, or adapters as peft saves them, tokenizer, image processor and recipe."""
+        if adapters := adapter_weights(self.network):
+            vision = ["visual"] if any(".visual." in name for name in adapters) else None
+            config = replace(self.network.peft_config["default"], modules_to_save=vision, inference_mode=True)
+            config.save_pretrained(folder)  # makes the folder
+            save_file(adapters, folder / ADAPTERS, {"format": "pt"})
+        else:
+            self.network.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         (folder / "recipe.json").write_text(json.dumps(asdict(self.recipe)))
@@ -98,24 +107,28 @@ def freeze_vision(network: nn.Module, frozen: bool) -> None:
     network.model.visual.requires_grad_(not frozen)
 
 
-def save_memory(network: nn.Module, lora: int | None, checkpointing: bool, precision: str) -> None:
+def save_memory(
+    network: nn.Module, lora: int | None, checkpointing: bool, precision: str, base: str = "", keep_vision: bool = False
+) -> None:
     """Prepare a network to train in less memory; with `checkpointing` activations are computed twice and not kept.
 
     With a rank `lora`, adapters (Hu et al., "LoRA", 2021) train in the language model's layers; all other weights are
-    frozen, and stored in `precision`: "bf16", "fp16" or "fp32".
+    frozen, and stored in `precision`: "bf16", "fp16" or "fp32".  `keep_vision` leaves the vision encoder in float32, to
+    train later.  `base` is the model's name for adapter_config.json.
     """
     if checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
     if not lora:
         return
-    if precision == "bf16":
-        network.to(torch.bfloat16)
-    elif precision == "fp16":  # matrices alone: the sum that runs through all layers would overflow
-        for module in [*network.model.language_model.layers.modules(), *network.model.visual.blocks.modules()]:
-            if isinstance(module, nn.Linear):
-                module.half()
-    names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-    config = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=rf".*language_model\.layers\..*\.({names})")
+    for name, weight in network.named_parameters():
+        matrix = weight.ndim == 2 and (".layers." in name or ".blocks." in name)
+        narrow = (
+            precision == "bf16" or precision == "fp16" and matrix
+        )  # in fp16 the sum through all layers would overflow
+        if narrow and not (keep_vision and ".visual." in name):
+            weight.data = weight.data.to(TYPES[precision])
+    target = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    config = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=target, base_model_name_or_path=base)
     inject_adapter_in_model(config, network)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -123,13 +136,12 @@ def save_memory(network: nn.Module, lora: int | None, checkpointing: bool, preci
             parameter.data = parameter.data.float()
 
 
-def merged_weights(network: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The weights with adapters added in, under the names of a network without adapters; None if there are none."""
-    adapted = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
-    if not adapted:
-        return None
-    weights = {name: value for name, value in network.state_dict().items() if ".lora_" not in name}
-    for layer, module in adapted.items():
-        value, delta = weights[f"{layer}.base_layer.weight"], module.get_delta_weight("default")
-        weights[f"{layer}.base_layer.weight"] = (value.to(delta) + delta).to(value)
-    return {name.replace(".base_layer.", "."): value for name, value in weights.items()}
+def adapter_weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters of a network under peft's names, with the vision encoder if it trains; {} without adapters."""
+    if not hasattr(network, "peft_config"):
+        return {}
+    weights = get_peft_model_state_dict(network, save_embedding_layers=False)  # "auto" would ask the hub
+    vision = network.model.visual
+    if any(parameter.requires_grad for parameter in vision.parameters()):
+        weights |= {f"model.visual.{name}": value for name, value in vision.state_dict().items()}
+    return {PREFIX + name: value for name, value in weights.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 from ..data import GRID, Sample, make_dataset, open_split, resample_map
@@ -20,7 +21,7 @@ from ..model.answers import own_answers
 from ..model.attention import IMPLEMENTATIONS
 from ..model.device import free_models
 from ..model.load import RANDOM
-from ..model.network import compile_layers, freeze_vision, merged_weights, save_memory
+from ..model.network import ADAPTERS, adapter_weights, compile_layers, freeze_vision, save_memory
 from ..model.prompt import IMAGE_TOKEN, answer, chat_text
 from ..options import Precision, need, need_report
 from ..training import DualLoss, TrainConfig
@@ -229,25 +230,30 @@ def norms(network) -> dict[str, float]:
 
 
 def saved_model(subject: Subject):
-    expected = merged_weights(subject.network) or subject.network.state_dict()
+    adapters = adapter_weights(subject.network)
+    expected = adapters or subject.network.state_dict()
     with tempfile.TemporaryDirectory() as parent:
         folder, how = f"{parent}/model", {"dtype": subject.network.dtype, "trust_remote_code": False}
         subject.model.save(folder)
-        plain, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **how)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    found, tied = plain.state_dict(), plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
-    wrong = expected.keys() ^ found.keys() | {str(name) for names in report.values() for name in names}
+        if adapters:
+            found, wrong = load_file(f"{folder}/{ADAPTERS}"), set()
+        else:
+            plain, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **how)
+            found, wrong = plain.state_dict(), {str(name) for names in report.values() for name in names}
+            tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+            if plain.config.tie_word_embeddings != tied:  # transformers only warns of another matrix than it says
+                wrong.add("lm_head.weight, tied or not")
+    wrong |= expected.keys() ^ found.keys()
     for name in expected.keys() & found.keys():
         if not torch.equal(expected[name].cpu(), found[name].to(expected[name].dtype)):
             wrong.add(name)
     if tokenizer.get_vocab() != subject.tokenizer.get_vocab():
         wrong.add("the tokenizer")
-    if plain.config.tie_word_embeddings != tied:  # transformers only warns of another matrix than config.json says
-        wrong.add("lm_head.weight, tied or not")
     told = f"differ: {', '.join(sorted(wrong)[:5])}" if wrong else "differ"
     return (
         not wrong,
-        f"{len(wrong) or 'none'} of {len(expected)} tensors and the tokenizer, read by transformers, {told}",
+        f"{len(wrong) or 'none'} of {len(expected)} tensors and the tokenizer, read from the disk, {told}",
     )
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: model folders (`CountingModel.save`) that a run also resumes from.
 
-Beside the weights lie `training_state.safetensors` (the optimizer's moments), `training_state.json` (step, epoch,
-history), `validation.csv`, and a manifest with the size and checksum of each file.  Nothing is pickled.
+Beside the weights, or adapters, lie `moments.st` (the optimizer's moments, written by safetensors; under its own ending
+a server would load them as weights), `training_state.json` (step, epoch, history), `validation.csv`, and a manifest
+with the size and checksum of each file.  Nothing is pickled.
 """
 
 import json
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from ..files import MANIFEST, DamagedFolder, new_folder, read_manifest, write_manifest
 from ..model.network import CountingModel, ModelError
 
-TENSORS, STATE, VALIDATION = "training_state.safetensors", "training_state.json", "validation.csv"
+TENSORS, STATE, VALIDATION = "moments.st", "training_state.json", "validation.csv"
 
 RUN_ID = "run_id"
 """File of a run's folder with the run's id, which is in the manifest of each of its checkpoints."""

@@ -150,9 +150,5 @@ def stopped(run: Run, number: int) -> Interrupted:
         run.save()
     if not run.saved:
         return Interrupted(number)
-    how = "go on with the same command and --resume (in Python: resume=True)"
-    if run.config.lora:
-        how = "its adapters are merged, so it cannot go on, but last/ is a model"
-    return Interrupted(
-        number, f"after step {run.saved} of {run.total_steps}, all of it in {run.config.out}/last: {how}"
-    )
+    how = f"{run.config.out}/last: go on with the same command and --resume (in Python: resume=True)"
+    return Interrupted(number, f"after step {run.saved} of {run.total_steps}, all of it in {how}")

@@ -25,7 +25,7 @@ from ..evaluation.answering import ImageResult, to_csv
 from ..files import file_lock, recover_folder, set_aside, write_json, write_text
 from ..model.network import CountingModel
 from ..options import ConfigError
-from .checkpoint import RUN_ID, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
+from .checkpoint import RUN_ID, TENSORS, link_checkpoint, load_training_state, save_checkpoint, sound_checkpoint
 
 MAY_CHANGE = {
     "data", "out", "workers", "compile", "vision_cache", "log_every", "tracking", "resume", "overwrite", "dry_run",
@@ -157,6 +157,9 @@ class RunFolder:
                 raise ConfigError(f"there is nothing to resume in {self.out}: no epoch of a run was finished there")
             need_same_run(config)
             self.checkpoint = sound_checkpoint(self.out)
+            if not (self.checkpoint / TENSORS).is_file():
+                cure = f"start a new run with --model {self.checkpoint} and another --out"
+                raise ConfigError(f"{self.checkpoint} has no {TENSORS}: another version of fsc147lib wrote it; {cure}")
         elif has_checkpoint and not config.overwrite:
             raise ConfigError(
                 f"{self.out} holds a run already: name another --out, go on with --resume, or --overwrite it"

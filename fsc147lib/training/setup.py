@@ -17,7 +17,7 @@ from ..evaluation.metrics import constant_baselines
 from ..model.collate import Batch, Collate, PixelStore
 from ..model.device import choose_compute, default_workers
 from ..model.heatmaps import METHODS, make_heatmap, method_names
-from ..model.load import load_model
+from ..model.load import RANDOM, base_name, load_adapters, load_model
 from ..model.network import Recipe, compile_layers, save_memory
 from ..options import ConfigError, Precision, need
 from .batches import SizeBatches, make_loader, windows
@@ -104,7 +104,7 @@ class TrainConfig:
     vision_cache: Literal["auto", "gpu", "host", "off"] = "auto"
     """Place of the frozen vision encoder's outputs.  auto: from two epochs on the first with room, or off."""
     lora: int | None = None
-    """Rank of LoRA adapters that train in place of the language model's weights."""
+    """Rank of LoRA adapters that train in place of the language model's weights; checkpoints hold them alone."""
     workers: int | None = None
     """Processes that read images.  None: up to 8 with a GPU, 0 without."""
     log_every: int = 10
@@ -140,7 +140,8 @@ class TrainConfig:
                 need(self, name, getattr(self, name) is None or holds(getattr(self, name)), rule)
         need(self, "checkpoints", self.checkpoints or not self.resume, "on when resume is on")
         need(self, "overwrite", not (self.overwrite and self.resume), "off when resume is on")
-        need(self, "lora", not (self.lora and self.resume), "off when resume is on: adapters are merged on saving")
+        known = not self.lora or self.model != RANDOM or not self.seed
+        need(self, "seed", known, f"0 with --lora: adapters of {RANDOM} do not say from which seed its weights follow")
         if self.vision_cache not in ("auto", "off"):
             need(self, "vision_cache", self.heatmap != "input_gradient", "off: input_gradient needs pixels")
             need(self, "vision_cache", self.unfreeze_vision_at != 0, "off: the encoder trains from the start")
@@ -199,11 +200,15 @@ class Run:
         self.samples = {"train": config.open_split("train"), "val": config.open_split("val")}
         need_other_images(config.attention_target, self.samples["train"])
         device = "cpu" if config.lora else self.compute.device  # below adapters, weights get narrow before they move
-        start = self.folder.checkpoint if config.resume else config.model
+        start = self.folder.checkpoint if config.resume and not config.lora else config.model
+        base = base_name(start) if config.lora and model is None else config.model
         self.model = model or load_model(start, seed=config.seed, device=device)
         self.config = config = config.resolved(self.model.recipe, self.compute.precision)
         network = self.model.network
-        save_memory(network, config.lora, config.gradient_checkpointing, self.compute.precision)
+        trains_vision = config.vision_trains(config.epochs - 1)
+        save_memory(network, config.lora, config.gradient_checkpointing, self.compute.precision, base, trains_vision)
+        if config.lora and config.resume:
+            load_adapters(network, self.folder.checkpoint)
         self.heatmap = make_heatmap(network, config.heatmap, config.attention_layers, config.attention_heads)
         if config.compile:
             compile_layers(network, getattr(self.heatmap, "layers", ()))

@@ -17,6 +17,7 @@ from small_root import edit, make_root
 from fsc147lib.__main__ import main
 from fsc147lib.data.faults import ANNOTATIONS, CLASSES, IMAGES
 from fsc147lib.evaluation import answering
+from fsc147lib.files import write_manifest
 from fsc147lib.model.load import load_model
 from fsc147lib.model.network import CountingModel, ModelError
 from fsc147lib.options import ConfigError
@@ -82,7 +83,7 @@ def a_flipped_byte(out, _):
 
 
 def no_moments(out, _):
-    (out / "last" / "training_state.safetensors").unlink()
+    (out / "last" / "moments.st").unlink()
 
 
 def torn_manifest(out, _):
@@ -98,7 +99,7 @@ DAMAGES = {  # what is done to last/, and what is said of it
     all_of_another: "last is a checkpoint of another run",
     torn_weights: "model.safetensors has .* bytes, but .* were written",
     a_flipped_byte: "tokenizer.json holds other bytes than were written",
-    no_moments: "last holds no training_state.safetensors",
+    no_moments: "last holds no moments.st",
     torn_manifest: "manifest.json cannot be used",
     no_manifest: "last has no manifest.json",
 }
@@ -285,3 +286,12 @@ def test_the_manifest_is_of_all_files(out):
     written = json.loads((out / "last" / "manifest.json").read_text())
     names = {path.name for path in (out / "last").iterdir()} - {"manifest.json"}
     assert set(written["files"]) == names and written["run"] == (out / "run_id").read_text()
+
+
+def test_a_checkpoint_with_moments_under_their_old_name_is_refused(small_root, out):
+    """It is sound, but a server would read `training_state.safetensors` as weights."""
+    (out / "last" / "moments.st").rename(out / "last" / "training_state.safetensors")
+    (out / "last" / "manifest.json").unlink()
+    write_manifest(out / "last", run=(out / "run_id").read_text())
+    with pytest.raises(ConfigError, match="has no moments.st: another version .*new run with --model .*last and"):
+        train(settings_of(small_root, out))

@@ -27,6 +27,7 @@ from fsc147lib.training.step import TrainingStep, learning_rate_factor
 
 pytestmark = pytest.mark.medium
 
+ADAPTERS = {"model": "tiny", "lora": 4, "unfreeze_vision_at": 1}
 KILLS = int(os.environ.get("FSC147_KILLS", 3))
 """How many runs are killed; 20 are asked for before a release."""
 
@@ -52,7 +53,9 @@ def config(root, tmp_path):
 def ends_equal(one, other):
     """Weights, moments, history and validation of last/ and best/, summary and log: all but the speed."""
     for name in ("last", "best"):
-        for file in ("model.safetensors", "training_state.safetensors"):
+        weights = {path.name for out in (one, other) for path in (out / name).glob("*.safetensors")}
+        assert len(weights) == 1
+        for file in (*weights, "moments.st"):
             a, b = (load_file(out / name / file) for out in (one, other))
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), (name, file)
     logs = ([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, other))
@@ -80,10 +83,17 @@ def stopped(config):
 
 @pytest.mark.parametrize(
     ("number", "step", "options"),
-    [(signal.SIGINT, 2, {"batch_size": 3, "accumulation": 3}), (signal.SIGTERM, 3, {}), (signal.SIGINT, 5, {})],
+    [
+        (signal.SIGINT, 2, {"batch_size": 3, "accumulation": 3}),
+        (signal.SIGTERM, 3, {}),
+        (signal.SIGINT, 5, {}),
+        (signal.SIGINT, 2, ADAPTERS),
+        (signal.SIGTERM, 5, ADAPTERS),
+        (signal.SIGINT, 5, {**ADAPTERS, "precision": "bf16"}),
+    ],
 )
 def test_a_signal_ends_the_run_between_steps_and_it_goes_on_there(config, stopped, number, step, options):
-    """In the first epoch, at its last step, and in the second epoch."""
+    """In the first epoch, at its last step, and in the second epoch; also adapters, with an encoder that unfreezes."""
     before = signal.getsignal(number)
     train(config("whole", **options))
     raised = stopped(number, step, **options)
