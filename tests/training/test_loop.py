@@ -74,7 +74,7 @@ def test_logged_losses_are_those_of_the_batch(config, finished):
     assert first["step"] == 1
     assert first["count_loss"] == pytest.approx(parts.count.item(), rel=1e-5)
     assert first["attention_loss"] == pytest.approx(parts.attention.item(), rel=1e-5)
-    assert first["total"] == pytest.approx(parts.count.item() + 0.5 * parts.attention.item(), rel=1e-5)
+    assert first["total"] == pytest.approx(parts.count.item() + 0.1 * parts.attention.item(), rel=1e-5)
     assert first["attention_loss"] > 0.1 and first["count_loss"] > 0.1
 
 
@@ -162,7 +162,7 @@ def test_resume_needs_the_same_run(config, started, tmp_path):
         train(config(out=tmp_path / "other", resume=True))
     with pytest.raises(ConfigError, match="holds a run already.*--resume"):
         train(config(epochs=1))
-    with pytest.raises(ConfigError, match="attention_weight is 0.2, but .* was started with 0.5"):
+    with pytest.raises(ConfigError, match="attention_weight is 0.2, but .* was started with 0.1"):
         train(config(epochs=1, attention_weight=0.2, resume=True))
 
 
