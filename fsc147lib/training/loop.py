@@ -75,7 +75,7 @@ def epoch_line(result: TrainResult, epochs: int, seconds: float) -> str:
     parts.append(f"MAE {maes[-1]:.2f} ({maes[0]:.2f} before)")
     if maes[-1] == min(maes[1:]):
         parts[-1] += ", the best"
-    if validations[-1]["kl"] is not None:
+    if validations[-1].get("kl") is not None:
         parts.append(f"KL {validations[-1]['kl']:.2f} ({validations[0]['kl']:.2f})")
     line = f"epoch {epoch} of {epochs}: {', '.join(parts)}; {seconds:.0f} s"
     if len(maes) > 2 and min(maes[-2:]) > maes[0]:

@@ -71,7 +71,7 @@ class Toy(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 1)
 
-    def forward(self, batch, tokens, images, weight):
+    def forward(self, batch, weight, tokens, images):
         hidden = self.first(batch["x"])
         assert hidden.dtype == torch.bfloat16
         count = self.second(hidden).sum() / tokens
