@@ -89,10 +89,10 @@ def recover_folder(folder: Path) -> None:
 
 
 @contextmanager
-def file_lock(path: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock, which ends with the process; filelock.Timeout if another process holds it and `wait` is False."""
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold a lock, which ends with the process; filelock.Timeout if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path, timeout=-1 if wait else 0):
+    with FileLock(path, timeout=0):
         try:
             yield
         finally:

@@ -57,6 +57,6 @@ def _blurred(pixels: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _clouds(rng: np.random.Generator, pixels: np.ndarray, rows: int) -> np.ndarray:
-    """Soft noise about 0..1 of the pixels' size, [H, W, 1], from so many random rows."""
+    """Soft noise about 0..1 of the pixels' size, [H, W, 1], enlarged from a random grid of `rows` rows."""
     noise = Image.fromarray(rng.random((rows, rows * 3 // 2), dtype=np.float32))
     return np.asarray(noise.resize(pixels.shape[1::-1], Image.Resampling.BICUBIC))[..., None]

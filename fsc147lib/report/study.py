@@ -41,7 +41,7 @@ class StudyConfig:
     out: Path = Path("runs/study")
     """Folder of the study; the same command goes on where it was interrupted."""
     budgets: tuple[int, ...] = ()
-    """Numbers of training pictures, each a study of its own; none: all pictures."""
+    """Numbers of training pictures, each a study of its own; val is cut to the same number.  None: all pictures."""
     epochs: int = 3
     """Epochs of each run."""
     learning_rates: tuple[float, ...] = ()
@@ -61,6 +61,7 @@ class StudyConfig:
         need(self, "seeds", len(self.seeds) > 0, "one seed or more")
         need(self, "weights", len(self.weights) > 0 and min(self.weights) > 0, "one weight above 0 or more")
         need(self, "budgets", min(self.budgets, default=1) > 0, "numbers above 0")
+        need(self, "parallel", self.parallel >= 1, "at least 1")
         need(self, "epochs", self.epochs >= 2, "at least 2: one variant trains the encoder from half of them on")
 
 
@@ -211,7 +212,7 @@ def answer(options: TrainConfig, model: str) -> dict:
 
 
 def told(variant: Variant, found: list[dict], against: list[dict]) -> dict:
-    """A variant's row: mean test metrics over its runs, and the difference in MAE to another variant's runs.
+    """A variant's row: test metrics of each of its runs, and the difference in MAE to another variant's runs.
 
     `difference` is low end, mean and high end of a 95 % bootstrap interval over seeds and images, in objects; below 0
     the variant is better.  `better` counts the seeds in which it is.
@@ -233,13 +234,13 @@ def verdict(budget: int, rows: list[dict], before: dict) -> list[str]:
     certain = "does not include" if low > 0 or high < 0 else "includes"
     sentences = [
         f"Fine-tuned on {budget} pictures, counts alone change the test MAE from {before['mae']:.2f} to {own:.2f}.",
-        f"The attention loss changes it by {100 * middle / own:+.0f} % more, to {other:.2f} ({middle:+.2f} objects, "
+        f"Against that, both losses change it by {100 * middle / own:+.0f} %, to {other:.2f} ({middle:+.2f} objects, "
         f"95 % interval {low:+.2f} to {high:+.2f}, which {certain} 0; better in {objects['better']} of {seeds} seeds).",
     ]
     if "kl" in counts and "kl" in objects:
         moved = sum(ours < theirs for ours, theirs in zip(objects["kl"], counts["kl"], strict=True))
         kl = f"KL {np.mean(counts['kl']):.2f} to {np.mean(objects['kl']):.2f}"
-        sentences.insert(1, f"The loss moves attention onto the objects in {moved} of {seeds} seeds ({kl}).")
+        sentences.append(f"The attention loss moves attention onto the objects in {moved} of {seeds} seeds ({kl}).")
     for row in others:
         if row["name"].startswith("control"):
             low, middle, high = row["difference"]

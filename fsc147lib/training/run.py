@@ -121,7 +121,7 @@ def locked(out: Path) -> Iterator[None]:
         yield
         return
     try:
-        with file_lock(out.parent / f".{out.name}.lock", wait=False):
+        with file_lock(out.parent / f".{out.name}.lock"):
             yield
     except Timeout as error:
         raise ConfigError(f"another run is at work in {out}: wait for its end, or name another --out") from error

@@ -184,7 +184,7 @@ class TrainingStep:
                 if not (math.isfinite(value) or skipped and what == "gradient's norm"):
                     cure = "lower the learning rate, or look at these images with `check`"
                     raise NonFiniteLoss(f"the {what} is {value} on {', '.join(gather_object(names))}: {cure}")
-            self.skipped, self.in_a_row = self.skipped + skipped, (self.in_a_row + 1) * skipped
+            self.skipped, self.in_a_row = self.skipped + skipped, self.in_a_row + 1 if skipped else 0
             if self.in_a_row >= MOST_SKIPPED:
                 raise NonFiniteLoss(
                     f"the gradient overflows fp16 at every loss scale, in {MOST_SKIPPED} steps one after the other: "

@@ -145,7 +145,7 @@ def main(folder, layers):
         for handed_on in (network, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
             assert plain.state_dict().keys() == handed_on.state_dict().keys()
             logits = handed_on(**inputs).logits[batch["attention_mask"].bool()]
-            torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)  # patches are another product
+            torch.testing.assert_close(logits, wanted, atol=2e-5, rtol=1e-5)  # patches are a product, not a convolution
             assert generated(handed_on, batch, end, 8) == said
     assert len({tuple(answer) for answer in said}) > 1
 

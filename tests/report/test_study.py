@@ -58,6 +58,11 @@ def test_a_study_trains_each_run_once_and_goes_on(root, tmp_path, pretended):
     assert len(pretended) == 27
 
 
+def test_no_run_at_a_time_is_refused(root):
+    with pytest.raises(ConfigError, match="parallel .*must be at least 1"):
+        study.StudyConfig(data=root, parallel=0)
+
+
 def test_the_plan_counts_the_runs(root, tmp_path, capsys):
     study.describe_plan(study.StudyConfig(data=root, out=tmp_path), [2])
     assert "27 runs of 3 epochs, on 2 training pictures" in capsys.readouterr().out
